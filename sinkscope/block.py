@@ -1,0 +1,188 @@
+"""Block: what a metric sees. A few query rows of one layer's attention, all keys, and nothing else.
+
+An engine produces blocks; a metric turns a block into numbers; no metric knows which engine ran. All positions
+are 0-based. `batch` counts sequences, `head` query heads, `query` the rows of this block, `key` the positions that
+the last of these rows can see. Rows and keys past a sequence's real tokens are padding: their numbers mean nothing,
+and the library drops them after the metric has run (:attr:`Block.valid`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sinkscope.errors import SinkscopeError
+
+#: Short names for activations that metrics may need, and the TransformerLens hook point behind each.
+HOOK_OF = {
+    "query": "attn.hook_q",
+    "key": "attn.hook_k",
+    "value": "attn.hook_v",
+    "output": "attn.hook_z",
+    "residual": "hook_resid_post",
+}
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Attention rows, however they come about: stored in a pattern, or recomputed from scores."""
+
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """Give the whole rows."""
+        ...
+
+    def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
+        """Give the attention to one key position per sequence."""
+        ...
+
+    def row_sum(self) -> Float[Tensor, "batch head query"]:
+        """Give the sum of each row: 1, or less where a learned sink logit takes a share."""
+        ...
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+@dataclass(frozen=True)
+class PatternRows:
+    """Rows held as a pattern; upcast to float32, since bfloat16 rows do not even sum to one."""
+
+    values: Float[Tensor, "batch head query key"]
+
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """Give the rows in float32 (float64 stays)."""
+        return _at_least_float32(self.values)
+
+    def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
+        """Gather one column per sequence; 0 where the key lies beyond the columns held."""
+        held = self.values.shape[-1]
+        index = keys.clamp(max=held - 1)
+        column = self.values[torch.arange(len(keys), device=keys.device), :, :, index]
+        column = torch.where((keys < held)[:, None, None], column, torch.zeros_like(column))
+        return _at_least_float32(column)
+
+    def row_sum(self) -> Float[Tensor, "batch head query"]:
+        """Sum over keys in float32."""
+        return self.pattern().sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Consecutive query rows of one layer's attention pattern, for a batch of sequences.
+
+    Attributes:
+        layer: 0-based layer.
+        start: position of the first query row.
+        rows: where the attention comes from.
+        n_queries: number of query rows.
+        lengths: real tokens of each sequence, `[batch]`.
+        keys: the sink position looked at in each sequence, `[batch]`.
+        causal: False for encoders, whose queries see every key.
+        window: size of the layer's sliding window (query i sees key k iff i - k < window), or None.
+        tokens: token ids, `[batch, position]`.
+        activations: other hook points that the metric asked for, by the name it used.
+    """
+
+    layer: int
+    start: int
+    rows: Rows
+    n_queries: int
+    lengths: Int[Tensor, " batch"]
+    keys: Int[Tensor, " batch"]
+    causal: bool = True
+    window: int | None = None
+    tokens: Int[Tensor, "batch position"] | None = None
+    activations: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def at(self, keys: Int[Tensor, " batch"]) -> Block:
+        """Look at other key positions, one per sequence."""
+        return replace(self, keys=keys)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Give the activation at a hook point that the metric declared in `needs`, e.g. `"mlp.hook_post"`."""
+        try:
+            return self.activations[name]
+        except KeyError:
+            raise SinkscopeError(
+                f"the block has no activation {name!r}: declare it, @metric(needs={name!r}). "
+                f"This block has: {', '.join(sorted(self.activations)) or 'only attention'}"
+            ) from None
+
+    @cached_property
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """Post-softmax attention, float32; keys after the block's last row are left out (nobody sees them)."""
+        return self.rows.pattern()
+
+    @cached_property
+    def mass(self) -> Float[Tensor, "batch head query"]:
+        """Attention that each query pays to the sink key; 0 where it can't see it."""
+        return self.rows.mass(self.keys)
+
+    @cached_property
+    def row_sum(self) -> Float[Tensor, "batch head query"]:
+        """Sum of each row: 1, or less where a learned sink takes a share."""
+        return self.rows.row_sum()
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, "batch head query"]:
+        """Entropy of each row in nats, 0 log 0 = 0; rows are not renormalised."""
+        logs = self.pattern.clamp_min(torch.finfo(self.pattern.dtype).tiny).log_()
+        entropy: Tensor = -torch.linalg.vecdot(self.pattern, logs)  # half the time of torch.special.entr
+        return entropy
+
+    @property
+    def value(self) -> Float[Tensor, "batch key kv_head d_head"]:
+        """Value vectors (`needs="value"`)."""
+        return self["value"]
+
+    @property
+    def key(self) -> Float[Tensor, "batch key kv_head d_head"]:
+        """Key vectors before any rotation (`needs="key"`)."""
+        return self["key"]
+
+    @property
+    def query(self) -> Float[Tensor, "batch query head d_head"]:
+        """Query vectors before any rotation (`needs="query"`)."""
+        return self["query"]
+
+    @property
+    def residual(self) -> Float[Tensor, "batch query d_model"]:
+        """Residual stream after the layer (`needs="residual"`)."""
+        return self["residual"]
+
+    @cached_property
+    def queries(self) -> Int[Tensor, " query"]:
+        """Positions of the query rows."""
+        return torch.arange(self.start, self.start + self.n_queries, device=self.lengths.device)
+
+    @cached_property
+    def distance(self) -> Int[Tensor, "query key"]:
+        """Distance in tokens between each query and each key, |i - k|."""
+        keys = torch.arange(self.pattern.shape[-1], device=self.lengths.device)
+        return (self.queries[:, None] - keys[None, :]).abs()
+
+    @cached_property
+    def valid(self) -> Bool[Tensor, "batch query"]:
+        """Which rows are real tokens."""
+        return self.queries[None, :] < self.lengths[:, None]
+
+    @cached_property
+    def n_visible(self) -> Int[Tensor, "batch query"]:
+        """How many keys a query sees when nothing but causality hides any: i + 1, or T in an encoder."""
+        if self.causal:
+            return (self.queries + 1).expand(len(self.lengths), -1)
+        return self.lengths[:, None].expand(-1, self.n_queries)
+
+    @cached_property
+    def sees_key(self) -> Bool[Tensor, "batch query"]:
+        """Which queries can see the sink key (causality and sliding window respected)."""
+        gap = self.queries[None, :] - self.keys[:, None]
+        seen = gap >= 0 if self.causal else torch.ones_like(gap, dtype=torch.bool)
+        return seen if self.window is None else seen & (gap.abs() < self.window)

@@ -1,0 +1,261 @@
+"""The command line: one command per verb. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sinkscope.report import SinkReport
+
+app = typer.Typer(
+    name="sinkscope",
+    help="Attention sinks, measured exactly: how much attention lands on one token, beside what chance would give.",
+    epilog="Try: sinkscope demo. Exit codes: 0 fine, 1 something you can mend (one line on stderr), 2 wrong usage.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path | None, typer.Option("--out", help="Directory for tables, pictures and report.html.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; default: the GPU when there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")]
+
+
+@app.command(epilog="Example: sinkscope measure smollm2-135m --file novel.txt --max-tokens 4096 --out results")
+def measure(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a hub name such as gpt2, a directory, or a .gguf file.")],
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text; repeat for more.")] = None,
+    file: Annotated[list[Path] | None, typer.Option("--file", help="A UTF-8 text file; repeat for more.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="A metric, such as sink_mass or sink_rate@0.5; default: all.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")] = None,
+    bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="BOS first? Default: the model's convention.")] = None,
+    engine: Annotated[str, typer.Option("--engine", help="auto or hooks.")] = "auto",
+    key: Annotated[
+        list[str] | None, typer.Option("--key", help="Sink position: 0, -1 (last), or a token such as [SEP].")
+    ] = None,
+    chunk: Annotated[str, typer.Option("--chunk", help="Query rows per step: auto, none, or a number.")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts per forward pass.")] = 8,
+    backend: Annotated[str, typer.Option("--backend", help="bridge or hooked_transformer.")] = "bridge",
+    device: Device = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the attention sink of a model on texts."""
+    with _errors(debug):
+        texts = _texts(text or [], file or [])
+        report = _measure(
+            model,
+            texts,
+            metric or None,
+            out,
+            backend=backend,
+            device=device,
+            key=[_key(k) for k in key] if key else 0,
+            bos=bos,
+            max_tokens=max_tokens,
+            engine=engine,
+            chunk=_chunk(chunk),
+            batch_size=batch_size,
+        )
+        _show(report, as_json)
+        _say_where(out, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory for the results.")] = Path("sinkscope-demo"),
+    device: Device = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure SmolLM2-135M on five sample texts, and say what the numbers mean."""
+    with _errors(debug):
+        from sinkscope.models import SMOLLM2
+        from sinkscope.samples import samples
+
+        report = _measure(SMOLLM2, samples(), None, out, device=device, backend="bridge")
+        _show(report, as_json)
+        if not as_json:
+            typer.echo("\nWhat this means")
+            for sentence in report.about["sentences"].values():
+                typer.echo(f"  - {sentence}")
+        _say_where(out, as_json)
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(help="Directories that measure wrote.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put saved reports side by side: value and null of every model-level number."""
+    with _errors(debug):
+        from sinkscope.compare import side_by_side
+        from sinkscope.files import load_report
+
+        table = side_by_side({str(d): load_report(d) for d in directories})
+        if as_json:
+            typer.echo(table.reset_index().to_json(orient="records"))
+            return
+        _table([str(c) for c in table.reset_index().columns], [[str(x) for x in row] for row in table.reset_index().values])
+
+
+@app.command()
+def metrics(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the metrics, with one line each."""
+    with _errors(debug):
+        from sinkscope.metrics import available
+
+        found = {name: m.doc for name, m in sorted(available().items())}
+        if as_json:
+            typer.echo(json.dumps(found))
+            return
+        _table(["metric", "what it is"], [[name, doc] for name, doc in found.items()])
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from sinkscope import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _measure(
+    name: str,
+    texts: dict[str, str],
+    metric: list[str] | None,
+    out: Path | None,
+    *,
+    backend: str,
+    device: str | None,
+    **how: Any,
+) -> SinkReport:
+    """Check what can be checked before the model is loaded; then load, measure and write."""
+    from dataclasses import replace
+
+    from sinkscope.attention import attention_map
+    from sinkscope.files import check_writable
+    from sinkscope.measure import measure as run
+    from sinkscope.metrics import resolve
+    from sinkscope.models import load_model
+
+    resolve(metric)
+    if out is not None:
+        check_writable(out)
+    if sys.stderr.isatty():
+        typer.echo(f"loading {name} ...", err=True)
+    model = load_model(name, backend=backend, device=device)  # type: ignore[arg-type]
+    report = run(model, texts, metric, progress=True, **how)
+    if out is not None:
+        short = min(texts.values(), key=len)
+        report = replace(report, attention=attention_map(model, short, bos=how.get("bos")))
+        report.save(out)
+    return report
+
+
+def _texts(texts: list[str], files: list[Path]) -> dict[str, str]:
+    from sinkscope.errors import SinkscopeError
+    from sinkscope.tokens import read_text
+
+    if not texts and not files:
+        raise SinkscopeError("no text: give --text 'some words' or --file PATH (each may be repeated)")
+    found = {f"text {i}": text for i, text in enumerate(texts)}
+    for path in files:
+        label = path.name if path.name not in found else str(path)
+        if label in found:
+            raise SinkscopeError(f"the file {label!r} is given twice")
+        found[label] = read_text(path)
+    for index, (label, text) in enumerate(found.items()):
+        if not text.strip():
+            raise SinkscopeError(f"text {index} ({label!r}) is empty: give it at least two tokens of text, or leave it out")
+    return found
+
+
+def _key(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _chunk(text: str) -> int | str | None:
+    return None if text == "none" else int(text) if text.isdigit() else text
+
+
+def _show(report: SinkReport, as_json: bool) -> None:
+    from sinkscope.words import KEY_NUMBERS, number
+
+    if as_json:
+        typer.echo(report.summary().to_json(orient="records"))
+        return
+    n = len(report.texts)
+    about = report.about
+    typer.echo(f"{about['model']} on {n} text{'s' * (n != 1)} ({about['device']}, {about['dtype']}); {about['bos']}")
+    typer.echo(f"engine {about['engine']}: {about['engine_why']}\n")
+    rows = report.intervals()
+    order = {name: i for i, name in enumerate(KEY_NUMBERS)}
+    rows = rows.sort_values(
+        "metric", key=lambda names: names.map(lambda m: order.get(m.partition("[")[0], 99)), kind="stable"
+    )
+    cells = []
+    for _, row in rows.iterrows():
+        value, low, high, null = (number(float(row[c])) for c in ("value", "low", "high", "null"))
+        cells.append([str(row["metric"]), value, f"{low} to {high}" if low else "", null])
+    _table(["metric", "value", "95% interval", "chance"], cells)
+    if n == 1:
+        typer.echo("One text: no interval (give several texts for one).")
+
+
+def _say_where(out: Path | None, as_json: bool) -> None:
+    if out is not None and not as_json:
+        typer.echo(f"\nreport: {out / 'report.html'}")
+
+
+def _table(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table: drawn on a terminal, plain columns when piped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        right = index > 0 and all(r[index][:1].isdigit() or r[index][:1] in "-" for r in rows if r[index])
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_plain(cell) for cell in row))
+    console = Console(markup=False, highlight=False)
+    console.width = max(console.width, 100) if not console.is_terminal else console.width
+    console.print(table)
+
+
+def _plain(cell: str) -> str:
+    """Keep control characters of hostile names away from the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in cell)
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Turn an error that the user can mend into one line and exit code 1."""
+    from sinkscope.errors import SinkscopeError
+
+    try:
+        yield
+    except SinkscopeError as error:
+        if debug:
+            raise
+        typer.echo(f"sinkscope: error: {_plain(' '.join(str(error).split()))}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("sinkscope: interrupted", err=True)
+        raise typer.Exit(130) from None

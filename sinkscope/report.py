@@ -1,0 +1,306 @@
+"""SinkReport: what `measure` found, as tidy tables, pictures and files."""
+
+from __future__ import annotations
+
+import datetime
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sinkscope.errors import unknown
+from sinkscope.metrics.across import t_interval
+from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Moments
+from sinkscope.tokens import TextTokens
+from sinkscope.words import sentences
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Columns of `.frame` and measurements.csv, and of `.summary()` and summary.csv.
+COLUMNS = ["model", "text", "metric", "layer", "head", "key", "value", "std_error", "null", "tokens"]
+SUMMARY_COLUMNS = ["text", "metric", "value", "std_error", "null"]
+#: Label of the rows that hold means over texts.
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metric of one text.
+
+    Attributes:
+        name: as reported, such as `sink_rate@0.3`.
+        tag: tells several sink positions apart in the summary, such as `[key=3]`; else empty.
+        key: sink position looked at, or None.
+        axes: axes of `value`, of `("layer", "head", "key")`.
+        value: the numbers.
+        null: the same on uniform attention.
+        total: the model-level number, or None.
+        total_null: its null.
+    """
+
+    name: str
+    tag: str
+    key: int | None
+    axes: tuple[str, ...]
+    value: Array
+    null: Array
+    total: float | None
+    total_null: float | None
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """All values of one text."""
+
+    sequence: TextTokens
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SinkReport:
+    """Attention-sink statistics of one model on some texts.
+
+    Attributes:
+        frame: tidy, the finest rows: one per (text, metric, layer, head, key) as far as these apply, with the null beside
+            each value. `text` is a label, or `all` for the mean over texts with its standard error.
+        totals: one row per model-level number; see :meth:`summary`.
+        about: model, versions, engine and why, dtype, BOS decision, texts and their tokens, arguments.
+        attention: `query, key, value`: attention of one short text averaged over layers and heads, where it was asked for.
+    """
+
+    frame: pd.DataFrame
+    totals: pd.DataFrame
+    about: dict[str, Any] = field(repr=False)
+    attention: pd.DataFrame | None = field(default=None, repr=False)
+
+    @classmethod
+    def assemble(cls, results: Sequence[TextResult], asked: Iterable[AnyMetric], about: dict[str, Any]) -> SinkReport:
+        """Build the tables from every text's values; `about` gets the texts added."""
+        layers = list(about["layers"])
+        pieces = [_rows(v, layers, r.sequence.label, len(r.sequence)) for r in results for v in r.values]
+        totals = [
+            (r.sequence.label, v.name + v.tag, v.total, np.nan, v.total_null)
+            for r in results
+            for v in r.values
+            if v.total is not None
+        ]
+        for group in _by_metric(results):
+            mean, null = _merge([v.value for v in group]), _merge([v.null for v in group])
+            first = group[0]
+            key = first.key if all(v.key == first.key for v in group) else None
+            pieces.append(
+                _rows(
+                    Value(first.name, first.tag, key, first.axes, _present(mean), _present(null), None, None),
+                    layers,
+                    ALL,
+                    sum(len(r.sequence) for r in results),
+                    mean.std_error,
+                )
+            )
+            if first.total is not None:
+                over = _merge([np.asarray(v.total, dtype=float) for v in group])
+                nulls = np.array([v.total_null for v in group], dtype=float)
+                name = first.name + first.tag
+                totals.append((ALL, name, float(over.mean), float(over.std_error), float(nulls.mean())))
+        summary = pd.DataFrame(totals, columns=SUMMARY_COLUMNS)
+        summary = pd.concat([summary, _across(summary, asked)], ignore_index=True)
+        frame = pd.concat(pieces, ignore_index=True) if pieces else pd.DataFrame(columns=COLUMNS[1:])
+        frame.insert(0, "model", about["model"])
+        texts = [
+            {"label": r.sequence.label, "n_tokens": len(r.sequence), "tokens": list(r.sequence.strings)} for r in results
+        ]
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        said = sentences(summary[summary["text"] == ALL], about["arguments"]["key"])
+        return cls(frame[COLUMNS], summary, about | {"texts": texts, "sentences": said, "created": now})
+
+    @property
+    def texts(self) -> list[str]:
+        """Labels of the texts."""
+        return [t["label"] for t in self.about["texts"]]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics in the frame."""
+        return list(self.frame["metric"].unique())
+
+    def summary(self, text: str | None = None) -> pd.DataFrame:
+        """Give the model-level numbers: columns `text, metric, value, std_error, null`.
+
+        Args:
+            text: only this text's rows (`"all"` for the means over texts).
+
+        Raises:
+            SinkscopeError: no such text.
+        """
+        if text is None:
+            return self.totals.copy()
+        return self.totals[self.totals["text"] == self._text(text)].reset_index(drop=True)
+
+    def intervals(self) -> pd.DataFrame:
+        """Give the summary over all texts with the 95% interval of each mean: columns `low, high` (Student's t)."""
+        rows = self.summary(ALL)
+        n = len(self.texts)
+        bounds = [t_interval(v, e, n) for v, e in zip(rows["value"], rows["std_error"], strict=True)]
+        return rows.assign(low=[b[0] for b in bounds], high=[b[1] for b in bounds])
+
+    def top(self, metric: str = "sink_mass", n: int = 10, *, text: str = ALL) -> pd.DataFrame:
+        """Give the n rows where a metric is largest: the strongest heads, or positions.
+
+        Raises:
+            SinkscopeError: no such metric or text in this report.
+        """
+        rows = self.frame[(self.frame["metric"] == self._metric(metric)) & (self.frame["text"] == self._text(text))]
+        return rows.nlargest(n, "value").reset_index(drop=True)
+
+    def compare(self, other: SinkReport) -> pd.DataFrame:
+        """Put another report's summary beside this one.
+
+        Returns:
+            One row per metric in both: `metric, value, std_error, null`, the same of the other, and `difference`
+            (other minus this). Standard errors are each report's own, across its texts.
+        """
+        columns = ["metric", "value", "std_error", "null"]
+        both = self.summary(ALL)[columns].merge(other.summary(ALL)[columns], on="metric", suffixes=("", "_other"))
+        return both.assign(difference=both["value_other"] - both["value"])
+
+    def sink_positions(self, *, text: str | None = None) -> pd.DataFrame:
+        """List the positions that act as sinks, with their tokens: columns `text, key, token, share_of_heads`.
+
+        Raises:
+            SinkscopeError: `sink_positions` was not measured, or no such text.
+        """
+        rows = self.frame[(self.frame["metric"] == self._metric("sink_positions")) & (self.frame["text"] != ALL)]
+        if text is not None:
+            rows = rows[rows["text"] == self._text(text)]
+        tokens = {t["label"]: t["tokens"] for t in self.about["texts"]}
+        found = [tokens[label][key] for label, key in zip(rows["text"], rows["key"], strict=True)]
+        listed = rows[["text", "key"]].assign(token=found, share_of_heads=rows["value"])
+        return listed.sort_values(["text", "share_of_heads"], ascending=[True, False]).reset_index(drop=True)
+
+    # Pictures: each gives matplotlib Axes, to be shown or saved by the caller.
+
+    def heatmap(self, metric: str = "sink_mass", *, text: str = ALL, ax: Axes | None = None) -> Axes:
+        """Draw a metric by layer and head."""
+        from sinkscope import plots
+
+        return plots.heatmap(self.frame, metric, text=text, ax=ax)
+
+    def progression(self, metric: str = "sink_mass", *, ax: Axes | None = None) -> Axes:
+        """Draw a metric over layers, with its null and the band across texts."""
+        from sinkscope import plots
+
+        return plots.progression(self.frame, metric, ax=ax)
+
+    def positions(self, metric: str = "position_profile", *, text: str | None = None, ax: Axes | None = None) -> Axes:
+        """Draw where attention lands over positions, position 0 marked, uniform attention beside it."""
+        from sinkscope import plots
+
+        return plots.positions(self.frame, text=text, metric=metric, ax=ax)
+
+    def distribution(self, metric: str = "sink_mass", *, text: str = ALL, ax: Axes | None = None) -> Axes:
+        """Draw how a metric is distributed over heads."""
+        from sinkscope import plots
+
+        return plots.distribution(self.frame, metric, text=text, ax=ax)
+
+    def figures(self) -> dict[str, Figure]:
+        """Draw everything that this report can be drawn as: file stem -> matplotlib Figure."""
+        from sinkscope import plots
+
+        if self.attention is None:
+            return plots.figures(self.frame)
+        diagonal = self.attention[self.attention["query"] == self.attention["key"]]
+        return plots.figures(self.frame, self.attention, list(diagonal["query_token"]))
+
+    # Files.
+
+    def page(self) -> str:
+        """Give the self-contained HTML page."""
+        from sinkscope import page
+
+        return page.render(self.frame, self.totals, self.about, self.attention)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write tables, pictures and the page into a directory; see :func:`sinkscope.files.save`."""
+        from sinkscope import files
+
+        return files.save(self, directory)
+
+    def _repr_html_(self) -> str:
+        shown = self.intervals().set_index("metric")[["value", "low", "high", "null"]]
+        return f"<p>{html.escape(str(self))}</p>{shown.to_html(float_format='{:.3f}'.format, na_rep='', escape=True)}"
+
+    def __str__(self) -> str:
+        """Say in one line what this is."""
+        n = len(self.texts)
+        return f"SinkReport: {self.about['model']}, {n} text{'s' * (n != 1)}, engine {self.about['engine']}"
+
+    def _metric(self, name: str) -> str:
+        if name not in self.metrics:
+            raise unknown("metric in this report", name, self.metrics)
+        return name
+
+    def _text(self, label: str) -> str:
+        if label != ALL and label not in self.texts:
+            raise unknown("text in this report", label, [ALL, *self.texts])
+        return label
+
+
+def _by_metric(results: Sequence[TextResult]) -> list[list[Value]]:
+    """Group the texts' values by metric and sink position, in the order of the first text."""
+    groups: dict[tuple[str, str], list[Value]] = {}
+    for result in results:
+        for value in result.values:
+            groups.setdefault((value.name, value.tag), []).append(value)
+    return list(groups.values())
+
+
+def _merge(values: Sequence[Array]) -> Moments:
+    merged = Moments.of(values[0])
+    for value in values[1:]:
+        merged = merged.merge(Moments.of(value))
+    return merged
+
+
+def _present(moments: Moments) -> Array:
+    return np.where(moments.count > 0, moments.mean, np.nan)
+
+
+def _rows(value: Value, layers: Sequence[int], label: str, tokens: int, std_error: Array | None = None) -> pd.DataFrame:
+    """Lay an array out as rows; positions that a metric leaves out (NaN on the key axis) give none."""
+    shape = value.value.shape
+    index = dict(zip(value.axes, np.indices(shape).reshape(len(shape), value.value.size), strict=True))
+    n = int(np.prod(shape, dtype=int))
+    columns: dict[str, Any] = {"text": label, "metric": value.name}
+    for axis in ("layer", "head", "key"):
+        if axis in index:
+            columns[axis] = pd.array(np.asarray(layers)[index[axis]] if axis == "layer" else index[axis], dtype="Int64")
+        else:
+            fixed = value.key if axis == "key" else None
+            columns[axis] = pd.array([fixed] * n, dtype="Int64")
+    columns["value"] = value.value.reshape(-1)
+    columns["std_error"] = np.full(n, np.nan) if std_error is None else std_error.reshape(-1)
+    columns["null"] = np.broadcast_to(value.null, shape).reshape(-1)
+    columns["tokens"] = pd.array([tokens] * n, dtype="Int64")
+    rows = pd.DataFrame(columns, index=range(n))
+    return rows[rows["value"].notna()] if "key" in value.axes else rows
+
+
+def _across(summary: pd.DataFrame, asked: Iterable[AnyMetric]) -> pd.DataFrame:
+    """Add the rows of metrics about the variation from text to text."""
+    rows = []
+    for m in asked:
+        if isinstance(m, AcrossTexts):
+            names = [n for n in summary["metric"].unique() if n == m.of or n.startswith(f"{m.of}[")]
+            for name in names:
+                values = summary[(summary["metric"] == name) & (summary["text"] != ALL)]["value"].to_numpy()
+                parts = m.fn(values)
+                rows += [(ALL, f"{m.name}@{part}{name[len(m.of) :]}", v, np.nan, np.nan) for part, v in parts.items()]
+    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS).astype({"value": float, "std_error": float, "null": float})

