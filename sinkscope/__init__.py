@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sinkscope import metrics, plots, testing
+    from sinkscope.attention import attention_map
     from sinkscope.block import Block
     from sinkscope.errors import InertHookError, SinkscopeError
     from sinkscope.files import load_report
-    from sinkscope.measure import measure
     from sinkscope.metrics.base import metric
     from sinkscope.models import load_model
+    from sinkscope.observe import measure
     from sinkscope.report import SinkReport
     from sinkscope.tokens import tokenize
 
@@ -30,9 +31,10 @@ _HOME = {
     "InertHookError": "errors",
     "SinkReport": "report",
     "SinkscopeError": "errors",
+    "attention_map": "attention",
     "load_model": "models",
     "load_report": "files",
-    "measure": "measure",
+    "measure": "observe",
     "metric": "metrics.base",
     "tokenize": "tokens",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "InertHookError",
     "SinkReport",
     "SinkscopeError",
+    "attention_map",
     "load_model",
     "load_report",
     "measure",

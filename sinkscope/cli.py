@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,9 +151,9 @@ def _measure(
 
     from sinkscope.attention import attention_map
     from sinkscope.files import check_writable
-    from sinkscope.measure import measure as run
     from sinkscope.metrics import resolve
     from sinkscope.models import load_model
+    from sinkscope.observe import measure as run
 
     resolve(metric)
     if out is not None:
@@ -160,7 +161,7 @@ def _measure(
     if sys.stderr.isatty():
         typer.echo(f"loading {name} ...", err=True)
     model = load_model(name, backend=backend, device=device)  # type: ignore[arg-type]
-    report = run(model, texts, metric, progress=True, **how)
+    report = run(model, texts, metric, progress=True, resume=out, **how)
     if out is not None:
         short = min(texts.values(), key=len)
         report = replace(report, attention=attention_map(model, short, bos=how.get("bos")))
@@ -187,11 +188,11 @@ def _texts(texts: list[str], files: list[Path]) -> dict[str, str]:
 
 
 def _key(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdigit() else text
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
 
 
 def _chunk(text: str) -> int | str | None:
-    return None if text == "none" else int(text) if text.isdigit() else text
+    return None if text == "none" else int(text) if re.fullmatch(r"-?[0-9]+", text) else text
 
 
 def _show(report: SinkReport, as_json: bool) -> None:

@@ -13,9 +13,12 @@ import pandas as pd
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.report import SinkReport
+from sinkscope.resume import forget
 
 #: Written last: a directory without it holds no whole report.
 SEAL = "summary.json"
+#: What an earlier, larger report may have left behind.
+PICTURES = ("heatmap", "progression", "distribution", "positions", "attention")
 
 
 def check_writable(directory: str | Path) -> Path:
@@ -50,7 +53,8 @@ def save(report: SinkReport, directory: str | Path) -> Path:
         SinkscopeError: the directory can't be written.
     """
     path = check_writable(directory)
-    (path / SEAL).unlink(missing_ok=True)
+    for name in (SEAL, "report.html", "attention.csv", "attention.parquet", *(f"{p}.png" for p in PICTURES)):
+        (path / name).unlink(missing_ok=True)
     tables = {"measurements": report.frame, "summary": report.summary()}
     if report.attention is not None:
         tables["attention"] = report.attention
@@ -63,6 +67,7 @@ def save(report: SinkReport, directory: str | Path) -> Path:
     _write(path / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
     about = json.dumps(report.about, indent=1, ensure_ascii=False)
     _write(path / SEAL, lambda p: p.write_text(about, encoding="utf-8"))
+    forget(path)
     return path
 
 

@@ -6,10 +6,14 @@ are told apart by what they have (`hook_dict`, `cfg`), since merely asking 4.x f
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import io
 import logging
+import socket
 import tempfile
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
@@ -25,7 +29,7 @@ from sinkscope.tokens import Tokens
 
 SMOLLM2 = "smollm2-135m"
 Backend = Literal["bridge", "hooked_transformer"]
-Kind = Literal["bridge", "hooked_transformer", "hooked_encoder"]
+Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
 
 # ---------------------------------------------------------------------------------------------------------------
 # The adapter: one face for every TransformerLens model
@@ -37,7 +41,7 @@ class Adapter:
     """What the rest of the library needs to know about a model, and the one way to run its body.
 
     Attributes:
-        model: the TransformerLens model.
+        model: the model: TransformerLens's, or Hugging Face's own.
         kind: which class it is.
         name: its name, for reports.
         layers: the layers that have attention, ascending.
@@ -46,7 +50,7 @@ class Adapter:
         n_heads: query heads per layer.
         n_ctx: longest input, or None where nothing bounds it.
         causal: False for encoders.
-        points: hook points by their TransformerLens name.
+        points: hook points by their TransformerLens name; none in a plain Hugging Face model.
     """
 
     model: Any
@@ -68,7 +72,7 @@ class Adapter:
     @property
     def bos_by_default(self) -> bool:
         """Whether TransformerLens puts BOS first by default on this model."""
-        return bool(getattr(self.model.cfg, "default_prepend_bos", True))
+        return bool(getattr(getattr(self.model, "cfg", None), "default_prepend_bos", True))
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +111,10 @@ class Adapter:
         Raises:
             SinkscopeError: a text longer than the context, or an id outside the vocabulary.
         """
-        vocabulary = int(getattr(self.model.cfg, "d_vocab", 0) or 0)
+        if self.kind == "hugging_face":
+            vocabulary = int(getattr(self.model.config.get_text_config(), "vocab_size", 0) or 0)
+        else:
+            vocabulary = int(getattr(self.model.cfg, "d_vocab", 0) or 0)
         for s in tokens.sequences:
             if self.n_ctx is not None and len(s) > self.n_ctx:
                 raise SinkscopeError(
@@ -145,7 +152,7 @@ class Adapter:
 
         Right padding needs no mask in a causal model (real rows never see it); an encoder gets one.
         """
-        if self.kind == "bridge":
+        if self.kind in ("bridge", "hugging_face"):
             mask = {} if self.causal else {"attention_mask": valid.long()}
             kept = {} if cache is None else {"past_key_values": cache}
             output = self.network.base_model(  # type: ignore[operator]
@@ -165,14 +172,20 @@ class Adapter:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Inference for the time of a run: no gradients, no dropout; every module's mode is put back."""
-        modes = {module: module.training for module in self.model.modules()}
+        training = [module for module in {*self.model.modules(), *self.network.modules()} if module.training]
         try:
-            self.model.eval()
+            for module in training:  # not eval(): on a bridge it takes as long as a short text
+                module.training = False
             with torch.no_grad():
                 yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            for module in training:
+                module.training = True
+
+    def checksum(self) -> str:
+        """Tell models of one name apart by their weights: a sum per parameter."""
+        sums = [float(p.detach().double().sum()) for p in self.network.parameters()]
+        return hashlib.sha256(repr(sums).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """Give what a report must record about the model."""
@@ -193,16 +206,18 @@ class Adapter:
 
 
 def adapt(model: Any) -> Adapter:
-    """Look at any TransformerLens model, however it was loaded.
+    """Look at any TransformerLens model, however it was loaded, or at a plain Hugging Face model.
 
     Raises:
-        SinkscopeError: not a TransformerLens model, or one without attention patterns (a state-space model).
+        SinkscopeError: another kind of model, or one without attention patterns (a state-space model).
     """
     cfg, points = getattr(model, "cfg", None), getattr(model, "hook_dict", None)
     if cfg is None or points is None:
+        if _is_hugging_face(model):
+            return _adapt_hugging_face(model)
         raise SinkscopeError(
-            f"a {type(model).__name__} is not a TransformerLens model. Pass what ss.load_model(...) returns, or wrap it: "
-            "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
+            f"a {type(model).__name__} is neither a TransformerLens nor a Hugging Face model. Pass what ss.load_model(...) "
+            "returns, or wrap it: TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
         )
     kind: Kind = "bridge"
     if not hasattr(model, "original_model"):
@@ -234,6 +249,36 @@ def adapt(model: Any) -> Adapter:
     )
 
 
+def _is_hugging_face(model: Any) -> bool:
+    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers") for c in type(model).__mro__)
+
+
+def _adapt_hugging_face(model: Any) -> Adapter:
+    """Look at a model that no TransformerLens has wrapped: it has no hook points, and engine flash alone can run it."""
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
+    layers = tuple(layer for layer, kind in enumerate(types) if kind.endswith("attention") and "linear" not in kind)
+    name = _short_name(str(getattr(config, "_name_or_path", "") or type(model).__name__))
+    if not layers or not getattr(config, "num_attention_heads", None) or config.is_encoder_decoder:
+        raise SinkscopeError(
+            f"{name} ({type(model).__name__}) has no attention sink to measure here: state-space and encoder-decoder models "
+            "are not covered; decoders such as gpt2 or smollm2-135m and BERT-type encoders are."
+        )
+    context = [getattr(config, size, None) for size in ("max_position_embeddings", "n_positions")]
+    return Adapter(
+        model=model,
+        kind="hugging_face",
+        name=name,
+        layers=layers,
+        windows=_windows(model, "hugging_face", layers),
+        n_layers=len(types),
+        n_heads=int(config.num_attention_heads),
+        n_ctx=next((int(size) for size in context if size), None),
+        causal=all(getattr(module, "is_causal", True) is not False for module in model.modules()),
+        points={},
+    )
+
+
 def _context(model: Any, kind: Kind) -> int | None:
     """Read the longest input; TransformerLens makes a number up for models that have no limit (Bloom)."""
     if kind == "bridge":
@@ -245,12 +290,12 @@ def _context(model: Any, kind: Kind) -> int | None:
 
 def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
     """Read each layer's sliding window: from HookedTransformer's cfg, or from Hugging Face's configuration."""
-    if kind != "bridge":
+    if kind not in ("bridge", "hugging_face"):
         cfg = model.cfg
         if not getattr(cfg, "use_local_attn", False):
             return {}
         return {layer: int(cfg.window_size) for layer in layers if cfg.attn_types[layer] == "local"}
-    config = model.original_model.config.get_text_config()
+    config = (model if kind == "hugging_face" else model.original_model).config.get_text_config()
     if getattr(config, "model_type", "") == "gpt_neo":
         return {layer: int(config.window_size) for layer in layers if config.attention_layers[layer] == "local"}
     size = getattr(config, "sliding_window", None)
@@ -303,7 +348,7 @@ def load_model(
             f"backend='hooked_transformer' needs transformer-lens 3.9; this is {version}, which has TransformerBridge "
             "only. Leave backend out, or pip install 'transformer-lens<4'"
         )
-    place = torch.device(device) if device is not None else _best_device()
+    place = _device(device)
     source = _locate(str(name))
     with _less_noise():
         network, tokenizer = _load_hugging_face(source, dtype)
@@ -344,6 +389,11 @@ class _Source:
     location: str
     gguf: str | None = None
 
+    @property
+    def is_hub_name(self) -> bool:
+        """Whether it has to come from the hub or its cache."""
+        return self.gguf is None and not Path(self.location).exists()
+
 
 def _locate(name: str) -> _Source:
     """Find where a name's weights are.
@@ -379,6 +429,8 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype) -> tuple[Any, Any]:
 
     gguf = {"gguf_file": source.gguf} if source.gguf else {}
     try:
+        if source.is_hub_name and not _hub_can_answer(source.location):
+            raise ConnectionError("no network")
         config = AutoConfig.from_pretrained(source.location, **gguf)
         encoder = any(a.endswith(("MaskedLM", "BertModel")) for a in config.architectures or ())
         auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
@@ -387,7 +439,7 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype) -> tuple[Any, Any]:
             source.location, config=config, dtype=dtype, attn_implementation="eager", **gguf, **safe
         )
         network.config.architectures = [type(network).__name__]
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever the loaders raise, of which there is no list
         raise _load_error(source, error) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **gguf)
@@ -397,7 +449,7 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _load_error(source: _Source, error: Exception) -> SinkscopeError:
-    if source.location != source.label or source.gguf:
+    if not source.is_hub_name:
         first = str(error).strip().partition("\n")[0]
         return SinkscopeError(f"can't load {source.label!r}: {first}")
     from transformer_lens import supported_models
@@ -413,14 +465,38 @@ def _load_error(source: _Source, error: Exception) -> SinkscopeError:
     )
 
 
+def _hub_can_answer(name: str) -> bool:
+    """Whether the hub's host resolves, or the model is in the local cache: retrying without a network takes half a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
 def _has_hooked_transformer() -> bool:
     return int(importlib.metadata.version("transformer-lens").partition(".")[0]) < 4
 
 
-def _best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def _device(asked: str | torch.device | None) -> torch.device:
+    """Give the device asked for, or the best there is.
+
+    Raises:
+        SinkscopeError: no such device here.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if asked is None:
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise unknown("device", asked, [name for name, here in there.items() if here]) from None
+    return device
 
 
 @contextmanager

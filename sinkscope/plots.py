@@ -183,18 +183,21 @@ def distribution(frame: DataFrame, metric: str = "sink_mass", *, text: str = "al
     return _finish(ax, _title(metric, text, rows["key"].iloc[0]), labelled(metric), "heads", legend=True)
 
 
-def attention(attention_frame: DataFrame, tokens: Sequence[str], *, ax: Axes | None = None) -> Axes:
+def attention(attention_frame: DataFrame, tokens: Sequence[str] | None = None, *, ax: Axes | None = None) -> Axes:
     """Who looks at whom in one short text: a row per query, a column per key; at most 20 tokens are named.
 
     Args:
         attention_frame: columns `query, key, value` (share of the query's attention); later keys that get none stay blank.
-        tokens: the text of each token; spaces and control characters are made visible, long ones are cut.
+        tokens: the text of each token; spaces and control characters are made visible, long ones are cut. None takes the
+            column `key_token`, which :func:`sinkscope.attention_map` gives.
         ax: where to draw; a new figure without it.
 
     Raises:
         SinkscopeError: a position lies outside `tokens`.
     """
     last = int(attention_frame[["query", "key"]].to_numpy().max())
+    if tokens is None:
+        tokens = attention_frame.sort_values("key").drop_duplicates("key")["key_token"].tolist()
     if last >= len(tokens):
         raise SinkscopeError(f"attention reaches position {last}, but there are {len(tokens)} tokens")
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
@@ -215,14 +218,14 @@ def figures(frame: DataFrame, attention: DataFrame | None = None, tokens: Sequen
     Args:
         frame: tidy measurements.
         attention: columns `query, key, value`, for the picture of one short text.
-        tokens: that text's tokens.
+        tokens: that text's tokens, if not in its column `key_token`.
     """
     by_head = frame.dropna(subset=["head", "value"])["metric"].unique().tolist()
     metric = "sink_mass" if "sink_mass" in by_head else "".join(by_head[:1])
     draw = {f.__name__: partial(f, frame, metric) for f in (heatmap, progression, distribution) if metric}
     if "position_profile" in frame["metric"].unique():
         draw["positions"] = partial(positions, frame)
-    if attention is not None and tokens is not None:
+    if attention is not None:
         draw["attention"] = partial(_attention, attention, tokens)
     drawn = {stem: Figure(**SIZE) for stem in draw}
     for stem, function in draw.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sinkscope.errors import unknown
+from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.metrics.across import t_interval
 from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Moments
 from sinkscope.tokens import TextTokens
@@ -210,14 +210,25 @@ class SinkReport:
 
         return plots.distribution(self.frame, metric, text=text, ax=ax)
 
+    def attention_heatmap(self, *, ax: Axes | None = None) -> Axes:
+        """Draw who looks at whom in the one short text whose attention was kept.
+
+        Raises:
+            SinkscopeError: none was kept; says how to get one.
+        """
+        from sinkscope import plots
+
+        if self.attention is None:
+            raise SinkscopeError(
+                "this report keeps no attention map: plots.attention(ss.attention_map(model, text)) draws one; --out adds one"
+            )
+        return plots.attention(self.attention, ax=ax)
+
     def figures(self) -> dict[str, Figure]:
         """Draw everything that this report can be drawn as: file stem -> matplotlib Figure."""
         from sinkscope import plots
 
-        if self.attention is None:
-            return plots.figures(self.frame)
-        diagonal = self.attention[self.attention["query"] == self.attention["key"]]
-        return plots.figures(self.frame, self.attention, list(diagonal["query_token"]))
+        return plots.figures(self.frame, self.attention)
 
     # Files.
 

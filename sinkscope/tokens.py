@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -129,6 +130,10 @@ def tokenize(
     'text 1'
     """
     if isinstance(texts, Tokens):
+        if bos is not None or max_tokens is not None or attention_mask is not None:
+            raise SinkscopeError(
+                "these texts are tokenised already: give bos=, max_tokens= or attention_mask= to ss.tokenize"
+            )
         return texts
     if max_tokens is not None and max_tokens < 2:
         raise SinkscopeError(f"max_tokens={max_tokens}: at least 2 tokens are needed to look at attention")
@@ -139,7 +144,7 @@ def tokenize(
     sequences = []
     for index, (label, item) in enumerate(items):
         where = f"text {index}" + (f" ({label!r})" if label != f"text {index}" else "")
-        ids = decide.encode(item, where) if isinstance(item, str) else _ids(item, where)
+        ids = decide.encode(item, where, max_tokens) if isinstance(item, str) else _ids(item, where)
         ids = ids[:max_tokens]
         if len(ids) < 2:
             raise SinkscopeError(f"{where} has {len(ids)} token(s); attention needs at least 2. Give a longer text.")
@@ -163,13 +168,16 @@ class _Specials:
             raise SinkscopeError("bos=True, but this tokenizer has no BOS token: pass bos=False (--no-bos)")
         self.add = bos if bos is not None else (by_default and (self.id is not None or not causal))
 
-    def encode(self, text: str, where: str) -> Int[Tensor, " position"]:
+    def encode(self, text: str, where: str, max_tokens: int | None) -> Int[Tensor, " position"]:
         if self.tokenizer is None:
             raise SinkscopeError(f"{where} is a string, but the model has no tokenizer: pass token ids")
         if not text.strip():
             raise SinkscopeError(f"{where} is empty: give it at least two tokens of text, or leave it out")
-        special = self.add and not self.causal
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        # An encoder's text is cut inside its special tokens, so that [SEP] stays last.
+        special: dict[str, Any] = {"add_special_tokens": self.add and not self.causal}
+        if special["add_special_tokens"] and max_tokens is not None:
+            special |= {"truncation": True, "max_length": max(max_tokens, 3)}
+        ids: list[int] = self.tokenizer(text, verbose=False, **special)["input_ids"]
         if self.add and self.causal and ids[:1] != [self.id]:
             ids = [int(self.id or 0), *ids]
         return torch.tensor(ids, dtype=torch.long)
@@ -187,27 +195,39 @@ class _Specials:
 
 def _items(texts: Any, attention_mask: Tensor | None) -> list[tuple[str, Any]]:
     """Normalise the input to (label, str | ids) pairs."""
+    if isinstance(texts, np.ndarray):
+        texts = torch.as_tensor(texts)
+    if attention_mask is not None:
+        return [(f"text {i}", row) for i, row in enumerate(_without_pads(texts, attention_mask))]
     if isinstance(texts, Mapping):
-        return [(str(label), read_text(t) if isinstance(t, Path) else t) for label, t in texts.items()]
+        return [(_label(label), read_text(t) if isinstance(t, Path) else t) for label, t in texts.items()]
     if isinstance(texts, Tensor):
-        rows = list(texts) if texts.ndim == 2 else [texts]
-        if attention_mask is not None:
-            if attention_mask.shape != texts.shape:
-                raise SinkscopeError(
-                    f"attention_mask {tuple(attention_mask.shape)} must be shaped like the ids {tuple(texts.shape)}"
-                )
-            masks = list(attention_mask) if texts.ndim == 2 else [attention_mask]
-            rows = [row[mask.bool()] for row, mask in zip(rows, masks, strict=True)]
-        return [(f"text {i}", row) for i, row in enumerate(rows)]
-    if isinstance(texts, str | Path) or (isinstance(texts, Sequence) and texts and isinstance(texts[0], int)):
+        texts = list(texts) if texts.ndim == 2 else [texts]
+    elif isinstance(texts, str | Path) or (isinstance(texts, Sequence) and texts and isinstance(texts[0], int)):
         texts = [texts]
     items = []
     for i, text in enumerate(texts):
         if isinstance(text, Path):
-            items.append((text.name, read_text(text)))
+            items.append((_label(text.name), read_text(text)))
         else:
             items.append((f"text {i}", text))
     return items
+
+
+def _without_pads(texts: Any, attention_mask: Tensor) -> list[Tensor]:
+    """Take the tokens that the mask keeps out of a tensor of ids."""
+    if not isinstance(texts, Tensor) or attention_mask.shape != texts.shape:
+        given = (
+            f"the ids {tuple(texts.shape)}" if isinstance(texts, Tensor) else f"a tensor of ids, not a {type(texts).__name__}"
+        )
+        raise SinkscopeError(f"attention_mask {tuple(attention_mask.shape)} must be shaped like {given}")
+    rows = zip(texts.reshape(-1, texts.shape[-1]), attention_mask.reshape(-1, texts.shape[-1]), strict=True)
+    return [row[mask.bool()] for row, mask in rows]
+
+
+def _label(name: object) -> str:
+    """Make a label that every file format can hold: bytes of a file name that are not text become escapes."""
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _ids(item: Any, where: str) -> Int[Tensor, " position"]:
@@ -215,7 +235,9 @@ def _ids(item: Any, where: str) -> Int[Tensor, " position"]:
         ids = torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError):
         raise SinkscopeError(f"{where} is a {type(item).__name__}: expected a string, a path or token ids") from None
-    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or (len(ids) and int(ids.min()) < 0):
+    if ids.numel() == 0:
+        return torch.zeros(0, dtype=torch.long)
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or int(ids.min()) < 0:
         raise SinkscopeError(
             f"{where}: token ids must be one row of non-negative integers, got {tuple(ids.shape)} {ids.dtype}"
         )

@@ -40,7 +40,7 @@ def number(value: float) -> str:
     """
     if math.isnan(value):
         return ""
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def _compare(value: float, null: float) -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,14 +30,22 @@ NOTICES = pytest.StashKey[dict[str, int]]()
 
 
 def hub_unreachable() -> str | None:
-    """Knock at the hub's door, for at most three seconds."""
+    """Knock at the hub's door, for at most three seconds; a name server may keep us waiting as well."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return "HF_HUB_OFFLINE is set"
-    try:
-        socket.create_connection(("huggingface.co", 443), timeout=3).close()
-    except OSError as error:
-        return f"huggingface.co can't be reached ({error})"
-    return None
+    failed = ["no answer in 3 seconds"]
+
+    def knock() -> None:
+        try:
+            socket.create_connection(("huggingface.co", 443), timeout=3).close()
+            failed.clear()
+        except OSError as error:
+            failed[:] = [str(error)]
+
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(3)
+    return f"huggingface.co can't be reached ({failed[0]})" if failed else None
 
 
 def no_browser() -> str | None:
@@ -52,7 +61,8 @@ def why_not(marker: str, config: pytest.Config) -> str | None:
     run = getattr(config, "workerinput", {}).get("testrunuid")
     if run is None:
         return NEEDS[marker]()
-    answer = Path(tempfile.gettempdir()) / f"sinkscope-{run}-{marker}"
+    answer = Path(tempfile.gettempdir()) / f"sinkscope-{run}" / marker
+    answer.parent.mkdir(exist_ok=True)
     with FileLock(f"{answer}.lock"):
         if not answer.exists():
             answer.write_text(NEEDS[marker]() or "")
@@ -81,6 +91,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
     node.config.stash[NOTICES].update(getattr(node, "workeroutput", {}).get("notices", {}))
+    shutil.rmtree(Path(tempfile.gettempdir()) / f"sinkscope-{node.workerinput['testrunuid']}", ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -93,19 +104,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 TEXTS = {"a": "the quick brown fox", "b": "so it goes", "c": "attention, please: it sinks"}
 
 
+def fresh(model):
+    """Run a new model once: the first pass leaves TransformerLens's own marks (a pre-hook, a flag) for good."""
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    return model
+
+
 @pytest.fixture(scope="session")
 def tiny():
-    """Give the tiny model of a family, built once and run once: the first pass leaves TransformerLens's own marks."""
+    """Give the tiny model of a family, built once; tests that change it build their own."""
     from sinkscope.testing import tiny_model
 
-    @functools.cache
-    def build(family):
-        model = tiny_model(family)
-        with torch.no_grad():
-            model(torch.tensor([[1, 4, 5]]))
-        return model
-
-    return build
+    return functools.cache(lambda family: fresh(tiny_model(family)))
 
 
 @pytest.fixture(scope="session")
@@ -174,6 +185,16 @@ def play(patterns, metrics=None, *, causal=True, windows=None, **how):
     return ss.measure(model, model.ids, metrics, **how)
 
 
+def attempt(call):
+    """Give what a call returns, or the SinkscopeError that it raises."""
+    from sinkscope import SinkscopeError
+
+    try:
+        return call()
+    except SinkscopeError as error:
+        return error
+
+
 def table(report, metric, text="text 0", column="value"):
     """One metric of one text as an array with the axes that it has: layer, head, and key where that varies."""
     rows = report.frame[(report.frame["metric"] == metric) & (report.frame["text"] == text)]
@@ -196,9 +217,15 @@ def total(report, metric, text="text 0", column="value") -> float:
 
 
 def fingerprint(model: nn.Module) -> dict:
-    """Note all that a run could leave behind on a model, and the global grad mode; comparable with `==`."""
+    """Note all that a run could leave behind on a model, and the global grad mode; comparable with `==`.
+
+    `_fired_hook_out` is left out: TransformerLens writes it on any linear layer that runs, and never reads it there.
+    """
+    from transformers import AttentionInterface
+
     config = getattr(getattr(model, "original_model", None), "config", None)
     found = {
+        "interface": sorted(AttentionInterface._global_mapping),
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "config": config and (repr(config.to_dict()), config._attn_implementation),
         "cfg": repr(vars(model.cfg)),
@@ -207,7 +234,7 @@ def fingerprint(model: nn.Module) -> dict:
         own = vars(module)
         hooks = {kind: list(map(id, _members(held))) for kind, held in own.items() if kind.endswith("_hooks")}
         replaced = {key: id(value) for key, value in own.items() if callable(value) or key == "_pattern"}
-        found[name] = (module.training, hooks, replaced, sorted(own))
+        found[name] = (module.training, hooks, replaced, sorted(own.keys() - {"_fired_hook_out"}))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         checksum = zlib.crc32(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         found["tensor " + name] = (tensor.data_ptr(), tensor.requires_grad, tensor.grad is None, checksum)

@@ -14,9 +14,7 @@ from scipy import stats
 SHARE_OF_HEADS_EPS = 0.3
 """The threshold of `sink_share_of_heads`, whatever `eps` says."""
 
-NOT_OF_THE_PATTERN = frozenset(
-    {"value_drain", "sink_output_share", "key_norm", "query_key_cosine", "massive_activation"}
-)
+NOT_OF_THE_PATTERN = frozenset({"value_drain", "sink_output_share", "key_norm", "query_key_cosine", "massive_activation"})
 """Statistics that an attention pattern does not determine, so that uniform attention gives them no value."""
 
 
@@ -160,9 +158,7 @@ def keys_seen(i: int, T: int, *, causal: bool = True) -> int:
 Rows = list[list[float]]
 
 
-def _one_head(
-    rows: Rows, *, key: int, causal: bool, window: int | None, eps: Sequence[float]
-) -> dict[str, float]:
+def _one_head(rows: Rows, *, key: int, causal: bool, window: int | None, eps: Sequence[float]) -> dict[str, float]:
     """Give every statistic that has one value per head."""
     alpha = received(rows, key, causal=causal)
     visible = visible_sink_mass(rows, key, causal=causal, window=window)

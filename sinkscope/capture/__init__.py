@@ -6,11 +6,16 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
+from torch import Tensor
+
 from sinkscope.block import Block
-from sinkscope.capture import chunks
-from sinkscope.errors import unknown
+from sinkscope.capture import chunks, proof
+from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch, Tokens
+
+#: What `engine=` takes.
+ENGINES = ("auto", "flash", "hooks")
 
 OnBlock = Callable[[Block, frozenset[str]], None]
 
@@ -31,8 +36,11 @@ class Capture(Protocol):
         """Restore the model."""
         ...
 
-    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> None:
-        """Run the model's body once and hand every block to `on_block`, calling `tick` after each layer."""
+    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
+        """Run the model's body once and hand every block to `on_block`, calling `tick` after each layer.
+
+        Returns the last hidden state.
+        """
         ...
 
 
@@ -42,15 +50,35 @@ def choose(
     """Pick the engine that can run these metrics on this model.
 
     Args:
-        engine: `"auto"` or an engine's name.
+        engine: `"auto"` (flash where it is proved exact, else hooks) or an engine's name.
         adapter: the model.
         groups: what blocks must carry, one set per group of metrics.
-        chunk: query rows per step of a chunked prefill, None, or `"auto"`.
+        chunk: query rows per step of a chunked prefill, None, or `"auto"`; anything but `"auto"` asks for `hooks`.
         tokens: what will be run.
 
     Raises:
         SinkscopeError: no such engine, or one that can't run this.
     """
-    if engine not in ("auto", "hooks"):
-        raise unknown("engine", engine, ["auto", "hooks"])
-    return chunks.plan(adapter, groups, chunk, tokens)
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    plain = adapter.kind == "hugging_face"
+    if engine == "hooks" and plain:
+        raise SinkscopeError(
+            f"{adapter.name} is a plain Hugging Face model, which has no hooks on attention: leave engine out (flash), or "
+            "wrap it, TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
+        )
+    if engine == "flash" and chunk not in ("auto", None):
+        raise SinkscopeError(f"chunk={chunk!r} belongs to engine='hooks'; flash forms no pattern to cut: leave it out")
+    why = "a chunk was asked for"
+    if engine == "flash" or plain or (engine == "auto" and chunk == "auto"):
+        capture = proof.plan(adapter, groups, tokens)
+        if not isinstance(capture, str):
+            return capture
+        why = capture
+        if engine == "flash" or plain:
+            out = "" if plain else " Leave engine out, or pass engine='hooks'."
+            raise SinkscopeError(f"engine 'flash' can't run this on {adapter.name}: {why}.{out}")
+    hooks = chunks.plan(adapter, groups, chunk, tokens)
+    if engine == "auto":
+        hooks.why += f"; not flash: {why}"
+    return hooks

@@ -80,7 +80,7 @@ def _patterns(adapter: Adapter, batch: Batch, chunk: int | None) -> list[Tensor]
         into[:, :, block.start : block.start + block.n_queries, : pattern.shape[3]] = pattern
 
     try:
-        with HooksCapture(adapter, frozenset({ATTENTION}), chunk, "proof") as capture:
+        with HooksCapture(adapter, frozenset({frozenset({"pattern"})}), chunk, "proof") as capture:
             capture.run(batch, keep, lambda: None)
     except InertHookError:
         raise

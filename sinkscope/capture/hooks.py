@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sinkscope.block import HOOK_OF, Block, PatternRows, Rows
+from sinkscope.block import HOOK_OF, Block, Rows
+from sinkscope.capture.rows import MassAlone, NoRows, Source, StoredPattern
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch
@@ -27,22 +28,8 @@ from sinkscope.tokens import Batch
 if TYPE_CHECKING:
     from sinkscope.capture import OnBlock
 
-#: Rows that a metric sees at a time: bounds its temporaries, whatever the length.
-ROWS = 256
-ATTENTION = frozenset({"pattern"})
-
-
-class _NoRows:
-    """Stands where a metric did not ask for attention."""
-
-    def pattern(self) -> Tensor:
-        raise SinkscopeError("the block has no attention: declare it, @metric(needs=('pattern', ...))")
-
-    def mass(self, keys: Tensor) -> Tensor:
-        return self.pattern()
-
-    def row_sum(self) -> Tensor:
-        return self.pattern()
+#: Needs that attention itself satisfies; the others are hook points.
+ATTENTION = frozenset({"mass", "pattern"})
 
 
 @dataclass
@@ -78,8 +65,11 @@ class HooksCapture:
         self._pass = None
         self._stack.close()
 
-    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> None:
+    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
         """Run the body over one batch, in one shot or chunk by chunk.
+
+        Returns:
+            The last hidden state, `[batch, position, d_model]`; of the last chunk alone, where there are several.
 
         Raises:
             SinkscopeError: NaN or infinity in the activations; names the first layer.
@@ -94,18 +84,47 @@ class HooksCapture:
                 stop = min(start + step, length)
                 self._pass = _Pass(self.adapter, self.groups, batch, start, on_block, ticks)
                 hidden = self.adapter.body(batch.ids[:, start:stop], batch.valid[:, start:stop], cache)
-                self._pass.done()
+                if self._pass.unseen:
+                    raise self._inert(self._pass.unseen[0])
                 if not bool(torch.isfinite(hidden[batch.valid[:, start:stop]]).all()):
                     raise _NotFiniteError
+            return hidden
         except _NotFiniteError:
             self._pass = None
-            raise _first_bad_layer(self.adapter, batch) from None
+            where = self._first_bad(batch)
+            labels = ", ".join(repr(s.label) for s in batch.sequences)
+            raise SinkscopeError(
+                f"NaN or infinity {where} of {self.adapter.name} (text {labels}). Nothing was reported. Check the weights; "
+                "in float16, try bfloat16 or float32"
+            ) from None
         finally:
             self._pass = None
 
     def _on_activation(self, layer: int, need: str, value: Tensor) -> None:
         if self._pass is not None:
-            self._pass.take(layer, need, value)
+            stored = need == "pattern"
+            self._pass.take(layer, need, StoredPattern(value, self._pass.start, self.adapter.causal) if stored else value)
+
+    def _first_bad(self, batch: Batch) -> str:
+        """Run once more, looking at the residual stream before and after each layer: where does it first go wrong?"""
+        bad: list[str] = []
+
+        def look(layer: int, need: str, value: Tensor) -> None:
+            rows = value[batch.valid] if value.ndim == 3 else value.transpose(1, 2)[batch.valid]
+            if not bad and not bool(torch.isfinite(rows).all()):
+                bad.append("in the embeddings" if need == "hook_resid_pre" and layer == 0 else f"in layer {layer}")
+
+        with _hooked(self.adapter, frozenset({"hook_resid_pre", "pattern", "residual"}), look):
+            self.adapter.body(batch.ids, batch.valid)
+        return bad[0] if bad else "after the last layer"
+
+    def _inert(self, layer: int) -> InertHookError:
+        asked = {HOOK_OF.get(n, "attn.hook_pattern" if n in ATTENTION else n) for g in self.groups for n in g}
+        return InertHookError(
+            f"{' or '.join(sorted(asked))} never fired in layer {layer} of {self.adapter.name}. Where attention is delegated "
+            "to Hugging Face, its implementation must be eager: model.original_model.set_attn_implementation('eager'); or "
+            "load the model with ss.load_model"
+        )
 
 
 class _NotFiniteError(Exception):
@@ -142,16 +161,26 @@ class _Pass:
         self.adapter, self.groups, self.batch, self.start = adapter, groups, batch, start
         self.on_block, self.tick = on_block, tick
         self.layer = -1
-        self.held: dict[str, Tensor] = {}
+        self.held: dict[str, Any] = {}
         self.waiting: set[frozenset[str]] = set()
         self.seen: set[int] = set()
 
-    def take(self, layer: int, need: str, value: Tensor) -> None:
+    @property
+    def unseen(self) -> list[int]:
+        """Layers of which something never came."""
+        return [layer for layer in self.adapter.layers if layer not in self.seen]
+
+    def take(self, layer: int, need: str, value: Tensor | Source) -> None:
         if layer != self.layer:
             self.layer, self.held, self.waiting = layer, {}, set(self.groups)
         if not self.waiting:
             return
-        self.held[need] = value
+        if isinstance(value, Tensor):
+            self.held[need] = value
+        else:
+            if not value.finite(self.batch.valid[:, self.start : self.start + value.n]):
+                raise _NotFiniteError
+            self.held |= dict.fromkeys(ATTENTION, value)
         for group in [g for g in self.waiting if g <= self.held.keys()]:
             self.waiting.discard(group)
             for block in self._blocks(group):
@@ -162,50 +191,24 @@ class _Pass:
             self.tick()
 
     def _blocks(self, group: frozenset[str]) -> Iterator[Block]:
-        """Cut a layer's rows where a metric looks at attention alone; otherwise give them all at once."""
-        batch, causal = self.batch, self.adapter.causal
-        pattern = self.held.get("pattern") if "pattern" in group else None
-        n = pattern.shape[2] if pattern is not None else min(v.shape[1] for k, v in self.held.items() if k in group)
-        lengths = batch.lengths
+        """Cut a layer's rows where a metric looks at whole ones and nothing else; otherwise give them all at once."""
+        batch, lengths = self.batch, self.batch.lengths
+        source: Source | None = self.held["pattern"] if group & ATTENTION else None
         rest = {name: self.held[name] for name in group - ATTENTION}
-        step = ROWS if group == ATTENTION else n
-        for row in range(0, n, step):
-            stop = min(row + step, n)
-            first = self.start + row
-            rows: Rows = _NoRows()
-            if pattern is not None:
-                seen = self.start + stop if causal else pattern.shape[3]
-                rows = PatternRows(pattern[:, :, row:stop, :seen])
-                real = batch.valid[:, first : first + stop - row, None]
-                if not bool(torch.isfinite(rows.values[..., 0].transpose(1, 2).where(real, 0)).all()):
-                    raise _NotFiniteError
+        n = source.n if source is not None else min(value.shape[1] for value in rest.values())
+        for start, stop in source.cuts() if source is not None and group == {"pattern"} else [(0, n)]:
+            rows: Rows = NoRows() if source is None else source.rows(start, stop)
             yield Block(
                 layer=self.layer,
-                start=first,
-                rows=rows,
-                n_queries=stop - row,
+                start=self.start + start,
+                rows=rows if source is None or "pattern" in group else MassAlone(rows),
+                n_queries=stop - start,
                 lengths=lengths,
                 keys=torch.zeros_like(lengths),
-                causal=causal,
+                causal=self.adapter.causal,
                 window=self.adapter.windows.get(self.layer),
                 tokens=batch.ids,
                 activations=rest,
-            )
-
-    def done(self) -> None:
-        """Check that every layer has been seen.
-
-        Raises:
-            InertHookError: a hook never fired.
-        """
-        missing = [layer for layer in self.adapter.layers if layer not in self.seen]
-        if missing:
-            asked = {HOOK_OF.get(n, "attn.hook_pattern" if n == "pattern" else n) for g in self.groups for n in g}
-            needs = " or ".join(sorted(asked))
-            raise InertHookError(
-                f"{needs} never fired in layer {missing[0]} of {self.adapter.name}. Where attention is delegated to Hugging "
-                "Face, its implementation must be eager: model.original_model.set_attn_implementation('eager'); or load the "
-                "model with ss.load_model"
             )
 
 
@@ -215,7 +218,7 @@ def _hooked(adapter: Adapter, needs: frozenset[str], on_activation: Callable[[in
     added = []
     try:
         for layer in adapter.layers:
-            for need in needs:
+            for need in sorted({"pattern" if need in ATTENTION else need for need in needs}):
                 point = adapter.hook_point(layer, "attn.hook_pattern" if need == "pattern" else HOOK_OF.get(need, need))
                 point.add_hook(partial(_observe, on_activation=on_activation, layer=layer, need=need))
                 added.append((point, point.fwd_hooks[-1]))
@@ -247,22 +250,3 @@ def _dropping_patterns(adapter: Adapter) -> Iterator[None]:
             handle.remove()
         for module, pattern in zip(modules, kept, strict=True):
             module._pattern = pattern
-
-
-def _first_bad_layer(adapter: Adapter, batch: Batch) -> SinkscopeError:
-    """Run once more, looking at the residual stream before and after each layer, and name where it first goes wrong."""
-    bad: list[str] = []
-
-    def look(layer: int, need: str, value: Tensor) -> None:
-        rows = value[batch.valid] if value.ndim == 3 else value.transpose(1, 2)[batch.valid]
-        if not bad and not bool(torch.isfinite(rows).all()):
-            bad.append("in the embeddings" if need == "hook_resid_pre" and layer == 0 else f"in layer {layer}")
-
-    with _hooked(adapter, frozenset({"hook_resid_pre", "pattern", "residual"}), look):
-        adapter.body(batch.ids, batch.valid)
-    where = bad[0] if bad else "after the last layer"
-    labels = ", ".join(repr(s.label) for s in batch.sequences)
-    return SinkscopeError(
-        f"NaN or infinity {where} of {adapter.name} (text {labels}). Nothing was reported. Check the weights; in float16, "
-        "try bfloat16 or float32"
-    )

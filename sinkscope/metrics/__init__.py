@@ -5,8 +5,10 @@ A new metric is one decorated function in the file of its kind (`mass`, `shape`,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from importlib.metadata import entry_points
+from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
 
 from torch import Tensor
 
@@ -29,19 +31,26 @@ BUILT_IN: dict[str, AnyMetric] = {
 DEFAULT: tuple[str, ...] = tuple(name for name in BUILT_IN if name != "head_profile")
 
 
+def _offered() -> dict[str, EntryPoint]:
+    """Other packages' metrics, not loaded; a built-in name can't be taken."""
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS) if entry.name not in BUILT_IN}
+
+
+def _load(entry: EntryPoint) -> AnyMetric:
+    try:
+        loaded = _as_metric(entry.load())
+        return replace(loaded, name=entry.name)
+    except Exception as error:
+        raise SinkscopeError(f"the metric {entry.name!r} ({entry.value}) can't be loaded: {error}") from error
+
+
 def available() -> dict[str, AnyMetric]:
     """Every metric that can be asked for by name: the built-in ones and other packages'.
 
     Raises:
-        SinkscopeError: another package's entry point can't be loaded; names it.
+        SinkscopeError: another package's metric can't be loaded; names it.
     """
-    found = dict(BUILT_IN)
-    for entry in entry_points(group=ENTRY_POINTS):
-        try:
-            found.setdefault(entry.name, _as_metric(entry.load(), entry.name))
-        except Exception as error:
-            raise SinkscopeError(f"the metric {entry.name!r} ({entry.value}) can't be loaded: {error}") from error
-    return found
+    return BUILT_IN | {name: _load(entry) for name, entry in _offered().items()}
 
 
 def resolve(asked: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None) -> list[AnyMetric]:
@@ -62,6 +71,9 @@ def resolve(asked: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None)
     chosen = [_by_name(a) if isinstance(a, str) else _as_metric(a) for a in (DEFAULT if asked is None else asked)]
     merged: dict[str, AnyMetric] = {}
     for m in chosen:
+        ours = BUILT_IN.get(m.name)
+        if ours is not None and ours.fn is not m.fn:
+            raise SinkscopeError(f"{m.name!r} is a built-in metric: give yours another name, @ss.metric(name=...)")
         known = merged.get(m.name)
         if known is None or known == m:
             merged[m.name] = m
@@ -69,17 +81,19 @@ def resolve(asked: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None)
             merged[m.name] = known.at(*dict.fromkeys(known.thresholds + m.thresholds))
         else:
             raise SinkscopeError(f"two different metrics are called {m.name!r}: give one another name")
+        if isinstance(m, AcrossTexts):  # it is about another metric's values, which then are reported too
+            merged.setdefault(m.of, BUILT_IN[m.of])
     if not merged:
         raise SinkscopeError(f"no metrics asked for. Available: {', '.join(sorted(BUILT_IN))}")
     return list(merged.values())
 
 
 def _by_name(name: str) -> AnyMetric:
-    known = available()
+    offered = _offered()
     base, at, threshold = name.partition("@")
-    if base not in known:
-        raise unknown("metric", name, known)
-    found = known[base]
+    if base not in BUILT_IN and base not in offered:
+        raise unknown("metric", name, [*BUILT_IN, *offered])
+    found = BUILT_IN[base] if base in BUILT_IN else _load(offered[base])
     if not at:
         return found
     if (
@@ -91,13 +105,15 @@ def _by_name(name: str) -> AnyMetric:
     try:
         eps = float(threshold)
     except ValueError:
-        raise SinkscopeError(f"{name!r}: the threshold after @ must be a number, as in '{base}@0.3'") from None
+        eps = math.nan
+    if not math.isfinite(eps):
+        raise SinkscopeError(f"{name!r}: the threshold after @ must be a number, as in '{base}@0.3'")
     return found.at(eps)
 
 
-def _as_metric(thing: object, name: str | None = None) -> AnyMetric:
+def _as_metric(thing: object) -> AnyMetric:
     if isinstance(thing, Metric | Derived | AcrossTexts):
         return thing
     if not callable(thing):
         raise SinkscopeError(f"a metric is a name or a function of a block, not a {type(thing).__name__}")
-    return metric(needs="pattern", name=name)(thing)
+    return metric(thing)

@@ -66,8 +66,8 @@ class Metric:
 
     @property
     def group(self) -> frozenset[str]:
-        """What a block must carry before the metric can run; mass is read off the pattern's rows."""
-        return frozenset("pattern" if need == "mass" else need for need in self.needs)
+        """What a block must carry before the metric can run; where there are whole rows, mass is read off them."""
+        return frozenset(need for need in self.needs if need != "mass" or "pattern" not in self.needs)
 
     def at(self, *thresholds: float) -> Metric:
         """Ask for other thresholds: `sink_rate.at(0.5)`."""
@@ -237,20 +237,23 @@ class RowMean:
         Raises:
             SinkscopeError: the metric raised, or returned the wrong shape; names it and the layer.
         """
+        version = block.rows_version()
         try:
-            values = self.metric(block)
+            values = self.metric.fn(block)
         except Exception as error:
             raise SinkscopeError(
                 f"metric {self.metric.name!r} raised {type(error).__name__} in layer {block.layer}: {error}"
             ) from error
-        batch, n_keys = len(block.lengths), block.start + block.n_queries
-        shape = tuple(values.shape) if isinstance(values, Tensor) else None
-        if shape is None or len(shape) not in (3, 4) or shape[0] != batch or shape[2] != block.n_queries:
-            got = f"a tensor {shape}" if shape is not None else f"a {type(values).__name__}"
+        batch, n_keys = len(block.lengths), block.n_keys
+        shape = tuple(values.shape) if isinstance(values, Tensor) else ()
+        if (shape[:1], shape[2:]) not in (((batch,), (block.n_queries,)), ((batch,), (block.n_queries, n_keys))):
+            got = f"a tensor {shape}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
             raise SinkscopeError(
                 f"metric {self.metric.name!r} returned {got} in layer {block.layer}; expected [batch, head, query] = "
-                f"[{batch}, any, {block.n_queries}], or [batch, head, query, key] with one number per key"
+                f"[{batch}, any, {block.n_queries}], or [batch, head, query, key] = [..., {n_keys}] for one number per key"
             )
+        if block.rows_version() != version:
+            raise SinkscopeError(f"metric {self.metric.name!r} changes the block's pattern in place: work on a copy")
         chosen = block.valid & self.metric.over(block)
         kept = values if values.is_floating_point() else values.float()
         if not bool(chosen.all()):

@@ -57,7 +57,9 @@ class UniformRows:
         return torch.ones(1, 1, self.stop - self.start, dtype=torch.float64)
 
 
-def uniform_mean(metric: Metric, length: int, key: int, *, causal: bool, window: int | None) -> Array:
+def uniform_mean(
+    metric: Metric, length: int, key: int, *, causal: bool, window: int | None, tokens: Tensor | None = None
+) -> Array:
     """Apply a metric to uniform attention over one text.
 
     Args:
@@ -66,6 +68,7 @@ def uniform_mean(metric: Metric, length: int, key: int, *, causal: bool, window:
         key: sink position.
         causal: False for an encoder.
         window: the layer's sliding window, or None.
+        tokens: the text's ids `[position]`, for metrics that look at them.
 
     Returns:
         A number, or one per key `[key]`; NaN where the metric has no null.
@@ -81,6 +84,17 @@ def uniform_mean(metric: Metric, length: int, key: int, *, causal: bool, window:
     for start in range(0, length, ROWS):
         stop = min(start + ROWS, length)
         rows = UniformRows(start, stop, length, causal, window)
-        one = torch.tensor([length])
-        mean.update(Block(0, start, rows, stop - start, one, torch.tensor([key]), causal, window))
+        mean.update(
+            Block(
+                layer=0,
+                start=start,
+                rows=rows,
+                n_queries=stop - start,
+                lengths=torch.tensor([length]),
+                keys=torch.tensor([key]),
+                causal=causal,
+                window=window,
+                tokens=None if tokens is None else tokens[None],
+            )
+        )
     return np.asarray(mean.mean()[0, 0])

@@ -103,7 +103,7 @@ def check_metric(metric: str | AnyMetric | Callable[[Block], Tensor], *, seed: i
         whole = _means(checked, (5, 9), None, causal, seed)
         again = _means(checked, (5, 9), None, causal, seed)
         _same(checked, whole, again, "run twice")
-        if checked.group == {"pattern"}:
+        if checked.group <= {"mass", "pattern"}:
             for rows in (1, 4):
                 _same(checked, whole, _means(checked, (5, 9), rows, causal, seed), f"split into blocks of {rows} rows")
         for index, alone in enumerate((5, 9)):
@@ -131,7 +131,7 @@ def _means(
     shapes = dict.fromkeys(("query", "key", "value", "output"), (longest, heads, 8))
     activations = {
         need: torch.randn(len(lengths), *shapes.get(need, (longest, 16)), generator=generator)
-        for need in sorted(metric.group - {"pattern"})
+        for need in sorted(metric.group - {"mass", "pattern"})
     }
     if only is not None:
         t = lengths[only]

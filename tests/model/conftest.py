@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from tests.model.compare import attentions, reduced
+from tests.model.compare import attentions, layers_of, reduced
 
 
 def files_of(package: str, name: str) -> Path:
@@ -69,7 +69,7 @@ class HuggingFace:
         return attentions(self.network, ids)
 
     def reference(self, ids: list[int]) -> dict:
-        return reduced(self.pattern(ids))
+        return reduced(layers_of(self.network, ids))
 
     def free(self) -> None:
         del self.network

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 
 import sinkscope as ss
+from sinkscope.legacy import convert
 from sinkscope.models import adapt
 from sinkscope.testing import tiny_hf_model, tiny_tokenizer
-from tests.conftest import fingerprint, table
+from tests.conftest import fingerprint, fresh, table
 from tests.model.compare import IDS, TL4, check, check_all, novel, same, tiny_reference, windows_of
 from tests.model.conftest import HuggingFace
 
 pytestmark = pytest.mark.classes
 on_39 = pytest.mark.skipif(TL4, reason="TransformerLens 4 has neither HookedTransformer nor HookedEncoder")
-DECODERS = ["gpt2", "gpt_neox", "llama", "mistral", "bloom", "opt"]
+DECODERS = ["gpt2", "gpt_neox", "llama", "mistral", "bloom", "opt", "gptj", "qwen3", "gpt_oss", "phi3"]
 
 
 @pytest.mark.skipif(not TL4, reason="TransformerLens 3.9 has HookedTransformer")
@@ -45,7 +46,7 @@ def test_an_encoder_is_hugging_faces(hooked, key):
 @on_39
 @pytest.mark.parametrize("family", [*DECODERS, "bert"])
 def test_a_text_is_the_same_in_a_padded_batch_and_alone(hooked, family):
-    before = fingerprint(hooked(family))
+    before = fingerprint(fresh(hooked(family)))
     together = ss.measure(hooked(family), IDS)
     for label, ids in IDS.items():
         same(together, label, ss.measure(hooked(family), [ids]), "text 0", 1e-6)
@@ -82,11 +83,16 @@ def test_loading_by_directory(hooked, tmp_path, family):
 
 
 @on_39
-def test_an_architecture_that_it_cannot_convert_is_named(saved_model, tmp_path):
-    directory = tmp_path / "tiny-gpt_oss"
-    tiny_hf_model("gpt_oss").save_pretrained(directory)
-    with pytest.raises(ss.SinkscopeError, match="backend='bridge'"):
-        ss.load_model(directory, backend="hooked_transformer", device="cpu")
+def test_an_architecture_that_it_cannot_convert_is_named():
+    with pytest.raises(ss.SinkscopeError, match=r"'tiny' \(Gemma2ForCausalLM\).*backend='bridge'"):
+        convert(tiny_hf_model("gemma2"), tiny_tokenizer("gemma2"), "tiny")
+
+
+@on_39
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_without_a_tokenizer_ids_can_be_measured(hooked, family):
+    model = convert(tiny_hf_model(family), None, "tiny")
+    same(ss.measure(model, IDS), "text 1", ss.measure(hooked(family), IDS), "text 1", 1e-7)
 
 
 # --- SmolLM2-135M, by its name ------------------------------------------------------------------------------------

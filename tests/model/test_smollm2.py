@@ -10,12 +10,14 @@ import sinkscope as ss
 from sinkscope.testing import tiny_hf_model
 from tests import oracles
 from tests.conftest import fingerprint, table, total
-from tests.model.compare import EPS, PER_HEAD, RATES, attentions, check, check_all, novel, reduced, same
+from tests.model.compare import EPS, PER_HEAD, RATES, attentions, check, check_all, novel, reduced
 from tests.model.conftest import HuggingFace
 
 pytestmark = pytest.mark.model
 LENGTHS = (64, 256, 1024)
 UNEQUAL = (64, 100, 121)
+HOWS = [{"engine": "hooks", "chunk": None}, {"engine": "hooks", "chunk": 64}, {"engine": "flash"}]
+how = pytest.mark.parametrize("how", HOWS, ids=["one shot", "chunks of 64", "flash"])
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
@@ -54,31 +56,35 @@ def test_the_fast_reference_is_the_slow_one(expected):
             np.testing.assert_allclose(fast[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("chunk", [None, 64])
+@how
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("tokens", LENGTHS)
-def test_every_default_metric_is_hugging_faces(expected, smollm2, text, tokens, bos, chunk):
+def test_every_default_metric_is_hugging_faces(expected, smollm2, text, tokens, bos, how):
     _, values = expected[0][tokens, bos]
-    report = ss.measure(smollm2, text, bos=bos, max_tokens=tokens, chunk=chunk)
+    report = ss.measure(smollm2, text, bos=bos, max_tokens=tokens, **how)
     assert report.about["texts"][0]["n_tokens"] == tokens
-    assert report.about["arguments"]["chunk"] == chunk
+    assert (report.about["engine"], report.about["arguments"]["chunk"]) == (how["engine"], how.get("chunk"))
     check(report, values)
 
 
-@pytest.mark.parametrize("chunk", [None, 64])
-def test_a_batch_of_unequal_lengths(expected, smollm2, chunk):
+@how
+def test_a_batch_of_unequal_lengths(expected, smollm2, how):
     ids = {f"{n} tokens": expected[0][n, True][0] for n in UNEQUAL}
-    report = ss.measure(smollm2, ids, chunk=chunk)
+    report = ss.measure(smollm2, ids, **how)
     check_all(report, {f"{n} tokens": expected[0][n, True][1] for n in UNEQUAL})
 
 
-def test_long_text_is_chunked_by_itself(expected, smollm2, text):
-    report = ss.measure(smollm2, text, max_tokens=1024)
-    assert report.about["engine_why"] == (
-        "hooks on attn.hook_pattern, chunked prefill of 128 rows (KV cache proved right on this model)"
-    )
+@pytest.mark.parametrize(
+    ("engine", "why"),
+    [
+        ("hooks", "hooks on attn.hook_pattern, chunked prefill of 128 rows (KV cache proved right on this model)"),
+        ("auto", "fused attention and its log-sum-exps, no pattern formed (proved equal on this model's first tokens)"),
+    ],
+)
+def test_what_runs_by_itself(smollm2, text, engine, why):
+    report = ss.measure(smollm2, text, ["sink_mass"], max_tokens=1024, engine=engine)
+    assert report.about["engine_why"] == why
     assert report.about["bos"] == "BOS '<|im_start|>' (id 1) stands first (the model's convention)"
-    check(report, expected[0][1024, True][1])
 
 
 def test_the_sink_is_real(expected, smollm2, text):
@@ -88,10 +94,11 @@ def test_the_sink_is_real(expected, smollm2, text):
     assert total(report, "sink_rate@0.3") > 0.5 > total(report, "sink_rate@0.3", column="null") == 0
 
 
-def test_runs_are_bit_identical_and_leave_the_model_alone(smollm2, text):
-    first = ss.measure(smollm2, text, max_tokens=100)
+@how
+def test_runs_are_bit_identical_and_leave_the_model_alone(smollm2, text, how):
+    first = ss.measure(smollm2, text, max_tokens=100, **how)
     before = fingerprint(smollm2)
-    again = ss.measure(smollm2, text, max_tokens=100)
+    again = ss.measure(smollm2, text, max_tokens=100, **how)
     assert fingerprint(smollm2) == before
     for name in (*PER_HEAD, *(f"{rate}@{eps}" for rate in RATES for eps in EPS)):
         np.testing.assert_array_equal(table(first, name), table(again, name), err_msg=name)

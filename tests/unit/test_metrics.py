@@ -6,16 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import sinkscope as ss
-from sinkscope.capture import hooks
+from sinkscope.capture import rows as held
 from sinkscope.metrics import BUILT_IN, available
 from sinkscope.metrics import null as nulls
 from sinkscope.testing import planted_sink, tiny_hf_model
 from tests import oracles
 from tests.conftest import Playback, play, table, total
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 PER_HEAD = [
     "sink_mass", "sink_mass_excess", "visible_sink_mass", "received", "last_row_share", "row_entropy",
@@ -25,6 +27,8 @@ PER_HEAD = [
 PROFILES = ["position_profile", "received_profile"]
 MODEL_LEVEL = ["sink_strength", "first_to_rest_ratio", "layer_progression"]
 EVERYTHING = list(BUILT_IN)
+# A run takes a tenth of a second, so that shrinking what failed would take minutes.
+TEN, FIVE = (settings(max_examples=n, phases=[Phase.explicit, Phase.generate]) for n in (10, 5))
 
 
 def close(got, expected, tol=1e-9):
@@ -124,7 +128,7 @@ def test_the_oracle_covers_every_built_in_metric():
     assert covered | {"head_profile", "sink_positions", "consistency"} == set(BUILT_IN)
 
 
-@settings(max_examples=15)
+@TEN
 @given(patterns())
 def test_every_metric_is_the_oracles(drawn):
     pattern, kind = drawn
@@ -133,7 +137,7 @@ def test_every_metric_is_the_oracles(drawn):
     check(play([pattern], EVERYTHING, **kind), expected)
 
 
-@settings(max_examples=15)
+@TEN
 @given(patterns(), st.data())
 def test_any_key_may_be_looked_at(drawn, data):
     pattern, kind = drawn
@@ -147,7 +151,7 @@ def test_any_key_may_be_looked_at(drawn, data):
     assert set(rows["key"]) == {key % t}
 
 
-@settings(max_examples=15)
+@TEN
 @given(patterns(), st.data())
 def test_nulls_are_the_oracles(drawn, data):
     pattern, kind = drawn
@@ -179,11 +183,11 @@ def test_layers_with_and_without_a_window_have_nulls_of_their_own():
         close(table(report, "sink_mass", column="null")[layer], oracles.null("sink_mass", t))
 
 
-@pytest.mark.parametrize("key", [0, 3, -1])
+@pytest.mark.parametrize(("engine", "key"), [("hooks", 0), ("hooks", 3), ("hooks", -1), ("flash", 0), ("flash", -1)])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "bert"])
-def test_tiny_models_against_hugging_faces_own_attentions(tiny, family, key):
+def test_tiny_models_against_hugging_faces_own_attentions(tiny, family, engine, key):
     model, texts = tiny(family), ["the quick brown fox", "so it goes"]
-    report = ss.measure(model, texts, EVERYTHING, key=key)
+    report = ss.measure(model, texts, EVERYTHING, key=key, engine=engine)
     windows = [report.about["windows"].get(str(layer)) for layer in report.about["layers"]]
     for index, text in enumerate(texts):
         ids = torch.tensor([model.tokenizer(text).input_ids])
@@ -197,7 +201,7 @@ def test_tiny_models_against_hugging_faces_own_attentions(tiny, family, key):
 # --- properties ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15)
+@TEN
 @given(patterns())
 def test_mass_lies_between_nothing_and_the_row_sum(drawn):
     pattern, kind = drawn
@@ -211,21 +215,21 @@ def test_mass_lies_between_nothing_and_the_row_sum(drawn):
 texts_of_attention = st.lists(st.tuples(st.integers(0, 2**32), st.integers(2, 14)), min_size=1, max_size=6)
 
 
-@settings(max_examples=8)
+@FIVE
 @given(texts_of_attention, st.integers(1, 7), st.integers(1, 15), st.booleans())
 def test_batches_and_blocks_of_rows_change_nothing(texts, batch_size, rows, causal):
     kind = "causal" if causal else "encoder"
     made = [random_pattern(seed, t=t, kind=kind) for seed, t in texts]
     whole = play(made, EVERYTHING, causal=causal, batch_size=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks, "ROWS", rows)
+        patch.setattr(held, "ROWS", rows)
         patch.setattr(nulls, "ROWS", rows)
         cut = play(made, EVERYTHING, causal=causal, batch_size=batch_size)
     pd.testing.assert_frame_equal(cut.frame, whole.frame, atol=1e-9, rtol=1e-9)
     pd.testing.assert_frame_equal(cut.summary(), whole.summary(), atol=1e-9, rtol=1e-9)
 
 
-@settings(max_examples=8)
+@FIVE
 @given(texts_of_attention, st.randoms())
 def test_the_order_of_texts_changes_only_the_order_of_rows(texts, random):
     made = {f"t{i}": random_pattern(seed, t=t) for i, (seed, t) in enumerate(texts)}

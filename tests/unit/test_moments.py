@@ -1,6 +1,7 @@
 """The accumulators: however the numbers come in, the result is numpy's."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def blocks(cuts):
     """Random attention of three texts, cut before the rows in `cuts`; pads hold nonsense."""
     whole = torch.rand(3, 2, T, T, generator=torch.Generator().manual_seed(3), dtype=torch.float64).tril()
     edges = sorted({0, T, *cuts})
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         rows = PatternRows(whole[:, :, start:stop, :stop])
         yield Block(0, start, rows, stop - start, torch.tensor(LENGTHS), torch.tensor([0, 1, 1]))
 
@@ -144,7 +145,7 @@ def test_counts_and_flags_are_averaged_as_numbers():
 
 
 def test_a_mean_of_nothing_is_an_error():
-    with pytest.raises(ss.SinkscopeError, match="per_query.*saw no block"):
+    with pytest.raises(ss.SinkscopeError, match=r"per_query.*saw no block"):
         RowMean(per_query).mean()
 
 

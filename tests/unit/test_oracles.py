@@ -199,16 +199,12 @@ def test_planted_sink(score):
     assert got["sink_mass"] == pytest.approx(sum(mass) / T)
     assert got["received"] == pytest.approx(sum(mass) / T)
     assert got["last_row_share"] == pytest.approx(mass[-1])
-    assert got["sink_mass_excess"] == pytest.approx(
-        sum(mass[i] - 1 / (i + 1) for i in range(1, T)) / (T - 1), abs=1e-15
-    )
+    assert got["sink_mass_excess"] == pytest.approx(sum(mass[i] - 1 / (i + 1) for i in range(1, T)) / (T - 1), abs=1e-15)
     # Entropy of a softmax is log Z minus the mean score: Z = c + i, and only key 0 has a score.
     entropies = [math.log(c + i) - mass[i] * score for i in range(T)]
     assert got["row_entropy"] == pytest.approx(sum(entropies) / T)
     assert got["effective_keys"] == pytest.approx(sum(math.exp(h) for h in entropies) / T)
-    assert got["normalized_row_entropy"] == pytest.approx(
-        sum(entropies[i] / math.log(i + 1) for i in range(1, T)) / (T - 1)
-    )
+    assert got["normalized_row_entropy"] == pytest.approx(sum(entropies[i] / math.log(i + 1) for i in range(1, T)) / (T - 1))
 
 
 def test_uniform_in_both_directions():
@@ -339,9 +335,7 @@ def test_bad_input_is_refused(shape, arguments, message):
 
 def test_uniform_pattern():
     np.testing.assert_array_equal(oracles.uniform(3), [[1, 0, 0], [1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]])
-    np.testing.assert_array_equal(
-        oracles.uniform(3, window=2), [[1, 0, 0], [1 / 2, 1 / 2, 0], [0, 1 / 2, 1 / 2]]
-    )
+    np.testing.assert_array_equal(oracles.uniform(3, window=2), [[1, 0, 0], [1 / 2, 1 / 2, 0], [0, 1 / 2, 1 / 2]])
     np.testing.assert_array_equal(oracles.uniform(2, causal=False), np.full((2, 2), 0.5))
 
 

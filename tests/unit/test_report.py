@@ -14,7 +14,7 @@ from sinkscope.attention import attention_map
 from sinkscope.compare import side_by_side
 from sinkscope.testing import tiny_hf_model
 from tests import oracles
-from tests.conftest import TEXTS, play, table, total
+from tests.conftest import TEXTS, attempt, play, table, total
 from tests.synthetic import HOSTILE
 
 COLUMNS = ["model", "text", "metric", "layer", "head", "key", "value", "std_error", "null", "tokens"]
@@ -98,6 +98,8 @@ def test_the_summary_is_per_text_first_then_across(report, metric):
     each = [total(report, metric, label) for label in TEXTS]
     assert total(report, metric, "all") == pytest.approx(np.mean(each), abs=1e-12)
     assert total(report, metric, "all", "std_error") == pytest.approx(oracles.standard_error(each), abs=1e-12)
+    nulls = [total(report, metric, label, "null") for label in TEXTS]
+    assert total(report, metric, "all", "null") == pytest.approx(np.mean(nulls), abs=1e-12)
     if metric == "sink_mass":
         assert each == pytest.approx([table(report, metric, label).mean() for label in TEXTS])
 
@@ -128,7 +130,7 @@ def test_rates_are_named_with_their_threshold(report):
 
 def test_summary_of_one_text_and_of_none(report):
     assert set(report.summary("b")["text"]) == {"b"}
-    with pytest.raises(ss.SinkscopeError, match="unknown text in this report 'd'.*Available: a, all, b, c"):
+    with pytest.raises(ss.SinkscopeError, match=r"unknown text in this report 'd'.*Available: a, all, b, c"):
         report.summary("d")
 
 
@@ -230,7 +232,11 @@ def test_the_attention_map_is_the_mean_over_layers_and_heads(llama):
     ids = torch.tensor([llama.tokenizer("so it goes").input_ids])
     with torch.no_grad():
         pattern = torch.stack(tiny_hf_model("llama")(ids, output_attentions=True).attentions)[:, 0].numpy()
-    for how, expected in [({}, pattern.mean((0, 1))), ({"layer": 1}, pattern[1].mean(0)), ({"layer": 2, "head": 3}, pattern[2, 3])]:
+    for how, expected in [
+        ({}, pattern.mean((0, 1))),
+        ({"layer": 1}, pattern[1].mean(0)),
+        ({"layer": 2, "head": 3}, pattern[2, 3]),
+    ]:
         got = attention_map(llama, "so it goes", **how).pivot(index="query", columns="key", values="value")
         np.testing.assert_allclose(got, expected, atol=1e-6)
     for bad in ({"layer": 3}, {"head": 4}, {"head": -1}):
@@ -272,7 +278,15 @@ def test_a_number_that_is_not_there_is_not_talked_about(llama):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.5, "0.500"), (-0.25, "-0.250"), (18.255, "18.3"), (999.4, "999"), (999.9, "1,000"), (12345.6, "12,346"), (0.0, "0.000")],
+    [
+        (0.5, "0.500"),
+        (-0.25, "-0.250"),
+        (18.255, "18.3"),
+        (999.4, "999"),
+        (999.9, "1,000"),
+        (12345.6, "12,346"),
+        (0.0, "0.000"),
+    ],
 )
 def test_numbers_have_three_digits(value, text):
     assert words.number(value) == text
@@ -305,7 +319,7 @@ def test_the_csv_is_the_frame(saved):
     lines = (directory / "measurements.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == ",".join(COLUMNS)
     assert lines[1].startswith("tiny-llama,a,sink_mass,0,0,0,0.")  # whole numbers, not 0.0
-    read = pd.read_csv(directory / "measurements.csv").astype({c: "Int64" for c in ("layer", "head", "key", "tokens")})
+    read = pd.read_csv(directory / "measurements.csv").astype(dict.fromkeys(("layer", "head", "key", "tokens"), "Int64"))
     pd.testing.assert_frame_equal(read, report.frame, check_dtype=False)
     assert (directory / "summary.csv").read_text(encoding="utf-8").splitlines()[0] == ",".join(SUMMARY)
 
@@ -380,12 +394,8 @@ def test_hostile_labels_and_tokens_survive_and_are_escaped(llama, tmp_path):
 
 def test_a_label_that_utf8_can_not_write_is_saved_or_refused_in_our_words(llama, tmp_path):
     """File names that are not UTF-8 reach Python with lone surrogates in them."""
-    try:
-        ss.measure(llama, {"caf\udce9.txt": "so it goes"}, ["sink_mass"]).save(tmp_path)
-    except ss.SinkscopeError:
-        assert not (tmp_path / "summary.json").exists()
-    else:
-        ss.load_report(tmp_path)
+    got = attempt(lambda: ss.measure(llama, {"caf\udce9.txt": "so it goes"}, ["sink_mass"]).save(tmp_path))
+    assert (tmp_path / "summary.json").exists() != isinstance(got, ss.SinkscopeError)
     assert not list(tmp_path.glob(".*"))
 
 

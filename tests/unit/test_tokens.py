@@ -7,6 +7,7 @@ import torch
 import sinkscope as ss
 from sinkscope.testing import tiny_tokenizer
 from sinkscope.tokens import key_positions, read_text, tokenize
+from tests.conftest import attempt
 
 TOKENIZER, BERT = tiny_tokenizer(), tiny_tokenizer("bert")
 A, B, BOS = 4, 5, 1  # ids of "a", "b" and BOS
@@ -212,12 +213,8 @@ def test_a_mask_of_another_shape():
 @pytest.mark.parametrize("texts", [[[5, 6, 0]], np.array([[5, 6, 0]]), "ab", ["ab"]])
 def test_a_mask_is_never_ignored(texts):
     """Either the pads go, or the caller hears that a mask goes with a tensor only."""
-    try:
-        got = ids_of(texts, attention_mask=torch.tensor([[1, 1, 0]]))
-    except ss.SinkscopeError as error:
-        assert "attention_mask" in str(error)
-    else:
-        assert got == [[5, 6]]
+    got = attempt(lambda: ids_of(texts, attention_mask=torch.tensor([[1, 1, 0]])))
+    assert got == [[5, 6]] or "attention_mask" in str(got)
 
 
 def test_batches_are_right_padded_and_their_mask_comes_from_lengths():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from sinkscope.block import Block
 from sinkscope.capture import Capture, choose
+from sinkscope.errors import SinkscopeError
 from sinkscope.metrics import BUILT_IN, resolve
 from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Metric, RowMean
 from sinkscope.metrics.null import uniform_mean
 from sinkscope.models import Adapter, adapt
 from sinkscope.progress import bar
 from sinkscope.report import SinkReport, TextResult, Value
+from sinkscope.resume import Finished
 from sinkscope.tokens import TextTokens, key_positions, tokenize
 
 Key = int | str
@@ -35,6 +38,7 @@ def measure(
     chunk: int | str | None = "auto",
     batch_size: int = 8,
     progress: bool = False,
+    resume: str | Path | None = None,
 ) -> SinkReport:
     """Measure attention sinks, streaming: no full attention tensor is stored, no logits are computed.
 
@@ -52,6 +56,8 @@ def measure(
             `"auto"` chunks long texts where the model's KV cache has been proved right.
         batch_size: texts per forward pass, at most.
         progress: show a progress bar over texts and layers on stderr.
+        resume: a directory (the one that the report will be saved in). Finished batches are kept there, and the same call
+            goes on after the last of them when it was interrupted or killed. `report.save` drops them.
 
     Returns:
         A :class:`SinkReport`; every number is per sequence first, means and standard errors are across sequences.
@@ -72,19 +78,27 @@ def measure(
         attention_mask=attention_mask,
     )
     adapter.check(tokens)
-    keys: list[Key] = [key] if isinstance(key, int | str) else list(key)
+    keys: list[Key] = [key] if isinstance(key, int | str) else list(dict.fromkeys(key))
+    if not keys or batch_size < 1:
+        raise SinkscopeError(f"key={key!r}, batch_size={batch_size}: at least one key and one text per batch are needed")
     for k in keys:
         key_positions(k, tokens.sequences)
     capture = choose(engine, adapter, frozenset(m.group for m in base), chunk, tokens)
     finish = _Finish(asked, base, keys, adapter)
+    about = adapter.describe() | _how(capture, tokens.bos, asked, keys, max_tokens, batch_size)
+    finished = Finished(resume, about | {"weights": adapter.checksum(), "metrics": [repr(_code(m)) for m in asked]})
     done: dict[str, TextResult] = {}
     with capture, bar(progress, len(tokens) * len(adapter.layers), "measure") as tick:
         for batch in tokens.batches(batch_size, adapter.device):
-            observer = _Observer(base, [key_positions(k, batch.sequences) for k in keys])
-            capture.run(batch, observer, partial(tick, len(batch.sequences)))
-            for row, sequence in enumerate(batch.sequences):
-                done[sequence.label] = finish(observer, row, sequence)
-    about = adapter.describe() | _how(capture, tokens.bos, asked, keys, max_tokens, batch_size)
+            results = finished.load(batch)
+            if results is None:
+                observer = _Observer(base, [key_positions(k, batch.sequences) for k in keys])
+                capture.run(batch, observer, partial(tick, len(batch.sequences)))
+                results = [finish(observer, row, sequence) for row, sequence in enumerate(batch.sequences)]
+                finished.store(batch, results)
+            else:
+                tick(len(batch.sequences) * len(adapter.layers))
+            done |= {result.sequence.label: result for result in results}
     return SinkReport.assemble([done[s.label] for s in tokens.sequences], asked, about)
 
 
@@ -132,7 +146,7 @@ class _Finish:
 
     def __init__(self, asked: Sequence[AnyMetric], base: Sequence[Metric], keys: Sequence[Key], adapter: Adapter) -> None:
         self.asked, self.base, self.keys, self.adapter = asked, base, keys, adapter
-        self._nulls: dict[tuple[str, int, int, int | None], Array] = {}
+        self._nulls: dict[tuple[str, str, int, int, int | None], Array] = {}
 
     def __call__(self, observer: _Observer, row: int, sequence: TextTokens) -> TextResult:
         values = []
@@ -145,7 +159,7 @@ class _Finish:
                 means[m.name] = observer.value(m.name, index if m.at_key else 0, row)
                 if means[m.name].ndim == 3:
                     means[m.name] = means[m.name][..., : len(sequence)]
-                nulls[m.name] = self._null(m, len(sequence), position, means[m.name])
+                nulls[m.name] = self._null(m, sequence, position, means[m.name])
             for reported in self.asked:
                 at_key = getattr(reported, "at_key", False)
                 if at_key or index == 0:
@@ -153,19 +167,20 @@ class _Finish:
                     values += _values(reported, means, nulls, at, mark, len(sequence), self.adapter.causal)
         return TextResult(sequence, tuple(values))
 
-    def _null(self, m: Metric, length: int, position: int, like: Array) -> Array:
+    def _null(self, m: Metric, sequence: TextTokens, position: int, like: Array) -> Array:
         """Give the null in the shape of the value: a layer's window may matter, heads never do."""
-        rows = []
+        if m.null is None:
+            return np.full(like.shape, np.nan)
+        # Of the built-in metrics none looks at the text, only at its length; another one may.
+        text = "" if m.name in BUILT_IN else sequence.label
+        causal, rows = self.adapter.causal, []
         for layer in self.adapter.layers:
             window = self.adapter.windows.get(layer) if m.null == "visible" else None
-            at = (m.name, length, position, window)
+            at = (m.name, text, len(sequence), position, window)
             if at not in self._nulls:
-                self._nulls[at] = uniform_mean(m, length, position, causal=self.adapter.causal, window=window)
+                self._nulls[at] = uniform_mean(m, len(sequence), position, causal=causal, window=window, tokens=sequence.ids)
             rows.append(self._nulls[at])
-        stacked = np.stack(rows)[:, None]
-        if m.null is None or stacked.ndim != like.ndim:
-            return np.full(like.shape, np.nan)
-        return np.broadcast_to(stacked, like.shape)
+        return np.broadcast_to(np.stack(rows)[:, None], like.shape)
 
 
 def _values(
@@ -191,13 +206,25 @@ def _values(
                 axes,
                 value,
                 null[name],
-                *((None, None) if "key" in axes else (float(np.nanmean(value)), float(null[name].mean()))),
+                *((None, None) if "key" in axes else (_mean(value), _mean(null[name]))),
             )
             for name, value in m.finish(means[m.name]).items()
         ]
     value, null_value = m(means, tokens, causal), m(nulls, tokens, causal)
     total = (float(m.total(value)), float(m.total(null_value))) if m.total else (None, None)
     return [Value(m.name, tag, key, m.axes, value, null_value, *total)]
+
+
+def _code(m: AnyMetric) -> tuple[Any, ...]:
+    """Tell a metric from an earlier version of itself under the same name."""
+    code = getattr(m.fn, "__code__", None)
+    return (m, getattr(code, "co_code", b""), getattr(code, "co_consts", ()))
+
+
+def _mean(values: Array) -> float:
+    """Mean over layers and heads of what is defined; NaN where nothing is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else float("nan")
 
 
 def _how(

@@ -1,0 +1,267 @@
+"""Engine `flash`: fused attention that keeps each row's log-sum-exp, so that no pattern is ever formed.
+
+For models whose attention Hugging Face's attention interface can replace, inside a TransformerBridge or plain. The bridge
+rebuilds attention itself and does not ask the interface; so, for the time of a run, its attention modules make place for
+those of Hugging Face that they wrap, and the interface has a function of ours. Hooks on queries, keys, values and the
+residual stream sit in modules inside and still fire; `hook_pattern` does not. All of it is undone at exit.
+
+A metric's rows are then recomputed from queries, keys and log-sum-exps, as few of them as it asks for: see `rows.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+
+from sinkscope.capture.hooks import ATTENTION, HooksCapture, _hooked
+from sinkscope.capture.op import attention_with_lse
+from sinkscope.capture.rows import Scores, Scratch
+from sinkscope.errors import InertHookError, SinkscopeError
+from sinkscope.models import Adapter
+from sinkscope.tokens import Batch
+
+if TYPE_CHECKING:
+    from sinkscope.capture import OnBlock
+
+#: What Hugging Face's modules pass to their attention function besides, and that changes no number here.
+HARMLESS = frozenset(
+    {"position_ids", "position_embeddings", "cache_position", "use_cache", "token_type_ids"}
+    | {"output_attentions", "output_hidden_states", "return_dict"}
+)
+
+
+@dataclass
+class FlashCapture(HooksCapture):
+    """The engine, for one call of `measure`; what differs from `hooks` is where the rows come from."""
+
+    name: str = "flash"
+    _calls: int = field(default=0, repr=False)
+    _scratch: Scratch = field(default_factory=Scratch, repr=False)
+
+    def __enter__(self) -> FlashCapture:
+        """Swap attention, and hook what else was asked for."""
+        others = frozenset().union(*self.groups) - ATTENTION
+        with ExitStack() as stack:
+            stack.enter_context(self.adapter.quiet())
+            stack.enter_context(swapped(self.adapter, self._attend, _Masks(self.adapter.causal)))
+            if others:
+                stack.enter_context(_hooked(self.adapter, others, self._on_activation))
+            self._stack = stack.pop_all()
+        return self
+
+    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
+        """Run the body over one batch; see `HooksCapture.run`."""
+        self._calls = 0
+        return super().run(batch, on_block, tick)
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **extra: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend, as Hugging Face's modules ask for it: `[batch, head, position, d]` in, `[batch, position, head, d]` out."""
+        layer = self._layer(module)
+        window, softcap, sinks = (extra.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
+        causal = extra.pop("is_causal", None)
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        for name, given in extra.items():
+            if name not in HARMLESS and given is not None and given is not False:
+                raise SinkscopeError(f"its attention takes {name!r}, which engine 'flash' does not know")
+        if dropout:
+            raise SinkscopeError(f"its attention drops out ({dropout}) in eval mode")
+        if bool(causal) != self.adapter.causal:
+            raise SinkscopeError(f"layer {layer} is {'causal' if causal else 'not causal'}, the model is not so")
+        if window != self.adapter.windows.get(layer):
+            ours = self.adapter.windows.get(layer)
+            raise SinkscopeError(f"layer {layer} has a sliding window of {window}, its configuration says {ours}")
+        if query.shape[2] != key.shape[2]:
+            raise SinkscopeError(f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys")
+        given = {
+            "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+            "causal": self.adapter.causal,
+            "window": window,
+            "softcap": softcap,
+            "sinks": sinks,
+            "key_mask": self._key_mask(attention_mask),
+        }
+        out, lse = attention_with_lse(query, key, value, **given)
+        if self._pass is not None:
+            self._pass.take(layer, "pattern", Scores(query, key, lse, scratch=self._scratch, **given))
+        return out.transpose(1, 2).contiguous(), None
+
+    def _layer(self, module: nn.Module) -> int:
+        """Tell the layer by the order of calls, and ask the module where it knows."""
+        layers = self.adapter.layers
+        layer = layers[self._calls % len(layers)]
+        if self._calls >= len(layers) and self._pass is not None:
+            raise SinkscopeError(f"attention was asked for more than {len(layers)} times, once per layer")
+        self._calls += 1
+        if getattr(module, "layer_idx", layer) not in (layer, None):
+            raise SinkscopeError(f"layer {module.layer_idx} came where layer {layer} was expected")
+        return layer
+
+    def _key_mask(self, mask: Tensor | None) -> Tensor | None:
+        """Read which keys are real off the mask that `_Masks` gave; a mask of the model's own is refused."""
+        if mask is None:
+            return None
+        if self.adapter.causal or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+            raise SinkscopeError("its attention mask is its own, not causal or key padding")
+        return mask[:, 0, 0]
+
+    def _inert(self, layer: int) -> InertHookError:
+        if self._calls == 0:
+            return InertHookError("its attention does not ask Hugging Face's attention interface")
+        others = sorted(frozenset().union(*self.groups) - ATTENTION)
+        what = " or ".join(others) if others and self._calls == len(self.adapter.layers) else "its attention"
+        return InertHookError(f"{what} never came from layer {layer} once Hugging Face's own attention was in place")
+
+    def _first_bad(self, batch: Batch) -> str:
+        self._calls = 0
+        return super()._first_bad(batch) if self.adapter.points else _first_bad_module(self.adapter, batch)
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """Stands for Hugging Face's mask function: causal masks need no tensor, an encoder's needs one row of keys."""
+
+    causal: bool
+
+    def __call__(
+        self,
+        *args: Any,
+        q_length: int = 0,
+        kv_length: int = -1,
+        mask_function: Callable[..., Any] | None = None,
+        attention_mask: Tensor | None = None,
+        local_size: int | None = None,
+        use_vmap: bool = False,
+        **extra: Any,
+    ) -> Tensor | None:
+        """Give the mask that the model's attention modules will be handed.
+
+        Raises:
+            SinkscopeError: the mask asked for is not causal, a sliding window, or the padding of an encoder.
+        """
+        if not args and not use_vmap and mask_function is not None and q_length == kv_length:
+            rows = torch.tensor(sorted({0, q_length // 2, q_length - 1}))[:, None]
+            keys = torch.arange(q_length)
+            nothing = torch.zeros((), dtype=torch.long)
+            seen = torch.as_tensor(mask_function(nothing, nothing, rows, keys)).expand(len(rows), q_length)
+            expected = (keys <= rows) if self.causal else torch.ones_like(seen)
+            if local_size is not None:
+                expected = expected & (rows - keys < local_size)
+            if torch.equal(seen, expected) and (self.causal or local_size is None):
+                if self.causal or attention_mask is None or bool(attention_mask.all()):
+                    return None
+                return attention_mask[:, None, None, :].bool()
+        raise SinkscopeError("its attention mask is neither causal, nor a sliding window, nor the padding of an encoder")
+
+
+# --- the swap -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def swapped(adapter: Adapter, attend: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
+    """Have a model call `attend` for attention, and `mask` for its masks; put everything back, whatever happens."""
+    name = f"sinkscope-{uuid4().hex}"
+    with ExitStack() as stack:
+        stack.enter_context(_registered(name, attend, mask))
+        stack.enter_context(chosen(adapter.network, name))
+        stack.enter_context(_unwrapped(adapter))
+        yield
+
+
+@contextmanager
+def _registered(name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    try:
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, mask)
+        yield
+    finally:  # there is no public way to take a name back
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+@contextmanager
+def chosen(network: nn.Module, name: str) -> Iterator[None]:
+    """Choose the attention of every part of a model: as `set_attn_implementation`, without its warnings, and undone."""
+    configs: dict[int, Any] = {}
+    waiting = [vars(module).get("config") for module in network.modules()]
+    while waiting:
+        config = waiting.pop()
+        if config is not None and hasattr(config, "_attn_implementation_internal") and id(config) not in configs:
+            configs[id(config)] = config
+            waiting += [getattr(config, key, None) for key in config.sub_configs]
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, kept in before:
+            config._attn_implementation_internal = kept
+
+
+@contextmanager
+def _unwrapped(adapter: Adapter) -> Iterator[None]:
+    """Let the attention modules of Hugging Face stand where the bridge has put its own around them."""
+    bridges = attention_bridges(adapter)
+    places = [
+        (parent, name, child)
+        for parent in adapter.model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and id(child) in bridges
+    ]
+    try:
+        for parent, name, child in places:
+            parent._modules[name] = child.original_component
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
+
+
+def attention_bridges(adapter: Adapter) -> dict[int, tuple[int, Any]]:
+    """Give the modules that a bridge has put around attention, by their `id`, with their layers; none in a plain model."""
+    if adapter.kind != "bridge":
+        return {}
+    layers = {id(adapter.hook_point(layer, "attn.hook_pattern")): layer for layer in adapter.layers}
+    return {
+        id(module): (layers[id(child)], module)
+        for module in adapter.model.modules()
+        for child in module._modules.values()
+        if id(child) in layers
+    }
+
+
+def _first_bad_module(adapter: Adapter, batch: Batch) -> str:
+    """Run once more, looking at what every module gives: the first to give NaN or infinity is named."""
+    bad: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if not bad and isinstance(first, Tensor) and first.is_floating_point() and not bool(torch.isfinite(first).all()):
+            bad.append(f"in {name}")
+
+    modules = [(name, module) for name, module in adapter.network.named_modules() if name]
+    handles = [m.register_forward_hook(lambda _, __, output, name=name: look(name, output)) for name, m in modules]
+    try:
+        adapter.body(batch.ids, batch.valid)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return bad[0] if bad else "after the last layer"

@@ -1,0 +1,97 @@
+"""Whether to run the `flash` engine: only after a proof, on a few tokens of the text, that it gives the same numbers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sinkscope.block import Block
+from sinkscope.capture.flash import FlashCapture, attention_bridges, chosen
+from sinkscope.capture.hooks import ATTENTION, HooksCapture
+from sinkscope.errors import SinkscopeError
+from sinkscope.models import Adapter
+from sinkscope.tokens import Batch, TextTokens, Tokens
+
+#: Tokens of the proof: enough to pass a short sliding window, where a model has one.
+TOKENS, PAST_A_WINDOW = 16, 48
+#: A wrong swap misses by 0.1 and more; rounding by 1e-5 in float32, by 1e-2 in half precision (hidden: relative).
+WRONG = {"float32": 1e-3, "float64": 1e-3}
+WRONG_IN_HALF = 5e-2
+MASS = frozenset({"mass"})
+WHY = "fused attention and its log-sum-exps, no pattern formed (proved equal on this model's first tokens)"
+
+
+def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) -> FlashCapture | str:
+    """Give the engine, or say why this model or these metrics can't have it."""
+    why = _refused(adapter, groups)
+    if why is not None:
+        return why
+    batch = _first_tokens(adapter, tokens)
+    try:
+        expected = _reference(adapter, batch)
+        with FlashCapture(adapter, groups | {MASS}, None, "proof") as capture:
+            found = _look(capture, batch)
+    except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        kind = "" if isinstance(error, SinkscopeError) else f"{type(error).__name__}: "
+        return f"{kind}{str(error)[:200]}"
+    wrong = WRONG.get(adapter.dtype, WRONG_IN_HALF)
+    for layer, ours, theirs in zip(adapter.layers, found[1], expected[1], strict=True):
+        gap = float((ours - theirs).abs().max())
+        if not gap < wrong:
+            return f"attention to the first token differs by {gap:.2g} in layer {layer}"
+    gap = float((found[0] - expected[0]).abs().mean() / expected[0].abs().mean())
+    return FlashCapture(adapter, groups, None, WHY) if gap < wrong else f"the last hidden state differs by {gap:.2g}"
+
+
+def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
+    """Say what is known to rule the engine out before anything is run."""
+    if adapter.kind not in ("bridge", "hugging_face"):
+        return f"a {type(adapter.model).__name__} computes attention itself"
+    others = sorted(frozenset().union(*groups) - ATTENTION)
+    if adapter.kind == "hugging_face" and others:
+        return (
+            f"a metric needs {others[0]!r}, and a plain Hugging Face model has no hook points: wrap it, "
+            "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
+        )
+    if adapter.windows and not adapter.causal:
+        return "it is an encoder with sliding windows"
+    for layer, bridge in attention_bridges(adapter).values():
+        inside = set(bridge.original_component.modules())
+        for module in bridge.modules():
+            if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
+                return f"there are hooks on the attention of layer {layer} that it would leave out"
+    return None
+
+
+def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:
+    """Take the start of the longest text; for an encoder, half of it too, so that there are pads."""
+    longest = max(tokens.sequences, key=len)
+    short_window = min(adapter.windows.values(), default=PAST_A_WINDOW) < PAST_A_WINDOW
+    n = min(len(longest), PAST_A_WINDOW if short_window else TOKENS)
+    sizes = [n] if adapter.causal else [n, (n + 1) // 2]
+    parts = (TextTokens(longest.label, longest.ids[:m], longest.strings[:m]) for m in sizes)
+    return next(Tokens(tuple(parts), tokens.bos).batches(2, adapter.device))
+
+
+def _look(capture: HooksCapture, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """Give the last hidden state, and every layer's attention to key 0, of the real rows."""
+    mass: list[Tensor] = []
+
+    def keep(block: Block, group: frozenset[str]) -> None:
+        if group == MASS:
+            mass.append(block.mass.transpose(1, 2)[batch.valid])
+
+    hidden = capture.run(batch, keep, lambda: None)
+    return hidden[batch.valid].float(), mass
+
+
+def _reference(adapter: Adapter, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """Give the same by the `hooks` engine; for a plain model, by Hugging Face's own eager attention."""
+    if adapter.kind == "bridge":
+        with HooksCapture(adapter, frozenset({MASS}), None, "reference") as capture:
+            return _look(capture, batch)
+    with adapter.quiet(), chosen(adapter.network, "eager"):
+        output = adapter.network.base_model(  # type: ignore[operator]
+            input_ids=batch.ids, attention_mask=batch.valid.long(), output_attentions=True, use_cache=False, return_dict=True
+        )
+    mass = [pattern[..., 0].transpose(1, 2)[batch.valid].float() for pattern in output.attentions if pattern is not None]
+    return output.last_hidden_state[batch.valid].float(), mass

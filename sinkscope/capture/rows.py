@@ -1,0 +1,226 @@
+"""Where an engine's attention rows come from: a layer's stored pattern, or its queries, keys and log-sum-exps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sinkscope.block import PatternRows, Rows
+from sinkscope.capture.op import scores_of
+from sinkscope.errors import SinkscopeError
+
+#: Rows that a metric sees at a time, at most: bounds its temporaries, whatever the length.
+ROWS = 256
+#: Bytes of the rows that are recomputed at a time, where that is fewer, and the fewest rows.
+BYTES, FEWEST = 16 << 20, 16
+
+
+@runtime_checkable
+class Source(Protocol):
+    """All attention rows of one layer in one forward pass."""
+
+    @property
+    def n(self) -> int:
+        """Give the number of rows."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Give some of them, counted from the first of this pass."""
+        ...
+
+    def cuts(self) -> Iterator[tuple[int, int]]:
+        """Cut the rows for metrics that look at whole ones."""
+        ...
+
+    def finite(self, real: Bool[Tensor, "batch row"]) -> bool:
+        """Look whether the real rows are free of NaN and infinity."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPattern:
+    """A pattern as TransformerLens hands it over; `start` is the position of its first row."""
+
+    values: Float[Tensor, "batch head query key"]
+    start: int
+    causal: bool
+
+    @property
+    def n(self) -> int:
+        """Give the number of rows."""
+        return self.values.shape[2]
+
+    def rows(self, start: int, stop: int) -> PatternRows:
+        """Give some rows, and the keys up to the last of them."""
+        return PatternRows(self.values[:, :, start:stop, : self.start + stop if self.causal else None])
+
+    def cuts(self) -> Iterator[tuple[int, int]]:
+        """Cut into `ROWS` rows each."""
+        return ((row, min(row + ROWS, self.n)) for row in range(0, self.n, ROWS))
+
+    def finite(self, real: Bool[Tensor, "batch row"]) -> bool:
+        """Look at the first column: a row with a bad score is bad everywhere."""
+        return bool(torch.isfinite(self.values[..., 0].transpose(1, 2).where(real[..., None], 0)).all())
+
+
+class Scratch:
+    """Memory that is used again and again: fresh pages for every block's scores would double the time of making them."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def __call__(self, like: Tensor, *shape: int) -> Tensor:
+        """Give an uninitialised tensor of this shape, which the next call takes back."""
+        size = math.prod(shape)
+        if self._memory.numel() < size or (self._memory.dtype, self._memory.device) != (like.dtype, like.device):
+            self._memory = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._memory[:size].view(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Rows that are recomputed when asked for: `A[i, k] = exp(score(q_i, k_k) - lse_i)`, exactly.
+
+    Attributes are those of :func:`sinkscope.capture.op.attention_with_lse`, the `lse` that it gave, and memory for scores
+    that all layers may share.
+    """
+
+    q: Float[Tensor, "batch head position d_head"]
+    k: Float[Tensor, "batch kv_head position d_head"]
+    lse: Float[Tensor, "batch head position"]
+    scale: float
+    causal: bool
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
+    key_mask: Bool[Tensor, "batch position"] | None = None
+    scratch: Scratch = field(default_factory=lambda: Scratch())
+
+    @property
+    def n(self) -> int:
+        """Give the number of rows."""
+        return self.q.shape[2]
+
+    def rows(self, start: int, stop: int) -> ScoredRows:
+        """Give some rows; nothing is computed before it is asked for."""
+        return ScoredRows(self, start, stop)
+
+    def cuts(self) -> Iterator[tuple[int, int]]:
+        """Cut into blocks of about `BYTES`, and at most `ROWS` rows: fewer, where rows are long."""
+        area = BYTES / (4 * self.q.shape[0] * self.q.shape[1])
+        start = 0
+        while start < self.n:
+            before = min(start, self.window or start)
+            # rows x keys = area, where the keys of a causal block are those before it and its own
+            rows = (math.sqrt(before**2 + 4 * area) - before) / 2 if self.causal else area / self.n
+            stop = min(start + min(max(FEWEST, int(rows)), ROWS), self.n)
+            yield start, stop
+            start = stop
+
+    def finite(self, real: Bool[Tensor, "batch row"]) -> bool:
+        """Look at the log-sum-exps: a bad score makes its row's bad."""
+        return bool(torch.isfinite(self.lse.transpose(1, 2).where(real[..., None], 0)).all())
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    """Rows `start` to `stop` of :class:`Scores`."""
+
+    of: Scores
+    start: int
+    stop: int
+
+    def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
+        """Give the attention to one key per sequence: one thin matrix product, whatever the number of rows."""
+        of = self.of
+        key = of.k[torch.arange(len(keys), device=keys.device), :, keys][:, :, None]
+        logs = scores_of(of.q[:, :, self.start : self.stop], key, of.scale, of.softcap)[..., 0]
+        seen = self._seen(keys[:, None])[:, None]
+        return torch.where(seen, (logs - of.lse[:, :, self.start : self.stop]).exp(), 0)
+
+    def row_sum(self) -> Float[Tensor, "batch head query"]:
+        """Give 1, less what the learned sink takes: exp(sink - lse)."""
+        lse = self.of.lse[:, :, self.start : self.stop]
+        if self.of.sinks is None:
+            return torch.ones_like(lse)
+        return 1 - (self.of.sinks.to(lse.dtype)[:, None] - lse).exp()
+
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """Give the whole rows, keys up to the last row; a window's other keys are zeros."""
+        band, first = self._whole[0], self._reach.start
+        return torch.nn.functional.pad(band, (first, 0)) if first else band
+
+    def entropy(self) -> Float[Tensor, "batch head query"]:
+        """Give the entropy of each row, -sum A log A: the logarithms were at hand."""
+        return self._whole[1]
+
+    @property
+    def _reach(self) -> slice:
+        of = self.of
+        first = 0 if of.window is None else max(0, self.start - of.window + 1)
+        return slice(first, self.stop if of.causal else of.n)
+
+    def _seen(self, keys: Int[Tensor, "*batch key"]) -> Bool[Tensor, "*batch query"]:
+        """Tell which rows see a key."""
+        queries = torch.arange(self.start, self.stop, device=self.of.q.device)
+        gap = queries - keys
+        seen = gap >= 0 if self.of.causal else torch.ones_like(gap, dtype=torch.bool)
+        return seen if self.of.window is None else seen & (gap < self.of.window)
+
+    @cached_property
+    def _whole(self) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch head query"]]:
+        """The keys in reach, and the entropy: its logarithms live in memory that the next block takes over."""
+        of, reach, rows = self.of, self._reach, slice(self.start, self.stop)
+        logs = scores_of(of.q[:, :, rows], of.k[:, :, reach], of.scale, of.softcap, of.scratch)
+        band = logs.sub_(of.lse[:, :, rows, None]).exp()
+        n = self.stop - self.start
+        if of.causal:
+            band[..., -n:].tril_()  # keys of the block itself: all earlier ones are seen
+        if of.window is not None:
+            band[..., :n].triu_(self.start - of.window + 1 - reach.start)  # of the oldest keys, each row sees one less
+        if of.key_mask is not None:
+            band.masked_fill_(~of.key_mask[:, None, None, reach], 0)
+        products = logs.mul_(band)
+        return band, -(products @ products.new_ones(products.shape[-1]))  # a third of the time of sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class MassAlone:
+    """Rows for metrics that did not ask for whole ones, which then need not exist."""
+
+    of: Rows
+
+    def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
+        """Give the attention to one key per sequence."""
+        return self.of.mass(keys)
+
+    def row_sum(self) -> Float[Tensor, "batch head query"]:
+        """Give the sums."""
+        return self.of.row_sum()
+
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """Refuse."""
+        raise SinkscopeError("the metric declares needs='mass': declare needs='pattern' to look at whole rows")
+
+
+class NoRows:
+    """Stands where a metric did not ask for attention."""
+
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """Refuse."""
+        raise SinkscopeError("the block has no attention: declare it, @metric(needs=('pattern', ...))")
+
+    def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
+        """Refuse."""
+        return self.pattern()
+
+    def row_sum(self) -> Float[Tensor, "batch head query"]:
+        """Refuse."""
+        return self.pattern()
