@@ -14,7 +14,8 @@ from sinkscope.block import Block
 from sinkscope.capture import Capture, choose
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics import BUILT_IN, resolve
-from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Metric, RowMean
+from sinkscope.metrics.accumulate import RowMean
+from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Metric
 from sinkscope.metrics.null import uniform_mean
 from sinkscope.models import Adapter, adapt
 from sinkscope.progress import bar

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.metrics.accumulate import Moments
 from sinkscope.metrics.across import t_interval
-from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Moments
+from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array
 from sinkscope.tokens import TextTokens
 from sinkscope.words import sentences
 

@@ -49,9 +49,9 @@ class FlashCapture(HooksCapture):
         others = frozenset().union(*self.groups) - ATTENTION
         with ExitStack() as stack:
             stack.enter_context(self.adapter.quiet())
-            stack.enter_context(swapped(self.adapter, self._attend, _Masks(self.adapter.causal)))
             if others:
                 stack.enter_context(_hooked(self.adapter, others, self._on_activation))
+            stack.enter_context(swapped(self.adapter, self._attend, _Masks(self.adapter.causal)))
             self._stack = stack.pop_all()
         return self
 
@@ -224,7 +224,7 @@ def _unwrapped(adapter: Adapter) -> Iterator[None]:
         (parent, name, child)
         for parent in adapter.model.modules()
         for name, child in parent._modules.items()
-        if child is not None and id(child) in bridges
+        if child is not None and (id(child) in bridges or _is_idle_norm(child))
     ]
     try:
         for parent, name, child in places:
@@ -233,6 +233,12 @@ def _unwrapped(adapter: Adapter) -> Iterator[None]:
     finally:
         for parent, name, child in places:
             parent._modules[name] = child
+
+
+def _is_idle_norm(module: nn.Module) -> bool:
+    """Tell a bridge that gives what Hugging Face's norm gives, and norms once more for hooks that nobody has set."""
+    native = vars(module).get("use_native_layernorm_autograd", False) and module._modules.get("_original_component")
+    return bool(native) and not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 def attention_bridges(adapter: Adapter) -> dict[int, tuple[int, Any]]:

@@ -193,7 +193,7 @@ class _Pass:
     def _blocks(self, group: frozenset[str]) -> Iterator[Block]:
         """Cut a layer's rows where a metric looks at whole ones and nothing else; otherwise give them all at once."""
         batch, lengths = self.batch, self.batch.lengths
-        source: Source | None = self.held["pattern"] if group & ATTENTION else None
+        source: Source | None = next((self.held[name] for name in group & ATTENTION), None)
         rest = {name: self.held[name] for name in group - ATTENTION}
         n = source.n if source is not None else min(value.shape[1] for value in rest.values())
         for start, stop in source.cuts() if source is not None and group == {"pattern"} else [(0, n)]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from sinkscope.block import Block
@@ -16,7 +19,7 @@ TOKENS, PAST_A_WINDOW = 16, 48
 #: A wrong swap misses by 0.1 and more; rounding by 1e-5 in float32, by 1e-2 in half precision (hidden: relative).
 WRONG = {"float32": 1e-3, "float64": 1e-3}
 WRONG_IN_HALF = 5e-2
-MASS = frozenset({"mass"})
+WHOLE = frozenset({"pattern"})
 WHY = "fused attention and its log-sum-exps, no pattern formed (proved equal on this model's first tokens)"
 
 
@@ -28,17 +31,19 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) ->
     batch = _first_tokens(adapter, tokens)
     try:
         expected = _reference(adapter, batch)
-        with FlashCapture(adapter, groups | {MASS}, None, "proof") as capture:
+        with FlashCapture(adapter, groups | {WHOLE}, None, "proof") as capture:
             found = _look(capture, batch)
     except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         kind = "" if isinstance(error, SinkscopeError) else f"{type(error).__name__}: "
         return f"{kind}{str(error)[:200]}"
     wrong = WRONG.get(adapter.dtype, WRONG_IN_HALF)
-    for layer, ours, theirs in zip(adapter.layers, found[1], expected[1], strict=True):
+    for layer, ours, theirs in zip(adapter.layers, found.mass, expected.mass or found.mass, strict=True):
         gap = float((ours - theirs).abs().max())
         if not gap < wrong:
             return f"attention to the first token differs by {gap:.2g} in layer {layer}"
-    gap = float((found[0] - expected[0]).abs().mean() / expected[0].abs().mean())
+    if not found.gap < wrong:
+        return f"rows miss their sums by {found.gap:.2g}"
+    gap = float((found.hidden - expected.hidden).abs().mean() / expected.hidden.abs().mean())
     return FlashCapture(adapter, groups, None, WHY) if gap < wrong else f"the last hidden state differs by {gap:.2g}"
 
 
@@ -72,26 +77,34 @@ def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:
     return next(Tokens(tuple(parts), tokens.bos).batches(2, adapter.device))
 
 
-def _look(capture: HooksCapture, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """Give the last hidden state, and every layer's attention to key 0, of the real rows."""
-    mass: list[Tensor] = []
+@dataclass
+class _Look:
+    """What an engine says of the real rows: last hidden state, mass on key 0 by layer, how far rows miss their sums."""
+
+    hidden: Tensor
+    mass: list[Tensor]
+    gap: float = 0.0
+
+
+def _look(capture: HooksCapture, batch: Batch) -> _Look:
+    mass, gaps = [], []
 
     def keep(block: Block, group: frozenset[str]) -> None:
-        if group == MASS:
+        if group == WHOLE:
             mass.append(block.mass.transpose(1, 2)[batch.valid])
+            gaps.append((block.pattern.sum(-1) - block.row_sum).transpose(1, 2)[batch.valid].abs().max())
 
     hidden = capture.run(batch, keep, lambda: None)
-    return hidden[batch.valid].float(), mass
+    return _Look(hidden[batch.valid].float(), mass, float(torch.stack(gaps).max()))
 
 
-def _reference(adapter: Adapter, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """Give the same by the `hooks` engine; for a plain model, by Hugging Face's own eager attention."""
+def _reference(adapter: Adapter, batch: Batch) -> _Look:
+    """Give the same by the `hooks` engine; of a plain model, only the last hidden state, by its own eager attention.
+
+    (Asked for attentions, Hugging Face would put hooks of its own on the model, and leave them there.)
+    """
     if adapter.kind == "bridge":
-        with HooksCapture(adapter, frozenset({MASS}), None, "reference") as capture:
+        with HooksCapture(adapter, frozenset({WHOLE}), None, "reference") as capture:
             return _look(capture, batch)
     with adapter.quiet(), chosen(adapter.network, "eager"):
-        output = adapter.network.base_model(  # type: ignore[operator]
-            input_ids=batch.ids, attention_mask=batch.valid.long(), output_attentions=True, use_cache=False, return_dict=True
-        )
-    mass = [pattern[..., 0].transpose(1, 2)[batch.valid].float() for pattern in output.attentions if pattern is not None]
-    return output.last_hidden_state[batch.valid].float(), mass
+        return _Look(adapter.body(batch.ids, batch.valid)[batch.valid].float(), [])

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.block import Block
-from sinkscope.metrics.base import Array, Metric, RowMean
+from sinkscope.metrics.accumulate import RowMean
+from sinkscope.metrics.base import Array, Metric
 
 #: Rows of the null pattern made at a time.
 ROWS = 256

@@ -12,7 +12,8 @@ from torch import Tensor
 from sinkscope.block import Block, PatternRows
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics import resolve
-from sinkscope.metrics.base import AnyMetric, Array, Metric, RowMean
+from sinkscope.metrics.accumulate import RowMean
+from sinkscope.metrics.base import AnyMetric, Array, Metric
 from sinkscope.models import bridge
 from sinkscope.testing.families import FAMILIES, tiny_hf_model, tiny_tokenizer
 

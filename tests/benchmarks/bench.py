@@ -76,7 +76,7 @@ def load(ways: list[str], tokens: int) -> tuple[Any, Any, Any]:
     import torch
 
     import sinkscope as ss
-    from sinkscope.models import _load_hugging_face, _locate
+    from sinkscope.models.load import _load_hugging_face, _locate
 
     torch.set_num_threads(THREADS)
     model = ss.load_model("smollm2-135m")

@@ -330,7 +330,7 @@ EVERYTHING = """
 import importlib, pkgutil, types
 import sinkscope
 for module in pkgutil.walk_packages(sinkscope.__path__, "sinkscope."):
-    if module.name not in ("sinkscope.__main__", "sinkscope.legacy"):
+    if module.name not in ("sinkscope.__main__", "sinkscope.models.legacy"):
         importlib.import_module(module.name)
 print([n for n in sinkscope.__all__ if isinstance(getattr(sinkscope, n), types.ModuleType)])
 """

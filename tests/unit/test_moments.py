@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import sinkscope as ss
 from sinkscope.block import Block, PatternRows
+from sinkscope.metrics.accumulate import Moments, RowMean
 from sinkscope.metrics.across import consistency, t_interval
-from sinkscope.metrics.base import Moments, RowMean, every_row, metric
+from sinkscope.metrics.base import every_row, metric
 from tests import oracles
 
 numbers = st.floats(-1e3, 1e3, allow_subnormal=False)

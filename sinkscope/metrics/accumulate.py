@@ -1,0 +1,130 @@
+"""The accumulators that stream a metric: means over rows within a sequence, moments across sequences. Both merge.
+
+Rows are averaged within a sequence (:class:`RowMean`); a threshold is applied per sequence; means and standard errors are
+taken across sequences (:class:`Moments`), since tokens of one sequence are not independent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sinkscope.block import Block
+from sinkscope.errors import SinkscopeError
+from sinkscope.metrics.base import Array, Metric
+
+
+@dataclass
+class RowMean:
+    """Mean over the rows of each sequence, streamed over blocks; sums are float64 on the CPU.
+
+    `sums` is `[batch, head]` or `[batch, head, key]`; `rows` counts the rows that entered, `[batch]`.
+    """
+
+    metric: Metric
+    sums: Array | None = None
+    rows: Array | None = None
+
+    def update(self, block: Block) -> None:
+        """Add a block.
+
+        Raises:
+            SinkscopeError: the metric raised, or returned the wrong shape; names it and the layer.
+        """
+        version = block.rows_version()
+        try:
+            values = self.metric.fn(block)
+        except Exception as error:
+            raise SinkscopeError(
+                f"metric {self.metric.name!r} raised {type(error).__name__} in layer {block.layer}: {error}"
+            ) from error
+        batch, n_keys = len(block.lengths), block.n_keys
+        shape = tuple(values.shape) if isinstance(values, Tensor) else ()
+        if (shape[:1], shape[2:]) not in (((batch,), (block.n_queries,)), ((batch,), (block.n_queries, n_keys))):
+            got = f"a tensor {shape}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise SinkscopeError(
+                f"metric {self.metric.name!r} returned {got} in layer {block.layer}; expected [batch, head, query] = "
+                f"[{batch}, any, {block.n_queries}], or [batch, head, query, key] = [..., {n_keys}] for one number per key"
+            )
+        if block.rows_version() != version:
+            raise SinkscopeError(f"metric {self.metric.name!r} changes the block's pattern in place: work on a copy")
+        chosen = block.valid & self.metric.over(block)
+        kept = values if values.is_floating_point() else values.float()
+        if not bool(chosen.all()):
+            kept = torch.where(chosen.reshape(batch, 1, -1, *[1] * (len(shape) - 3)), kept, 0)
+        sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32)).double().cpu().numpy()
+        self._add(sums, chosen.sum(-1).double().cpu().numpy(), n_keys)
+
+    def _add(self, sums: Array, rows: Array, n_keys: int) -> None:
+        if self.sums is None or self.rows is None:
+            self.sums, self.rows = sums, rows
+            return
+        if sums.ndim == 3 and sums.shape[-1] != self.sums.shape[-1]:
+            wide = max(sums.shape[-1], self.sums.shape[-1])
+            sums, self.sums = (np.pad(s, ((0, 0), (0, 0), (0, wide - s.shape[-1]))) for s in (sums, self.sums))
+        self.sums = self.sums + sums
+        self.rows = self.rows + rows
+
+    def merge(self, other: RowMean) -> RowMean:
+        """Combine with the same metric's sums over other rows of the same sequences."""
+        merged = RowMean(self.metric, self.sums, self.rows)
+        if other.sums is not None and other.rows is not None:
+            merged._add(other.sums, other.rows, other.sums.shape[-1])
+        return merged
+
+    def mean(self) -> Array:
+        """Give the mean per (sequence, head) or (sequence, head, key); NaN where no row entered."""
+        if self.sums is None or self.rows is None:
+            raise SinkscopeError(f"metric {self.metric.name!r} saw no block")
+        rows = self.rows.reshape(-1, *[1] * (self.sums.ndim - 1))
+        return np.divide(self.sums, rows, out=np.full_like(self.sums, np.nan), where=rows > 0)
+
+
+@dataclass
+class Moments:
+    """Count, mean and sum of squared deviations across sequences, per element; NaN counts as absent.
+
+    Merged by Chan, Golub & LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances",
+    so that texts, batches and processes combine in any order.
+
+    >>> a, b = Moments.of(np.array(1.0)), Moments.of(np.array(3.0))
+    >>> float(a.merge(b).mean), float(a.merge(b).std_error)
+    (2.0, 1.0)
+    """
+
+    count: Array
+    mean: Array
+    m2: Array
+
+    @classmethod
+    def of(cls, value: Array) -> Moments:
+        """One sequence's value."""
+        absent = np.isnan(value)
+        return cls(np.asarray(~absent, dtype=float), np.where(absent, 0.0, value), np.zeros(np.shape(value)))
+
+    def merge(self, other: Moments) -> Moments:
+        """Combine; where one has more keys than the other, the missing ones are absent."""
+        a, b = self, other
+        if a.mean.shape != b.mean.shape:
+            shape = np.maximum(a.mean.shape, b.mean.shape)
+            a, b = a._grow(shape), b._grow(shape)
+        count = a.count + b.count
+        safe = np.where(count > 0, count, 1.0)
+        delta = b.mean - a.mean
+        mean = a.mean + delta * b.count / safe
+        m2 = a.m2 + b.m2 + delta**2 * a.count * b.count / safe
+        return Moments(np.asarray(count), np.asarray(mean), np.asarray(m2))
+
+    def _grow(self, shape: NDArray[np.int_]) -> Moments:
+        pad = [(0, int(n - m)) for n, m in zip(shape, self.mean.shape, strict=True)]
+        return Moments(*(np.pad(x, pad) for x in (self.count, self.mean, self.m2)))
+
+    @property
+    def std_error(self) -> Array:
+        """Standard error of the mean, ddof 1; NaN with fewer than two sequences."""
+        n = np.where(self.count > 1, self.count, np.nan)
+        return np.asarray(np.sqrt(self.m2 / (n - 1) / n))

