@@ -11,7 +11,6 @@ from sinkscope.block import Block
 from sinkscope.capture import choose
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import adapt
-from sinkscope.tokens import tokenize
 
 #: Longest text that is drawn whole.
 LONGEST = 64
@@ -43,14 +42,7 @@ def attention_map(
         SinkscopeError: no such layer or head, or more than one text.
     """
     adapter = adapt(model)
-    tokens = tokenize(
-        adapter.tokenizer,
-        text,
-        bos=bos,
-        bos_by_default=adapter.bos_by_default,
-        causal=adapter.causal,
-        max_tokens=max_tokens,
-    )
+    tokens = adapter.tokenize(text, bos=bos, max_tokens=max_tokens)
     if len(tokens) != 1:
         raise SinkscopeError(f"one text at a time; got {len(tokens)}")
     if layer is not None and layer not in adapter.layers:

@@ -21,7 +21,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.progress import bar
 from sinkscope.report import SinkReport, TextResult, Value
 from sinkscope.resume import Finished
-from sinkscope.tokens import TextTokens, key_positions, tokenize
+from sinkscope.tokens import TextTokens, key_positions
 
 Key = int | str
 
@@ -69,15 +69,7 @@ def measure(
     adapter = adapt(model)
     asked = resolve(metrics)
     base = _base(asked)
-    tokens = tokenize(
-        adapter.tokenizer,
-        texts,
-        bos=bos,
-        bos_by_default=adapter.bos_by_default,
-        causal=adapter.causal,
-        max_tokens=max_tokens,
-        attention_mask=attention_mask,
-    )
+    tokens = adapter.tokenize(texts, bos=bos, max_tokens=max_tokens, attention_mask=attention_mask)
     adapter.check(tokens)
     keys: list[Key] = [key] if isinstance(key, int | str) else list(dict.fromkeys(key))
     if not keys or batch_size < 1:
@@ -87,7 +79,8 @@ def measure(
     capture = choose(engine, adapter, frozenset(m.group for m in base), chunk, tokens)
     finish = _Finish(asked, base, keys, adapter)
     about = adapter.describe() | _how(capture, tokens.bos, asked, keys, max_tokens, batch_size)
-    finished = Finished(resume, about | {"weights": adapter.checksum(), "metrics": [repr(_code(m)) for m in asked]})
+    run = about | {"weights": adapter.checksum(), "metrics": [repr(_code(m)) for m in asked]} if resume else {}
+    finished = Finished(resume, run)
     done: dict[str, TextResult] = {}
     with capture, bar(progress, len(tokens) * len(adapter.layers), "measure") as tick:
         for batch in tokens.batches(batch_size, adapter.device):

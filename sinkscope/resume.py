@@ -36,8 +36,6 @@ class Finished:
         """
         self.folder = None if directory is None else Path(directory).expanduser() / FOLDER
         self.run = json.dumps(run, sort_keys=True, default=str)
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, batch: Batch) -> list[TextResult] | None:
         """Give a batch's results if it was finished before."""
@@ -69,6 +67,7 @@ class Finished:
         for row, result in enumerate(results):
             for i, value in enumerate(result.values):
                 arrays[f"{row}-{i}-value"], arrays[f"{row}-{i}-null"] = value.value, value.null
+        path.parent.mkdir(parents=True, exist_ok=True)
         half = path.with_suffix(".half")
         with half.open("wb") as file:
             np.savez(file, **arrays)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.tokens import Tokens
+from sinkscope.tokens import Tokens, tokenize
 
 SMOLLM2 = "smollm2-135m"
 Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
@@ -89,6 +89,10 @@ class Adapter:
     def attention_modules(self) -> Iterator[nn.Module]:
         """Give the modules that may keep their last pattern."""
         return (module for module in self.network.modules() if hasattr(module, "_pattern"))
+
+    def tokenize(self, texts: Any, **how: Any) -> Tokens:
+        """Tokenise texts by this model's conventions; arguments as for :func:`sinkscope.tokenize`."""
+        return tokenize(self.tokenizer, texts, bos_by_default=self.bos_by_default, causal=self.causal, **how)
 
     def check(self, tokens: Tokens) -> None:
         """Refuse, before anything runs, what the model can't take.
