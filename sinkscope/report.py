@@ -177,7 +177,9 @@ class SinkReport:
         Raises:
             SinkscopeError: `sink_positions` was not measured, or no such text.
         """
-        rows = self.frame[(self.frame["metric"] == self._metric("sink_positions")) & (self.frame["text"] != ALL)]
+        if "sink_positions" not in self.about["arguments"]["metrics"]:
+            raise unknown("metric in this report", "sink_positions", self.metrics)
+        rows = self.frame[(self.frame["metric"] == "sink_positions") & (self.frame["text"] != ALL)]
         if text is not None:
             rows = rows[rows["text"] == self._text(text)]
         tokens = {t["label"]: t["tokens"] for t in self.about["texts"]}

@@ -26,7 +26,7 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], chunk: int | str |
     longest = max(len(s) for s in tokens.sequences)
     if chunk is None:
         return HooksCapture(adapter, groups, None, "hooks on attn.hook_pattern, one shot")
-    if chunk != "auto" and (not isinstance(chunk, int) or chunk < 1):
+    if chunk != "auto" and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise SinkscopeError(f"chunk={chunk!r}: give a number of query rows (such as 256), None, or 'auto'")
     if chunk == "auto" and longest < LONG:
         return HooksCapture(adapter, groups, None, f"hooks on attn.hook_pattern, one shot (under {LONG} tokens)")
@@ -53,7 +53,7 @@ def why_cache_is_wrong(adapter: Adapter, tokens: Tokens) -> str | None:
     sequence = max(tokens.sequences, key=len)
     needed = 16 + max(adapter.windows.values(), default=32)
     if needed > min(512, len(sequence)) and len(sequence) > min(adapter.windows.values(), default=len(sequence)):
-        return "its sliding window is too long to prove the KV cache cheaply"
+        return f"its KV cache can't be proved past a sliding window of {needed - 16} on {min(512, len(sequence))} tokens"
     ids = sequence.ids[: min(needed, len(sequence))]
     small = Tokens((TextTokens(sequence.label, ids, sequence.strings[: len(ids)]),), tokens.bos)
     batch = next(small.batches(1, adapter.device))

@@ -39,20 +39,29 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
             cfg = loading.get_pretrained_model_config(directory, device=str(network.device), dtype=network.dtype)
             weights = loading.get_pretrained_state_dict(directory, cfg, network, dtype=network.dtype)
         except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
-            raise SinkscopeError(
-                f"TransformerLens 3.9 can't make a HookedTransformer of {name!r} ({architecture}): {error}. "
-                "Use backend='bridge'"
-            ) from error
+            raise _refusal(name, architecture, error) from error
     cfg.model_name = name
-    if architecture.startswith("Bert"):
-        encoder = HookedEncoder(cfg, tokenizer, move_to_device=False)
-        encoder.load_state_dict(weights, strict=False)
-        return encoder.to(network.device).eval()
-    model = HookedTransformer(cfg, tokenizer, move_to_device=False, default_padding_side="right")
-    model.load_and_process_state_dict(
-        weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    if tokenizer is None:
+        cfg.tokenizer_name = None  # or it would be looked for in the directory that is gone
+    try:
+        if architecture.startswith("Bert"):
+            encoder = HookedEncoder(cfg, tokenizer, move_to_device=False)
+            encoder.load_state_dict(weights, strict=False)
+            return encoder.to(network.device).eval()
+        model = HookedTransformer(cfg, tokenizer, move_to_device=False, default_padding_side="right")
+        model.load_and_process_state_dict(
+            weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+        )
+        return model.to(network.device).eval()
+    except RuntimeError as error:
+        raise _refusal(name, architecture, error) from error
+
+
+def _refusal(name: str, architecture: str, error: Exception) -> SinkscopeError:
+    return SinkscopeError(
+        f"TransformerLens 3.9 can't make a HookedTransformer of {name!r} ({architecture}): "
+        f"{' '.join(str(error).split())}. Use backend='bridge'"
     )
-    return model.to(network.device).eval()
 
 
 def _with_pooler(network: Any) -> Any:

@@ -2,12 +2,16 @@
 
 Every figure comes from one run: the ways take turns, round after round, and medians are reported. Memory is the peak
 resident size above the loaded model, each way in a process of its own. The full table takes about half an hour.
+
+The limit is Hugging Face's own body with SDPA and no statistics at all. Beside wall-clock time stands the processor time
+of the run, whose ratios are steadier on a machine that is not idle; the load is printed with the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -18,14 +22,19 @@ from pathlib import Path
 from typing import Any
 
 THREADS = 2
+#: What is run, and which model it takes.
 WAYS = {
-    "plain": "bridge forward, logits included, no statistics",
-    "mass": "measure one-shot, first-token metrics",
-    "measure": "measure one-shot, all metrics",
-    "mass-chunked": "measure chunked, first-token metrics",
-    "measure-chunked": "measure chunked, all metrics",
-    "cache": "run_with_cache on all patterns, then the same reduction",
-    "attentions": "Hugging Face output_attentions=True, then the same reduction",
+    "sdpa": ("Hugging Face SDPA body, no statistics: the limit", "sdpa"),
+    "flash": ("flash, body alone, no metric", "bridge"),
+    "flash-mass": ("measure flash, first-token metrics", "bridge"),
+    "flash-all": ("measure flash, all metrics", "bridge"),
+    "plain": ("bridge forward, logits included, no statistics", "bridge"),
+    "mass": ("measure hooks one-shot, first-token metrics", "bridge"),
+    "measure": ("measure hooks one-shot, all metrics", "bridge"),
+    "mass-chunked": ("measure hooks chunked, first-token metrics", "bridge"),
+    "measure-chunked": ("measure hooks chunked, all metrics", "bridge"),
+    "cache": ("run_with_cache on all patterns, then the same reduction", "bridge"),
+    "attentions": ("Hugging Face output_attentions=True, then the same reduction", "eager"),
 }
 FIRST_TOKEN = ["sink_mass", "sink_mass_excess", "last_row_share", "received", "sink_rate"]
 #: These keep every layer's pattern: 30 x 9 x T x T x 4 bytes, 18 GB at 4,096 tokens.
@@ -39,11 +48,21 @@ def reduce_patterns(patterns: list[Any]) -> list[Any]:
     return [(p[..., 0].mean(-1), torch.special.entr(p).sum(-1).mean(-1), p.mean(2)) for p in patterns]
 
 
-def make(way: str, model: Any, hugging_face: Any, ids: Any) -> Callable[[], Any]:
+def make(way: str, model: Any, ids: Any) -> Callable[[], Any]:
     """Give the function that is timed."""
     import torch
 
     import sinkscope as ss
+    from sinkscope.capture.flash import FlashCapture
+    from sinkscope.models import adapt
+
+    def sdpa() -> Any:
+        with torch.no_grad():
+            return model.base_model(input_ids=ids, use_cache=False)
+
+    def flash() -> Any:
+        with FlashCapture(adapt(model), frozenset({frozenset({"mass"})}), None, "bench") as capture:
+            return capture.run(next(ss.tokenize(None, ids).batches(1)), lambda block, group: None, lambda: None)
 
     def plain() -> Any:
         with torch.no_grad():
@@ -56,55 +75,66 @@ def make(way: str, model: Any, hugging_face: Any, ids: Any) -> Callable[[], Any]
 
     def attentions() -> Any:
         with torch.no_grad():
-            return reduce_patterns(list(hugging_face(ids, output_attentions=True, use_cache=False).attentions))
+            return reduce_patterns(list(model(ids, output_attentions=True, use_cache=False).attentions))
 
-    def measured(metrics: list[str] | None, chunk: int | None) -> Callable[[], Any]:
-        return lambda: ss.measure(model, ids, metrics, chunk=chunk)
+    def measured(metrics: list[str] | None, engine: str, chunk: int | None = None) -> Callable[[], Any]:
+        return lambda: ss.measure(model, ids, metrics, engine=engine, chunk=chunk)
 
     return {
+        "sdpa": sdpa,
+        "flash": flash,
+        "flash-mass": measured(FIRST_TOKEN, "flash"),
+        "flash-all": measured(None, "flash"),
         "plain": plain,
-        "mass": measured(FIRST_TOKEN, None),
-        "measure": measured(None, None),
-        "mass-chunked": measured(FIRST_TOKEN, 128),
-        "measure-chunked": measured(None, 128),
+        "mass": measured(FIRST_TOKEN, "hooks"),
+        "measure": measured(None, "hooks"),
+        "mass-chunked": measured(FIRST_TOKEN, "hooks", 128),
+        "measure-chunked": measured(None, "hooks", 128),
         "cache": cache,
         "attentions": attentions,
     }[way]
 
 
-def load(ways: list[str], tokens: int) -> tuple[Any, Any, Any]:
+def load(ways: list[str], tokens: int, threads: int) -> tuple[dict[str, Any], Any]:
+    """Load the models that some ways take, and the ids."""
     import torch
 
     import sinkscope as ss
     from sinkscope.models.load import _load_hugging_face, _locate
 
-    torch.set_num_threads(THREADS)
-    model = ss.load_model("smollm2-135m")
-    hugging_face = _load_hugging_face(_locate("smollm2-135m"), torch.float32)[0] if "attentions" in ways else None
+    torch.set_num_threads(threads)
+    models: dict[str, Any] = {}
+    for kind in {WAYS[way][1] for way in ways}:
+        if kind == "bridge":
+            models[kind] = ss.load_model("smollm2-135m")
+        else:
+            models[kind] = _load_hugging_face(_locate("smollm2-135m"), torch.float32)[0]
+            models[kind].set_attn_implementation(kind)
     ids = torch.randint(100, 49000, (1, tokens), generator=torch.Generator().manual_seed(0))
-    return model, hugging_face, ids
+    return models, ids
 
 
-def time_all(ways: list[str], tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Time the ways in turn, after one warm-up round on a short input."""
-    model, hugging_face, ids = load(ways, tokens)
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+def time_all(ways: list[str], tokens: int, rounds: int, threads: int) -> dict[str, list[tuple[float, float]]]:
+    """Time the ways in turn, after one warm-up round on a short input: wall-clock and processor seconds."""
+    models, ids = load(ways, tokens, threads)
+    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for way in ways:
-        make(way, model, hugging_face, ids[:, :64])()
+        make(way, models[WAYS[way][1]], ids[:, :64])()
     for _ in range(rounds):
         for way in ways:
-            run = make(way, model, hugging_face, ids)
-            start = time.perf_counter()
+            run = make(way, models[WAYS[way][1]], ids)
+            start, used = time.perf_counter(), time.process_time()
             run()
-            seconds[way].append(time.perf_counter() - start)
+            seconds[way].append((time.perf_counter() - start, time.process_time() - used))
     return seconds
 
 
-def peak(way: str, tokens: int) -> float:
+def peak(way: str, tokens: int, threads: int) -> float:
     """Peak resident size above the loaded model, in MB; to be called in a process of its own."""
-    model, hugging_face, ids = load([way], tokens)
-    run = make(way, model, hugging_face, ids)
-    make(way, model, hugging_face, ids[:, :64])()
+    models, ids = load([way], tokens, threads)
+    (model,) = models.values()
+    run = make(way, model, ids)
+    make(way, model, ids[:, :64])()
     statm = Path("/proc/self/statm")
     before = int(statm.read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
@@ -117,28 +147,35 @@ def peak(way: str, tokens: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=5, help="0: memory alone")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        print(json.dumps(peak(args.peak, args.tokens[0])))
+        print(json.dumps(peak(args.peak, args.tokens[0], args.threads)))
         return
     for tokens in args.tokens:
         ways = [way for way in args.ways if way not in KEEPS_PATTERNS or tokens <= 2048]
-        seconds = time_all(ways, tokens, args.rounds)
-        print(f"\n{tokens} tokens, {THREADS} threads, medians of {args.rounds}, alternating", flush=True)
-        print(f"{'':62}{'seconds':>9}{'x plain':>9}{'min-max':>16}{'peak MB':>9}")
-        plain = statistics.median(seconds["plain"]) if "plain" in seconds else float("nan")
+        seconds = time_all(ways, tokens, args.rounds, args.threads) if args.rounds else {}
+        load_before = os.getloadavg()[0]
+        print(f"\n{tokens} tokens, {args.threads} threads, medians of {args.rounds}, alternating; load {load_before:.1f}")
+        print(f"{'':62}{'seconds':>9}{'x first':>9}{'min-max':>16}{'cpu s':>9}{'x first':>9}{'peak MB':>9}", flush=True)
+        wall, cpu = ({way: statistics.median(t[i] for t in times) for way, times in seconds.items()} for i in (0, 1))
         for way in ways:
-            command = [sys.executable, __file__, "--tokens", str(tokens), "--peak", way]
+            command = [sys.executable, __file__, "--tokens", str(tokens), "--threads", str(args.threads), "--peak", way]
             memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-            times = seconds[way]
-            middle = statistics.median(times)
-            spread = f"{min(times):.2f}-{max(times):.2f}"
-            print(f"{WAYS[way]:62}{middle:9.2f}{middle / plain:9.2f}{spread:>16}{memory:9.0f}", flush=True)
-        for way in set(args.ways) - set(ways):
-            print(f"{WAYS[way]:62} not run: it would keep {30 * 9 * tokens**2 * 4 / 1e9:.0f} GB of patterns")
+            line = f"{WAYS[way][0]:62}"
+            if args.rounds:
+                spread = f"{min(seconds[way])[0]:.2f}-{max(seconds[way])[0]:.2f}"
+                line += f"{wall[way]:9.2f}{wall[way] / wall[ways[0]]:9.2f}{spread:>16}"
+                line += f"{cpu[way]:9.2f}{cpu[way] / cpu[ways[0]]:9.2f}"
+            else:
+                line += " " * 52
+            print(f"{line}{memory:9.0f}", flush=True)
+        for way in args.ways:
+            if way not in ways:
+                print(f"{WAYS[way][0]:62} not run: it would keep {30 * 9 * tokens**2 * 4 / 1e9:.0f} GB of patterns")
 
 
 if __name__ == "__main__":

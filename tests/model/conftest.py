@@ -42,7 +42,7 @@ def smollm2():
 @pytest.fixture(scope="session")
 def hooked():
     """Give the HookedTransformer (bert: HookedEncoder) of a tiny family; TransformerLens 3.9 alone has them."""
-    from sinkscope.legacy import convert
+    from sinkscope.models.legacy import convert
     from sinkscope.testing import tiny_hf_model, tiny_tokenizer
 
     return functools.cache(lambda family: convert(tiny_hf_model(family), tiny_tokenizer(family), "tiny"))

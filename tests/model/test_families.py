@@ -51,12 +51,19 @@ def test_a_text_is_the_same_in_a_padded_batch_and_alone(tiny, family, engine):
         same(together, label, ss.measure(tiny(family), [ids], engine=engine), "text 0", 1e-6)
 
 
-@pytest.mark.parametrize("engine", ["hooks", "auto"])
+@pytest.mark.parametrize("how", [{"engine": "hooks"}, {"chunk": 5}, {}], ids=["hooks", "chunks", "auto"])
+@pytest.mark.parametrize("key", [3, -1])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma3", "gpt_oss", "bert"])
-def test_another_sink_position(tiny, family, engine):
-    report = ss.measure(tiny(family), IDS, key=3, engine=engine)
+def test_another_sink_position(tiny, family, key, how):
+    report = ss.measure(tiny(family), IDS, key=key, **({} if family == "bert" and "chunk" in how else how))
     for label, ids in IDS.items():
-        check(report, tiny_reference(family, ids, key=3), label)
+        check(report, tiny_reference(family, ids, key=key), label)
+
+
+def test_where_there_is_no_sink_the_list_is_empty(tiny):
+    report = ss.measure(tiny("llama"), {"long": IDS["text 2"]}, ["sink_mass", "sink_positions"])
+    assert total(report, "sink_positions", "long") == 0
+    assert report.sink_positions().empty
 
 
 @pytest.mark.parametrize("engine", ["hooks", "auto"])

@@ -8,8 +8,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import sinkscope as ss
-from sinkscope.legacy import convert
 from sinkscope.models import Adapter, adapt
+from sinkscope.models.legacy import convert
 from sinkscope.testing import FAMILIES, planted_sink, tiny_hf_model, tiny_model, tiny_tokenizer
 from tests.conftest import fingerprint, fresh
 from tests.model.compare import NOT_FLASH, TL4, text_ids
