@@ -40,7 +40,7 @@ def measure(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")] = None,
     bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="BOS first? Default: the model's convention.")] = None,
-    engine: Annotated[str, typer.Option("--engine", help="auto or hooks.")] = "auto",
+    engine: Annotated[str, typer.Option("--engine", help="auto, flash or hooks.")] = "auto",
     key: Annotated[
         list[str] | None, typer.Option("--key", help="Sink position: 0, -1 (last), or a token such as [SEP].")
     ] = None,

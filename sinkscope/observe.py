@@ -45,14 +45,14 @@ def measure(
 
     Args:
         model: a TransformerLens model (TransformerBridge, HookedTransformer, HookedEncoder), from
-            :func:`sinkscope.load_model` or your own. It is left exactly as it was.
+            :func:`sinkscope.load_model` or your own, or a plain Hugging Face model. It is left exactly as it was.
         texts: a string, a path, token ids, a list of these, or a mapping from label to one of these.
         metrics: names (see `sinkscope metrics`), metrics, or functions of a block; None for all built-in ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
         bos: put BOS first? None takes the model's own convention; the report says which it was.
         max_tokens: keep at most this many tokens of each text, BOS included.
         attention_mask: for ids given as a tensor `[batch, position]`: 0 marks pads.
-        engine: `"hooks"` or `"auto"`; the report says which ran and why.
+        engine: `"flash"`, `"hooks"` or `"auto"` (flash where it is proved exact); the report says which ran and why.
         chunk: query rows per step of a chunked prefill, which keeps memory low on long texts; None for one shot;
             `"auto"` chunks long texts where the model's KV cache has been proved right.
         batch_size: texts per forward pass, at most.
