@@ -69,7 +69,7 @@ _SENTENCES: dict[str, Callable[[float, float, str], str]] = {
     ),
     "effective_keys": lambda v, n, k: f"A row is spread over {number(v)} keys on average, of {number(n)} if it were even.",
     "sink_positions": lambda v, n, k: (
-        f"{number(v)} positions per text act as sinks in at least a tenth of the heads; even attention: {number(n)}."
+        f"{v:.3g} positions per text act as sinks in at least a tenth of the heads; even attention: {n:.3g}."
     ),
     "consistency@cv": lambda v, n, k: f"From text to text, the sink mass varies by {percent(v)} of its mean.",
 }
