@@ -1,7 +1,7 @@
 """Time and peak memory of measuring, against what it replaces: `make bench` (SmolLM2-135M, float32, 2 threads).
 
 Every figure comes from one run: the ways take turns, round after round, and medians are reported. Memory is the peak
-above the loaded model, each way in a process of its own. The full table takes about half an hour.
+resident size above the loaded model, each way in a process of its own. The full table takes about half an hour.
 
 The limit is Hugging Face's own body with SDPA and no statistics at all. Beside wall-clock time stands the processor time
 of the run, whose ratios are steadier on a machine that is not idle; the load is printed with the table.
@@ -10,14 +10,12 @@ of the run, whose ratios are steadier on a machine that is not idle; the load is
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,32 +129,19 @@ def time_all(ways: list[str], tokens: int, rounds: int, threads: int) -> dict[st
     return seconds
 
 
-def anonymous() -> float:
-    """Memory that the process has written, resident or swapped out, in MB: file pages come and go as the kernel likes."""
-    status = Path("/proc/self/status").read_text()
-    return sum(int(status.partition(f"{name}:")[2].split()[0]) for name in ("RssAnon", "VmSwap")) * 1024 / 1e6
-
-
 def peak(way: str, tokens: int, threads: int) -> float:
-    """Peak memory above the loaded model, in MB, sampled; to be called in a process of its own."""
+    """Peak resident size above the loaded model, in MB; to be called in a process of its own."""
     models, ids = load([way], tokens, threads)
     (model,) = models.values()
     run = make(way, model, ids)
     make(way, model, ids[:, :64])()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed would else hide what the run takes
-    before, seen, done = anonymous(), [0.0], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.002):
-            seen[0] = max(seen[0], anonymous())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
+    statm = Path("/proc/self/statm")
+    before = int(statm.read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     run()
-    done.set()
-    thread.join()
-    return seen[0] - before
+    status = Path("/proc/self/status").read_text()
+    high = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return (high - before) / 1e6
 
 
 def main() -> None:

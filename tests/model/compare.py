@@ -164,15 +164,6 @@ def same(report, text: str, other, other_text: str, tol: float) -> None:
         close(table(report, name, text), table(other, name, other_text), name, tol)
 
 
-def same_frames(ours, theirs, tolerance: float = TOLERANCE) -> None:
-    """Two reports say the same of everything, in the same order."""
-    labels = [column for column in theirs.frame if column not in ("value", "std_error", "null", "model")]
-    assert ours.frame[labels].equals(theirs.frame[labels])
-    for column in ("value", "std_error", "null"):
-        a, b = ours.frame[column].to_numpy(float), theirs.frame[column].to_numpy(float)
-        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
-
-
 def novel(tokens_at_most: int) -> str:
     """The start of a real novel; where the shared data are not at hand, of Python's own reference."""
     path = Path(__file__).parents[2] / "../shared/data/northangerabbey.txt"

@@ -1,4 +1,4 @@
-"""Engine `flash`: equal to `hooks` wherever it is taken. What it refuses is in `test_swap.py`.
+"""Engine `flash`: equal to `hooks` wherever it is taken, refused by name elsewhere, and nothing of it stays on a model.
 
 Families against Hugging Face's own attentions are in `test_families.py`; the arithmetic is in `unit/test_op.py`.
 """
@@ -8,12 +8,14 @@ import functools
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 
 import sinkscope as ss
-from sinkscope.models import bridge
-from sinkscope.testing import FAMILIES, tiny_hf_model, tiny_tokenizer
-from tests.conftest import table
-from tests.model.compare import IDS, check, novel, same_frames, text_ids, tiny_reference
+from sinkscope.capture import flash, proof
+from sinkscope.models import adapt, bridge
+from sinkscope.testing import FAMILIES, tiny_hf_model, tiny_model, tiny_tokenizer
+from tests.conftest import fingerprint, table, total
+from tests.model.compare import IDS, check, novel, text_ids, tiny_reference
 
 pytestmark = pytest.mark.classes
 INTERFACE = "its attention does not ask Hugging Face's attention interface"
@@ -25,6 +27,14 @@ TAKEN = [family for family in WITH_ATTENTION if family not in NOT_FLASH]
 @pytest.fixture(scope="module")
 def plain():
     return functools.cache(tiny_hf_model)
+
+
+def same_frames(ours, theirs, tolerance=1e-5):
+    labels = [column for column in theirs.frame if column not in ("value", "std_error", "null", "model")]
+    assert ours.frame[labels].equals(theirs.frame[labels])
+    for column in ("value", "std_error", "null"):
+        a, b = ours.frame[column].to_numpy(float), theirs.frame[column].to_numpy(float)
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
 
 
 # --- the same numbers ---------------------------------------------------------------------------------------------
@@ -130,6 +140,205 @@ def test_whole_rows_come_in_blocks(tiny, monkeypatch):
     expected = ss.measure(tiny("gemma3"), IDS)
     monkeypatch.setattr("sinkscope.capture.rows.ROWS", 7)
     same_frames(ss.measure(tiny("gemma3"), IDS), expected, 1e-6)
+
+
+# --- what it refuses, and what auto then says -------------------------------------------------------------------------
+
+
+def refused(model, because, **how):
+    with pytest.raises(ss.SinkscopeError, match=because):
+        ss.measure(model, IDS, engine="flash", **how)
+    report = ss.measure(model, IDS)
+    assert report.about["engine"] == "hooks"
+    assert because.replace("\\", "") in report.about["engine_why"]
+    return report
+
+
+FAULTS = {
+    "lse": (lambda out, lse: (out, lse + 0.1), "attention to the first token differs by"),
+    "output": (lambda out, lse: (out * 1.1, lse), "differs by"),
+    "raises": (lambda out, lse: out[99], "IndexError: "),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_swap_is_found_out(tiny, monkeypatch, fault):
+    spoil, because = FAULTS[fault]
+    right = flash.attention_with_lse
+    monkeypatch.setattr(flash, "attention_with_lse", lambda *args, **how: spoil(*right(*args, **how)))
+    same_frames(refused(tiny("llama"), because), ss.measure(tiny("llama"), IDS, engine="hooks"), 0)
+
+
+def test_a_wrong_value_in_the_last_layer_is_found_out(tiny, monkeypatch):
+    """There no pattern comes after it: only the last hidden state tells."""
+    calls = []
+
+    def spoil(*args, right=flash.attention_with_lse, **how):
+        calls.append(1)
+        out, lse = right(*args, **how)
+        return (out * 1.1 if len(calls) % 3 == 0 else out), lse
+
+    monkeypatch.setattr(flash, "attention_with_lse", spoil)
+    refused(tiny("llama"), "the last hidden state differs by")
+
+
+EXTRAS = {
+    "position_bias": (torch.zeros(1), "its attention takes 'position_bias', which engine 'flash' does not know"),
+    "dropout": (0.1, r"its attention drops out \(0.1\) in eval mode"),
+    "sliding_window": (4, "layer 0 has a sliding window of 4, its configuration says None"),
+    "is_causal": (False, "layer 0 is not causal, the model is not so"),
+    "attention_mask": (torch.zeros(1, 1, 1, 1), "its attention mask is its own, not causal or key padding"),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_what_it_does_not_know_it_refuses_by_name(tiny, monkeypatch, name):
+    value, because = EXTRAS[name]
+    right = flash.FlashCapture._attend
+
+    def attend(self, module, q, k, v, mask, **how):
+        if name == "attention_mask":
+            mask = value
+        else:
+            how = {**how, name: value}
+        return right(self, module, q, k, v, mask, **how)
+
+    monkeypatch.setattr(flash.FlashCapture, "_attend", attend)
+    refused(tiny("llama"), because)
+
+
+def test_a_mask_that_is_not_plain_is_refused():
+    masks = flash._Masks(causal=True)
+    how = {"q_length": 9, "kv_length": 9}
+    assert masks(**how, mask_function=lambda b, h, q, k: k <= q) is None
+    assert masks(**how, mask_function=lambda b, h, q, k: (k <= q) & (q - k < 4), local_size=4) is None
+    for wrong in (
+        {"mask_function": lambda b, h, q, k: (k <= q) & (q // 4 == k // 4), "local_size": 4},  # chunked, as in Llama 4
+        {"mask_function": lambda b, h, q, k: (k <= q) | (k < 3)},  # a prefix that all see
+        {"mask_function": lambda b, h, q, k: k <= q, "use_vmap": True},
+        {"mask_function": lambda b, h, q, k: k <= q, "kv_length": 12},
+    ):
+        with pytest.raises(ss.SinkscopeError, match="its attention mask is neither causal"):
+            masks(**(how | wrong))
+
+
+def test_hooks_on_attention_are_not_left_out(tiny):
+    model = tiny("llama")
+    untouched = ss.measure(model, IDS, ["sink_mass"])
+    point = model.hook_dict["blocks.1.attn.hook_pattern"]
+    point.add_hook(lambda pattern, hook: pattern.roll(1, 0) * 0.5)
+    try:
+        edited = refused(model, "there are hooks on the attention of layer 1 that it would leave out")
+    finally:
+        point.remove_hooks("fwd")
+    assert abs(table(edited, "sink_mass") - table(untouched, "sink_mass"))[1].max() > 0.01
+
+
+def test_a_plain_model_has_no_hook_points(plain):
+    residual = ss.metric(needs="residual", name="residual")(lambda block: block.residual.norm(dim=-1)[:, None])
+    with pytest.raises(ss.SinkscopeError, match=r"needs 'residual', and a plain Hugging Face model has no hook points: wrap"):
+        ss.measure(plain("llama"), IDS, [residual])
+    with pytest.raises(ss.SinkscopeError, match=r"no hooks on attention: leave engine out \(flash\), or wrap it"):
+        ss.measure(plain("llama"), IDS, engine="hooks")
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_plain_models_that_it_can_not_run(plain, family):
+    because = INTERFACE if family == "bloom" else "has no attention sink to measure here"
+    with pytest.raises(ss.SinkscopeError, match=because):
+        ss.measure(plain(family), IDS)
+
+
+def test_bad_arguments(tiny):
+    with pytest.raises(ss.SinkscopeError, match=r"unknown engine 'flesh'; did you mean 'flash'\?"):
+        ss.measure(tiny("llama"), IDS, engine="flesh")
+    with pytest.raises(ss.SinkscopeError, match="chunk=16 belongs to engine='hooks'"):
+        ss.measure(tiny("llama"), IDS, engine="flash", chunk=16)
+    with pytest.raises(ss.SinkscopeError, match="a Linear is neither a TransformerLens nor a Hugging Face model"):
+        ss.measure(torch.nn.Linear(1, 1), IDS)
+    assert ss.measure(tiny("llama"), IDS, chunk=16).about["engine"] == "hooks"
+
+
+@pytest.mark.parametrize("kind", ["bridge", "plain"])
+def test_nan_names_where_it_begins(kind):
+    model = tiny_model("llama") if kind == "bridge" else tiny_hf_model("llama")
+    network = model.original_model if kind == "bridge" else model
+    with torch.no_grad():
+        network(torch.tensor([[1, 4, 5]]))  # the first pass leaves TransformerLens's own marks
+        network.get_parameter(next(n for n, _ in network.named_parameters() if "layers.1." in n and "down_proj" in n))[
+            0, 0
+        ] = float("nan")
+    where = "in layer 1" if kind == "bridge" else r"in model\.layers\.1\.mlp\.down_proj"
+    before = state(model)
+    with pytest.raises(ss.SinkscopeError, match=f"NaN or infinity {where} of .*Nothing was reported"):
+        ss.measure(model, IDS)
+    assert state(model) == before
+
+
+# --- the model is left as it was --------------------------------------------------------------------------------------
+
+
+def state(model):
+    """All that the swap touches: modules and their places, hooks, every config, the registries."""
+    adapter = adapt(model)
+    configs = {id(c): repr(sorted(vars(c).items(), key=str)) for m in model.modules() if (c := vars(m).get("config"))}
+    found = fingerprint(model) if adapter.kind == "bridge" else {}
+    return found | {
+        "places": [(name, list(map(id, m._modules.values())), list(m._modules)) for name, m in model.named_modules()],
+        "modes": [m.training for m in model.modules()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "configs": configs,
+        "registries": [sorted(i._global_mapping) for i in (AttentionInterface, AttentionMaskInterface)],
+        "implementation": adapter.network.config._attn_implementation,
+    }
+
+
+@pytest.mark.parametrize("when", ["never", "metric", "interrupt", "swap"])
+@pytest.mark.parametrize("kind", ["bridge", "plain"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "bert"])
+def test_the_model_is_left_as_it_was(tiny, plain, monkeypatch, family, kind, when):
+    model = (tiny if kind == "bridge" else plain)(family)
+    registered = []
+
+    def breaks(block):
+        registered.append([name for name in AttentionInterface._global_mapping if name.startswith("sinkscope")])
+        if block.layer == 1 and when in ("metric", "interrupt"):
+            raise KeyboardInterrupt if when == "interrupt" else ZeroDivisionError("no")
+        return block.row_sum
+
+    if when == "swap":  # the last step of entering fails
+        monkeypatch.setattr(flash, "attention_bridges", lambda adapter: 1 / 0)
+        monkeypatch.setattr(proof, "plan", lambda adapter, groups, tokens: flash.FlashCapture(adapter, groups, None, "test"))
+    model.train()
+    before = state(model)
+    raised = {"never": (), "metric": ss.SinkscopeError, "interrupt": KeyboardInterrupt, "swap": ZeroDivisionError}[when]
+    if raised:
+        with pytest.raises(raised):
+            ss.measure(model, IDS, [breaks], engine="flash")
+    else:
+        assert total(ss.measure(model, IDS, [breaks], engine="flash"), "breaks") == pytest.approx(1, abs=1e-5)
+    assert state(model) == before
+    assert all(len(names) == 1 for names in registered)  # so that the fingerprint could have seen it
+    model.eval()
+
+
+def test_importing_registers_nothing():
+    assert not [
+        name for i in (AttentionInterface, AttentionMaskInterface) for name in i._global_mapping if "sinkscope" in name
+    ]
+
+
+def test_two_models_at_once(tiny):
+    """A metric that itself measures another model: neither sees the other's attention."""
+    inner = []
+
+    def nested(block):
+        if block.layer == 0:
+            inner.append(ss.measure(tiny("gpt2"), IDS, ["sink_mass"], engine="flash"))
+        return block.row_sum
+
+    ss.measure(tiny("llama"), IDS, [nested], engine="flash")
+    same_frames(inner[0], ss.measure(tiny("gpt2"), IDS, ["sink_mass"], engine="hooks"))
 
 
 # --- real weights -----------------------------------------------------------------------------------------------------
