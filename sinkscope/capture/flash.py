@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -34,6 +35,9 @@ HARMLESS = frozenset(
     {"position_ids", "position_embeddings", "cache_position", "use_cache", "token_type_ids"}
     | {"output_attentions", "output_hidden_states", "return_dict"}
 )
+
+#: TransformerLens's method that computes `hook_scale` and `hook_normalized` beside what Hugging Face's norm gives.
+NORM = "_hf_autograd_forward_with_hooks"
 
 
 @dataclass
@@ -180,6 +184,7 @@ def swapped(adapter: Adapter, attend: Callable[..., Any], mask: Callable[..., An
         stack.enter_context(_registered(name, attend, mask))
         stack.enter_context(chosen(adapter.network, name))
         stack.enter_context(_unwrapped(adapter))
+        stack.enter_context(_lean_norms(adapter))
         yield
 
 
@@ -224,7 +229,7 @@ def _unwrapped(adapter: Adapter) -> Iterator[None]:
         (parent, name, child)
         for parent in adapter.model.modules()
         for name, child in parent._modules.items()
-        if child is not None and (id(child) in bridges or _is_idle_norm(child))
+        if child is not None and id(child) in bridges
     ]
     try:
         for parent, name, child in places:
@@ -235,10 +240,28 @@ def _unwrapped(adapter: Adapter) -> Iterator[None]:
             parent._modules[name] = child
 
 
-def _is_idle_norm(module: nn.Module) -> bool:
-    """Tell a bridge that gives what Hugging Face's norm gives, and norms once more for hooks that nobody has set."""
-    native = vars(module).get("use_native_layernorm_autograd", False) and module._modules.get("_original_component")
-    return bool(native) and not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+@contextmanager
+def _lean_norms(adapter: Adapter) -> Iterator[None]:
+    """Have the bridge's norms give what Hugging Face's give, as they do, without norming once more for idle hooks."""
+    norms = [
+        module
+        for module in adapter.model.modules()
+        if vars(module).get("use_native_layernorm_autograd")
+        and hasattr(type(module), NORM)
+        and not any(p._forward_hooks or p._forward_pre_hooks for p in (module.hook_scale, module.hook_normalized))
+    ]
+    try:
+        for module in norms:
+            vars(module)[NORM] = partial(_norm, module.original_component)
+        yield
+    finally:
+        for module in norms:
+            vars(module).pop(NORM, None)
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = norm(x)
+    return result.to(x.dtype)
 
 
 def attention_bridges(adapter: Adapter) -> dict[int, tuple[int, Any]]:

@@ -158,7 +158,12 @@ def scores_of(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     b, h, n, d = q.shape
-    grouped, keys = (q.to(dtype) * scale).reshape(b, k.shape[1], -1, d), k.to(dtype).mT
+    grouped, keys = q.to(dtype), k.to(dtype).mT
+    if k.shape[2] < n:
+        keys = keys * scale  # whichever is the smaller to scale
+    else:
+        grouped = grouped * scale
+    grouped = grouped.reshape(b, k.shape[1], -1, d)
     out = None if memory is None else memory(grouped, b, k.shape[1], grouped.shape[2], k.shape[2])
     scores = torch.matmul(grouped, keys, out=out)
     if softcap is not None:
