@@ -2,9 +2,10 @@
 
 Data flow::
 
-    measure:  texts -> tokens -> capture (an engine) -> Block -> metric accumulators -> SinkReport -> plots, files
+    measure:   texts -> tokens -> capture (an engine) -> Block -> metric accumulators -> SinkReport -> plots, files
+    evaluate:  intervention -> edited attention -> per-token loss, KL -> EffectReport -> plots, files
 
-A metric is a function of a block; everything around it is the library's.
+A metric is a function of a block, an intervention a frozen dataclass; everything around them is the library's.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sinkscope import metrics, plots, testing
+    from sinkscope import interventions, metrics, plots, testing
     from sinkscope.attention import attention_map
     from sinkscope.block import Block
+    from sinkscope.causal import evaluate
+    from sinkscope.effect import EffectReport
     from sinkscope.errors import InertHookError, SinkscopeError
     from sinkscope.files import load_report
+    from sinkscope.interventions import MaskKeys, SinkWindow, StreamingWindow, Window
     from sinkscope.metrics.base import metric
     from sinkscope.models import load_model
     from sinkscope.observe import measure
@@ -28,24 +32,37 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Block": "block",
+    "EffectReport": "effect",
     "InertHookError": "errors",
+    "MaskKeys": "interventions",
     "SinkReport": "report",
+    "SinkWindow": "interventions",
     "SinkscopeError": "errors",
+    "StreamingWindow": "interventions",
+    "Window": "interventions",
     "attention_map": "attention",
+    "evaluate": "causal",
     "load_model": "models",
     "load_report": "files",
     "measure": "observe",
     "metric": "metrics.base",
     "tokenize": "tokens",
 }
-_MODULES = ("metrics", "plots", "testing")
+_MODULES = ("interventions", "metrics", "plots", "testing")
 
 __all__ = [
     "Block",
+    "EffectReport",
     "InertHookError",
+    "MaskKeys",
     "SinkReport",
+    "SinkWindow",
     "SinkscopeError",
+    "StreamingWindow",
+    "Window",
     "attention_map",
+    "evaluate",
+    "interventions",
     "load_model",
     "load_report",
     "measure",

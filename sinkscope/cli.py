@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from sinkscope.effect import EffectReport
     from sinkscope.report import SinkReport
 
 app = typer.Typer(
@@ -73,6 +74,45 @@ def measure(
         _say_where(out, as_json)
 
 
+@app.command(
+    epilog="Example: sinkscope evaluate smollm2-135m --file novel.txt --max-tokens 4096 --score-from 512 "
+    '--intervention "window(size=256)" --intervention "sink_window(size=256, sinks=4)"'
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a hub name such as gpt2, a directory, or a .gguf file.")],
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text; repeat for more.")] = None,
+    file: Annotated[list[Path] | None, typer.Option("--file", help="A UTF-8 text file; repeat for more.")] = None,
+    intervention: Annotated[
+        list[str] | None,
+        typer.Option("--intervention", help='Such as "window(size=256)"; repeat for more. Default: window and sink_window.'),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")] = None,
+    score_from: Annotated[int, typer.Option("--score-from", help="Score predictions from this position on (0-based).")] = 1,
+    bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="BOS first? Default: the model's convention.")] = None,
+    device: Device = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Edit the forward pass (evict, mask, zero, drop a token) and see what happens to the loss."""
+    with _errors(debug):
+        from sinkscope.causal import evaluate as run
+        from sinkscope.files import check_writable
+        from sinkscope.interventions import parse
+        from sinkscope.models import load_model
+
+        edits = [parse(i) for i in intervention or ["window(size=256)", "sink_window(size=256, sinks=4)"]]
+        texts = _texts(text or [], file or [])
+        if out is not None:
+            check_writable(out)
+        loaded = load_model(model, device=device)
+        report = run(loaded, texts, edits, score_from=score_from, bos=bos, max_tokens=max_tokens, progress=True)
+        _show_effects(report, as_json)
+        if out is not None:
+            report.save(out)
+        _say_where(out, as_json)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory for the results.")] = Path("sinkscope-demo"),
@@ -103,9 +143,17 @@ def compare(
     """Put saved reports side by side: value and null of every model-level number."""
     with _errors(debug):
         from sinkscope.compare import side_by_side
+        from sinkscope.errors import SinkscopeError
         from sinkscope.files import load_report
+        from sinkscope.report import SinkReport
 
-        table = side_by_side({str(d): load_report(d) for d in directories})
+        reports = {}
+        for directory in directories:
+            report = load_report(directory)
+            if not isinstance(report, SinkReport):
+                raise SinkscopeError(f"{str(directory)!r} holds what evaluate wrote; compare takes what measure wrote")
+            reports[str(directory)] = report
+        table = side_by_side(reports)
         if as_json:
             typer.echo(table.reset_index().to_json(orient="records"))
             return
@@ -219,6 +267,26 @@ def _show(report: SinkReport, as_json: bool) -> None:
         typer.echo("One text: no interval (give several texts for one).")
 
 
+def _show_effects(report: EffectReport, as_json: bool) -> None:
+    from sinkscope.words import number, percent
+
+    rows = report.summary()
+    if as_json:
+        typer.echo(rows.to_json(orient="records"))
+        return
+    about = report.about
+    typer.echo(f"{report} ({about['device']}, {about['dtype']}); {about['bos']}")
+    typer.echo(f"loss in nats per token, of {int(rows['tokens'].max())} tokens; interval: {about['interval']}\n")
+    cells = []
+    for _, r in rows.iterrows():
+        interval = f"{r['low']:+.3f} to {r['high']:+.3f}" if r["low"] == r["low"] else ""
+        place = f"{'' if r['sink_position'] is None else r['sink_position']} {r['sink_token']!r}"
+        losses = [f"{r['loss']:.3f}", number(float(r["perplexity"])), f"{r['delta_loss']:+.3f}", interval, f"{r['kl']:.3f}"]
+        mass = "" if r["sink_mass"] != r["sink_mass"] else percent(float(r["sink_mass"]))
+        cells.append([r["intervention"], *losses, mass, place])
+    _table(["intervention", "loss", "perplexity", "difference", "95% interval", "KL", "on token 0", "most goes to"], cells)
+
+
 def _say_where(out: Path | None, as_json: bool) -> None:
     if out is not None and not as_json:
         typer.echo(f"\nreport: {out / 'report.html'}")
@@ -236,7 +304,7 @@ def _table(header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*(_plain(cell) for cell in row))
     console = Console(markup=False, highlight=False)
-    console.width = max(console.width, 100) if not console.is_terminal else console.width
+    console.width = max(console.width, 200) if not console.is_terminal else console.width
     console.print(table)
 
 

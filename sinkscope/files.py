@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from sinkscope.effect import EffectReport
 from sinkscope.errors import SinkscopeError
 from sinkscope.report import SinkReport
 from sinkscope.resume import forget
@@ -71,6 +72,34 @@ def save(report: SinkReport, directory: str | Path) -> Path:
     return path
 
 
+def save_effects(report: EffectReport, directory: str | Path) -> Path:
+    """Write what `evaluate` found.
+
+    Returns:
+        The directory: `effects.csv`, `details.csv` (intervals, agreement, tokens) and `curves.csv` (loss by position), the
+        same as `.parquet`, `loss.png`, `report.html` and `summary.json`.
+
+    Raises:
+        SinkscopeError: the directory can't be written.
+    """
+    from matplotlib.figure import Figure
+
+    path = check_writable(directory)
+    for name in (SEAL, "report.html"):
+        (path / name).unlink(missing_ok=True)
+    for name, table in {"effects": report.frame, "details": report.details, "curves": report.curves}.items():
+        _write(path / f"{name}.csv", partial(table.to_csv, index=False))
+        _write(path / f"{name}.parquet", partial(table.to_parquet, index=False))
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    report.loss_curve(ax=figure.add_subplot())
+    _write(path / "loss.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
+    page = report.page()
+    _write(path / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
+    about = json.dumps(report.about, indent=1, ensure_ascii=False)
+    _write(path / SEAL, lambda p: p.write_text(about, encoding="utf-8"))
+    return path
+
+
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     half = path.with_name(f".{path.name}.half")
     try:
@@ -82,8 +111,8 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
         half.unlink(missing_ok=True)
 
 
-def load_report(directory: str | Path) -> SinkReport:
-    """Read a saved report.
+def load_report(directory: str | Path) -> SinkReport | EffectReport:
+    """Read a saved report: an EffectReport where `evaluate` wrote it, else a SinkReport.
 
     Raises:
         SinkscopeError: no whole report there.
@@ -93,9 +122,12 @@ def load_report(directory: str | Path) -> SinkReport:
         raise SinkscopeError(f"{str(path)!r} holds no finished report (no {SEAL}); write one with report.save(...) or --out")
     try:
         about = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        if "interventions" in about["arguments"]:
+            tables = [pd.read_parquet(path / f"{name}.parquet") for name in ("effects", "details", "curves")]
+            return EffectReport(tables[0], tables[1], tables[2], about)
         frame, summary = (pd.read_parquet(path / f"{name}.parquet") for name in ("measurements", "summary"))
         attention = path / "attention.parquet"
         shown = pd.read_parquet(attention) if attention.is_file() else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SinkscopeError(f"the report in {str(path)!r} can't be read: {error}") from None
     return SinkReport(frame, summary, about, shown)

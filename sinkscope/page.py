@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -197,3 +198,27 @@ def _words(value: Any) -> str:
         return ", ".join(map(_words, value)) or "none"
     known = {"true": "yes", "false": "no", "null": "none", "{}": "none"}
     return value if isinstance(value, str) else known.get(text := json.dumps(value, ensure_ascii=False), text)
+
+
+def render_effects(summary: DataFrame, about: Mapping[str, Any], draw: Callable[..., Any]) -> str:
+    """What `evaluate` found as one HTML page.
+
+    Args:
+        summary: rows of :meth:`EffectReport.summary`.
+        about: how it was made: `model`, `texts`, `interval`, ...
+        draw: draws the loss curve on `ax=`.
+    """
+    from matplotlib.figure import Figure
+
+    figure, picture = Figure(figsize=(7, 4), layout="constrained"), io.BytesIO()
+    draw(ax=figure.add_subplot())
+    figure.savefig(picture, format="png", dpi=160)
+    rows = [
+        {"intervention": visible(str(r["intervention"])), "token": visible(str(r["sink_token"])), "values": r}
+        for r in summary.to_dict("records")
+    ]
+    return (
+        _environment()
+        .get_template("effects.html.j2")
+        .render(about=about, rows=rows, picture=base64.b64encode(picture.getvalue()).decode("ascii"), facts=_facts(about))
+    )

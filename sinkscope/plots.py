@@ -22,6 +22,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.metrics import BUILT_IN
 
 SIZE: dict[str, Any] = {"figsize": (3.5, 2.8), "layout": "constrained", "dpi": 200}  # a column's width
+WIDE = SIZE | {"figsize": (5.2, 3.2)}  # for curves with long names
 COLOUR_MAP = "viridis"  # perceptually uniform, and safe for the colour-blind
 LINE, MARK, NULL = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's blue and vermilion; a grey
 PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}  # a `$` in a token or a label is a dollar
@@ -207,6 +208,33 @@ def attention(attention_frame: DataFrame, tokens: Sequence[str] | None = None, *
     ax.set_xticks(ticks, labels=labels, rotation=90, **PLAIN)
     ax.set_yticks(ticks, labels=labels, **PLAIN)
     return _finish(ax, "attention, mean of heads and layers", "key", "query")
+
+
+def loss_curve(curves: DataFrame, *, text: str | None = None, ax: Axes | None = None) -> Axes:
+    """Loss by position, a running mean for each intervention; the unedited run is grey and dashed.
+
+    Args:
+        curves: columns `text, intervention, position, loss` (nats per token).
+        text: a text's label; by default the longest one.
+        ax: where to draw; a new figure without it.
+
+    Raises:
+        SinkscopeError: no such text; the message lists those there are.
+    """
+    labels = curves["text"].unique()
+    if text is None:
+        text = str(curves.groupby("text")["position"].max().idxmax())
+    if text not in labels:
+        raise unknown("text", text, labels)
+    rows = curves[curves["text"] == text]
+    size = max(1, rows["position"].nunique() // 32)
+    ax = plt.figure(**WIDE).add_subplot() if ax is None else ax
+    for name, run in rows.groupby("intervention", sort=False):
+        loss = run["loss"].rolling(size, center=True, min_periods=1).mean()
+        style: dict[str, Any] = {"color": NULL, "linestyle": "--", "zorder": 3} if name == "none" else {}
+        ax.plot(run["position"], loss, linewidth=1, label=_short(str(name), 48), **style)
+    ylabel = f"loss (nats), mean of {size} tokens" if size > 1 else "loss (nats)"
+    return _finish(ax, f"loss by position, {_short(text, 24)}", "position", ylabel, legend=True)
 
 
 _attention = attention  # `figures` has an argument of that name

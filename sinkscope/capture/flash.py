@@ -100,10 +100,14 @@ class FlashCapture(HooksCapture):
             "sinks": sinks,
             "key_mask": self._key_mask(attention_mask),
         }
+        return self._compute(layer, query, key, value, given).transpose(1, 2).contiguous(), None
+
+    def _compute(self, layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
+        """Attend, and hand the layer's rows over."""
         out, lse = attention_with_lse(query, key, value, **given)
         if self._pass is not None:
             self._pass.take(layer, "pattern", Scores(query, key, lse, scratch=self._scratch, **given))
-        return out.transpose(1, 2).contiguous(), None
+        return out
 
     def _layer(self, module: nn.Module) -> int:
         """Tell the layer by the order of calls, and ask the module where it knows."""

@@ -158,6 +158,13 @@ class Adapter:
         )
         return residual
 
+    def logits(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
+        """Unembed some last hidden states of a decoder that Hugging Face runs, in float32: never a whole text's at once."""
+        head = self.network.get_output_embeddings()  # type: ignore[operator]
+        logits: Tensor = head(hidden[None])[0].float()
+        cap = getattr(self.network.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr, operator]
+        return logits if cap is None else (logits / cap).tanh() * cap
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Inference for the time of a run: no gradients, no dropout; every module's mode is put back."""

@@ -17,7 +17,7 @@ from sinkscope.cli import app
 from sinkscope.metrics import BUILT_IN
 
 TEXT = "so it goes"
-COMMANDS = ["demo", "measure", "compare", "metrics"]
+COMMANDS = ["demo", "measure", "evaluate", "compare", "metrics"]
 
 
 def run(*arguments):
@@ -339,10 +339,42 @@ print([n for n in sinkscope.__all__ if isinstance(getattr(sinkscope, n), types.M
 def test_no_module_takes_the_place_of_a_public_function():
     """Importing `sinkscope.x` binds the module to `sinkscope.x`: no function may have a module's name."""
     result = piped(code=EVERYTHING)
-    assert (result.stdout, result.returncode) == ("['metrics', 'plots', 'testing']\n", 0), result.stderr
+    assert (result.stdout, result.returncode) == ("['interventions', 'metrics', 'plots', 'testing']\n", 0), result.stderr
 
 
 def test_there_are_few_public_names_and_others_are_errors():
     assert len(ss.__all__) <= 20
     with pytest.raises(AttributeError, match="has no attribute 'mesure'"):
         ss.mesure  # noqa: B018
+
+
+# --- evaluate -----------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_equals_the_api(model, saved_model, tmp_path):
+    edits = ["window(size=4)", "mask_keys(keys=[0]) & window(size=6)"]
+    asked = [x for e in edits for x in ("--intervention", e)]
+    result = run("evaluate", saved_model, "--text", "so it goes on", *asked, "--score-from", "3", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    expected = ss.evaluate(model, {"text 0": "so it goes on"}, edits, score_from=3)
+    same(pd.read_csv(tmp_path / "effects.csv").drop(columns="model"), expected.frame.drop(columns="model"))
+    assert all(e in result.stdout for e in ("none", *edits))
+    shown = json.loads(run("evaluate", saved_model, "--text", "so it goes on", *asked, "--json").stdout)
+    assert [row["intervention"] for row in shown] == ["none", *edits]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--intervention", "windw(size=3)"], "did you mean 'window'"),
+        (["--intervention", "window(size="], "can't read the intervention"),
+        (["--text", " "], "is empty"),
+    ],
+)
+def test_evaluate_says_what_is_wrong_before_loading(never_loads, arguments, message):
+    fails(message, "evaluate", "anything", "--text", TEXT, *arguments)
+
+
+def test_compare_refuses_what_evaluate_wrote(model, tmp_path):
+    ss.evaluate(model, "so it goes", ss.Window(4)).save(tmp_path)
+    fails("compare takes what measure wrote", "compare", tmp_path)

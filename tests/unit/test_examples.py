@@ -33,4 +33,4 @@ def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
 
 
 def test_the_readme_has_its_blocks():
-    assert len(README) == 2
+    assert len(README) == 3

@@ -1,0 +1,20 @@
+"""Interventions: frozen descriptions of edits to a forward pass, which :func:`sinkscope.evaluate` runs."""
+
+from sinkscope.interventions.base import Intervention, parse
+from sinkscope.interventions.keys import MaskKeys, MeanValue, ZeroAttention, ZeroValue
+from sinkscope.interventions.tokens import DropTokens, ReplaceToken
+from sinkscope.interventions.windows import SinkWindow, StreamingWindow, Window
+
+__all__ = [
+    "DropTokens",
+    "Intervention",
+    "MaskKeys",
+    "MeanValue",
+    "ReplaceToken",
+    "SinkWindow",
+    "StreamingWindow",
+    "Window",
+    "ZeroAttention",
+    "ZeroValue",
+    "parse",
+]

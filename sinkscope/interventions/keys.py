@@ -1,0 +1,85 @@
+"""Edits of single keys: hide them, zero the attention they get, or take their values away."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sinkscope.interventions.base import Intervention, Where, inside, resolve
+
+
+@dataclass(frozen=True)
+class _Keys(Intervention):
+    """Edits at some key positions; `heads` are query heads, None for all."""
+
+    keys: Where = (0,)
+    heads: Where = field(default=None, kw_only=True)
+
+    def check(self, length: int) -> None:
+        """Refuse keys outside the text."""
+        inside(self.keys, length, self)
+
+    def placebo(self, seed: int = 0) -> Intervention:
+        """Give the same edit on as many other early positions, which nearly as many queries see."""
+        near = [k for k in range(4, 32) if k not in self.keys]
+        return replace(self, keys=tuple(sorted(random.Random(seed).sample(near, min(len(self.keys), len(near))))))
+
+    def _chosen(self, keys: Tensor, length: int) -> Tensor:
+        return torch.isin(keys, resolve(self.keys, length).to(keys.device))
+
+
+@dataclass(frozen=True)
+class MaskKeys(_Keys):
+    """Hide keys before softmax: the rest of a row is renormalised. A query may always see itself.
+
+    >>> str(MaskKeys([0], heads=[1]))
+    'mask_keys(keys=[0], heads=[1])'
+    """
+
+    def hides(self, layer: int, queries: Tensor, keys: Tensor, length: int) -> Tensor:
+        """Hide the keys from every query."""
+        hidden = self._chosen(keys, length).expand(len(queries), -1)
+        if self.heads is None:
+            return hidden
+        per_head = torch.zeros(max(self.heads) + 1, *hidden.shape, dtype=torch.bool, device=hidden.device)
+        per_head[list(self.heads)] = hidden
+        return per_head
+
+
+@dataclass(frozen=True)
+class ZeroAttention(_Keys):
+    """Set the attention to keys to zero after softmax: rows lose what they paid there. The same as zeroing the value."""
+
+    def zeroes(self, layer: int, keys: Tensor, heads: int, length: int) -> Tensor:
+        """Zero the keys' columns."""
+        chosen = torch.zeros(heads, 1, len(keys), dtype=torch.bool, device=keys.device)
+        chosen[list(self.heads) if self.heads is not None else slice(None)] = self._chosen(keys, length)
+        return chosen
+
+
+@dataclass(frozen=True)
+class ZeroValue(_Keys):
+    """Set the value vectors of keys to zero; `heads` are key-value heads, of which there may be fewer."""
+
+    def values(self, layer: int, values: Tensor) -> Tensor:
+        """Zero some rows."""
+        return self._with(values, torch.zeros_like(values[:, :, :1]))
+
+    def _with(self, values: Tensor, new: Tensor) -> Tensor:
+        edited = values.clone()
+        heads = list(self.heads) if self.heads is not None else slice(None)
+        for key in resolve(self.keys, values.shape[2]).tolist():
+            edited[:, heads, key] = new[:, heads, 0]
+        return edited
+
+
+@dataclass(frozen=True)
+class MeanValue(ZeroValue):
+    """Set the value vectors of keys to the mean over the text's values."""
+
+    def values(self, layer: int, values: Tensor) -> Tensor:
+        """Average over positions."""
+        return self._with(values, values.mean(2, keepdim=True))

@@ -1,0 +1,81 @@
+"""Edits of the input: tokens left out, or swapped for another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sinkscope.errors import SinkscopeError
+from sinkscope.interventions.base import Intervention, Where, inside, resolve
+
+
+@dataclass(frozen=True)
+class DropTokens(Intervention):
+    """Leave tokens out of the input; the others move up.
+
+    >>> str(DropTokens([0]))
+    'drop_tokens(positions=[0])'
+    """
+
+    positions: Where = (0,)
+
+    def __post_init__(self) -> None:
+        """Refuse layers: the input has none."""
+        super().__post_init__()
+        _no_layers(self)
+
+    def check(self, length: int) -> None:
+        """Refuse positions outside the text."""
+        inside(self.positions, length, self)
+        if length - len(set(resolve(self.positions, length).tolist())) < 2:
+            raise SinkscopeError(f"{self} leaves fewer than 2 of {length} tokens")
+
+    def placebo(self, seed: int = 0) -> Intervention:
+        """Leave as many later tokens out."""
+        return DropTokens(tuple(range(8 + seed % 24, 8 + seed % 24 + len(self.positions))))
+
+    def input(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave them out."""
+        kept = torch.arange(len(ids))
+        kept = kept[~torch.isin(kept, resolve(self.positions, len(ids)))]
+        return ids[kept], kept
+
+
+@dataclass(frozen=True)
+class ReplaceToken(Intervention):
+    """Swap the token at a position for another, given by its id. The new token's own prediction is not scored.
+
+    >>> str(ReplaceToken(0, 198))
+    'replace_token(position=0, token=198)'
+    """
+
+    position: int = 0
+    token: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a position and an id."""
+        super().__post_init__()
+        _no_layers(self)
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in (self.position, self.token)) or self.token < 0:
+            raise SinkscopeError(f"{self}: a position and a token id are whole numbers")
+
+    def check(self, length: int) -> None:
+        """Refuse a position outside the text."""
+        inside([self.position], length, self)
+
+    def placebo(self, seed: int = 0) -> Intervention:
+        """Swap a later token."""
+        return replace(self, position=8 + seed % 24)
+
+    def input(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Swap it."""
+        ids = ids.clone()
+        ids[self.position] = self.token
+        return ids, torch.arange(len(ids))
+
+
+def _no_layers(edit: Intervention) -> None:
+    if edit.layers is not None:
+        raise SinkscopeError(f"{edit}: it edits the input, which has no layers")

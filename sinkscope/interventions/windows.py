@@ -1,0 +1,95 @@
+"""Sliding windows: which keys a cache still holds when a query comes. One banded pass equals the evicting cache, exactly."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sinkscope.errors import SinkscopeError
+from sinkscope.interventions.base import Intervention
+
+
+@dataclass(frozen=True)
+class Window(Intervention):
+    """Evict: each query sees itself and the `size` - 1 latest keys.
+
+    >>> str(Window(256))
+    'window(size=256)'
+    """
+
+    is_window: ClassVar[bool] = True
+    size: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no sense."""
+        super().__post_init__()
+        sinks, at = getattr(self, "sinks", 0), getattr(self, "at", 0)
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in (self.size, sinks, at)):
+            raise SinkscopeError(f"{self}: whole numbers are needed")
+        if sinks < 0 or at < 0 or self.size <= sinks:
+            raise SinkscopeError(f"{self}: the size must be at least 1 more than the sinks, and nothing below 0")
+
+    def reach(self, layer: int, start: int, stop: int) -> Tensor:
+        """Give the recent keys, and the sinks."""
+        keys, kept, recent = torch.arange(stop), self._kept, self.size - len(self._kept)
+        return keys[(keys > start - recent) | ((keys >= kept.start) & (keys < kept.stop))]
+
+    def hides(self, layer: int, queries: Tensor, keys: Tensor, length: int) -> Tensor:
+        """Hide what has been evicted."""
+        kept = self._kept
+        return (queries - keys >= self.size - len(kept)) & ~((keys >= kept.start) & (keys < kept.stop))
+
+    @property
+    def _kept(self) -> range:
+        return range(0)
+
+
+@dataclass(frozen=True)
+class SinkWindow(Window):
+    """Evict, but keep the first `sinks` keys: `size` keys in all, at their own positions.
+
+    `at` keeps others than the first, those from this position on: the placebo.
+    """
+
+    sinks: int = 4
+    at: int = field(default=0, kw_only=True)
+
+    def check(self, length: int) -> None:
+        """Refuse kept keys outside the text."""
+        if self.at + self.sinks > length:
+            raise SinkscopeError(f"{self} keeps keys outside the text, whose positions are 0 to {length - 1}")
+
+    def placebo(self, seed: int = 0) -> Intervention:
+        """Keep as many later keys instead of the first."""
+        return replace(self, at=random.Random(seed).randrange(16, 64))
+
+    @property
+    def _kept(self) -> range:
+        return range(self.at, self.at + self.sinks)
+
+
+@dataclass(frozen=True)
+class StreamingWindow(SinkWindow):
+    """As StreamingLLM: positions are those inside the cache, so that distances never exceed `size`.
+
+    The recent keys keep their distance; the sinks are scored with the query turned to its position in the cache. For models
+    with rotary positions alone: absolute ones can't be turned. Source: Xiao et al. 2023, arXiv 2309.17453, section 3.2.
+    """
+
+    def __post_init__(self) -> None:
+        """Refuse other keys than the first."""
+        super().__post_init__()
+        if self.at:
+            raise SinkscopeError(f"{self}: a streaming window keeps the first keys; for a placebo take SinkWindow's")
+
+    def placebo(self, seed: int = 0) -> Intervention:
+        """Keep as many later keys, at their own positions."""
+        return SinkWindow(self.size, sinks=self.sinks, layers=self.layers).placebo(seed)
+
+    def cache(self, layer: int) -> tuple[int, int]:
+        """Give the size, and how many keys at its start stay."""
+        return self.size, self.sinks

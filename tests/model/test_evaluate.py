@@ -1,0 +1,333 @@
+"""Interventions: equal to slow loops that evict, to closed forms and identities; refused where they can't be made."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+import sinkscope as ss
+from sinkscope.interventions import DropTokens, Intervention, MeanValue, ReplaceToken, ZeroAttention, ZeroValue, parse
+from sinkscope.testing import tiny_hf_model, tiny_model
+from tests.conftest import attempt, fingerprint
+from tests.model.compare import novel
+from tests.model.conftest import HuggingFace
+
+pytestmark = pytest.mark.classes
+IDS = torch.randint(3, 60, (48,), generator=torch.Generator().manual_seed(1))
+ROTARY = ["llama", "qwen3", "phi", "gpt_neox"]
+
+
+def losses(report, name):
+    rows = report.curves[report.curves["intervention"] == str(name)]
+    return rows["loss"].to_numpy()
+
+
+def evicting_loop(model, ids, size, sinks, *, cache_positions):
+    """Token by token with Hugging Face's own cache, from which entries are cut out; loss of every next token, in nats.
+
+    With cache positions, keys are turned back and forth between steps so that each stands where it is in the cache.
+    """
+    cache, found = DynamicCache(), []
+    for i, token in enumerate(ids.tolist()):
+        held = 0 if not cache.layers or not cache.layers[0].is_initialized else cache.layers[0].keys.shape[2]
+        if held >= size:  # room for the new token: the oldest that is no sink goes
+            keep = torch.tensor([*range(sinks), *range(held - (size - 1 - sinks), held)], dtype=torch.long)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, keep], layer.values[:, :, keep]
+                if cache_positions:
+                    layer.keys = turned(model, layer.keys, torch.arange(len(keep)) - keep)
+            held = len(keep)
+        at = torch.tensor([[held if cache_positions else i]])
+        with torch.no_grad():
+            logits = model(torch.tensor([[token]]), position_ids=at, past_key_values=cache, use_cache=True).logits[0, -1]
+        if i + 1 < len(ids):
+            found.append(-float(logits.double().log_softmax(-1)[ids[i + 1]]))
+    return np.array(found)
+
+
+def turned(model, keys, by):
+    """Turn keys by some positions, with the tables and the function of Hugging Face's modelling code."""
+    import sys
+
+    rotary = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
+    cos, sin = rotary(keys, by[None])
+    apply = sys.modules[type(rotary).__module__].apply_rotary_pos_emb
+    d = cos.shape[-1]
+    moved, _ = apply(keys[..., :d], keys[..., :d], cos, sin)
+    return torch.cat([moved, keys[..., d:]], -1)
+
+
+@pytest.mark.parametrize("family", [*ROTARY, "gpt2", "opt"])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_one_pass_equals_the_evicting_cache(family, sinks):
+    edit = ss.SinkWindow(9, sinks=sinks) if sinks else ss.Window(9)
+    ours = losses(ss.evaluate(tiny_model(family), [IDS], edit), edit)
+    expected = evicting_loop(tiny_hf_model(family), IDS, 9, sinks, cache_positions=False)
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_one_pass_equals_positions_inside_the_cache(family, sinks):
+    edit = ss.StreamingWindow(9, sinks=sinks)
+    ours = losses(ss.evaluate(tiny_model(family), [IDS], edit), edit)
+    expected = evicting_loop(tiny_hf_model(family), IDS, 9, sinks, cache_positions=True)
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    if sinks:
+        assert np.abs(ours - evicting_loop(tiny_hf_model(family), IDS, 9, sinks, cache_positions=False)).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "mistral", "gemma2", "gpt_oss", "gpt_neox"])
+def test_identities(tiny, family):
+    """A long window and no edit change nothing; zeroing attention to a key is zeroing its value; both are not masking."""
+    edits = [ss.Window(48), ss.SinkWindow(60, sinks=2), ZeroAttention(5), ZeroValue(5), ss.MaskKeys(5)]
+    report = ss.evaluate(tiny(family), [IDS], edits)
+    plain = losses(report, "none")
+    for same in edits[:2]:
+        np.testing.assert_allclose(losses(report, same), plain, atol=1e-5)
+    np.testing.assert_allclose(losses(report, edits[2]), losses(report, edits[3]), atol=1e-4)
+    assert np.abs(losses(report, edits[2]) - plain)[5:].max() > 1e-3, "an edit without effect"
+    assert np.abs(losses(report, edits[2]) - losses(report, edits[4])).max() > 1e-3
+    np.testing.assert_allclose(losses(report, edits[4])[:4], plain[:4], atol=1e-5)
+    kl = report.summary().set_index("intervention")["kl"]
+    assert kl["none"] == 0
+    assert abs(kl[str(edits[0])]) < 1e-6 < kl[str(edits[4])]
+
+
+def test_loss_is_the_models_own(tiny):
+    with torch.no_grad():
+        own = torch.nn.functional.cross_entropy(tiny_hf_model("llama")(IDS[None]).logits[0, :-1], IDS[1:], reduction="none")
+    np.testing.assert_allclose(losses(ss.evaluate(tiny("llama"), [IDS], ss.Window(8)), "none"), own.numpy(), atol=1e-5)
+
+
+def test_masking_every_other_key_leaves_the_own_value(tiny):
+    """Seen from outside: with a window of one, tokens don't reach each other at all."""
+    edit = ss.Window(1)
+    ours = losses(ss.evaluate(tiny("llama"), [IDS], edit), edit)
+    with torch.no_grad():
+        rows = [tiny_hf_model("llama")(IDS[None, i : i + 1]).logits[0, 0] for i in range(len(IDS) - 1)]
+    expected = [-float(row.log_softmax(-1)[token]) for row, token in zip(rows, IDS[1:], strict=True)]
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    everything = ss.MaskKeys(list(range(48)))
+    np.testing.assert_allclose(losses(ss.evaluate(tiny("llama"), [IDS], everything), everything), ours, atol=1e-5)
+
+
+def test_dropping_is_running_without(tiny):
+    report = ss.evaluate(tiny("llama"), [IDS], [DropTokens(0), ReplaceToken(0, 7)])
+    shorter = ss.evaluate(tiny("llama"), [IDS[1:]], ss.Window(64))
+    np.testing.assert_allclose(losses(report, DropTokens(0)), losses(shorter, "none"), atol=1e-5)
+    swapped = IDS.clone()
+    swapped[0] = 7
+    other = losses(ss.evaluate(tiny("llama"), [swapped], ss.Window(64)), "none")
+    np.testing.assert_allclose(losses(report, ReplaceToken(0, 7)), other, atol=1e-5)
+
+
+def test_sink_mass_and_place_agree_with_measure(tiny):
+    """Also under a mask: rows are renormalised over the other keys, by hand here."""
+    report = ss.evaluate(tiny("llama"), [IDS], ss.MaskKeys(0)).summary().set_index("intervention")
+    measured = ss.measure(tiny("llama"), [IDS], ["sink_mass", "position_profile"])
+    assert report.loc["none", "sink_mass"] == pytest.approx(
+        measured.summary("all").set_index("metric")["value"]["sink_mass"], abs=1e-6
+    )
+    profile = measured.frame[measured.frame["metric"] == "position_profile"].groupby("key")["value"].mean()
+    assert report.loc["none", "sink_position"] == profile.idxmax()
+    assert report.loc["mask_keys(keys=[0])", "sink_mass"] == pytest.approx(1 / 48, abs=1e-6)  # row 0 alone still sees it
+
+
+def test_heads_and_layers(tiny):
+    """Every head one by one is not all of them at once, and no layer is no edit."""
+    model = tiny("llama")
+    some = [ss.MaskKeys(0, heads=[h]) for h in range(4)] + [
+        ss.MaskKeys(0),
+        ss.MaskKeys(0, layers=[2]),
+        ss.MaskKeys(0, heads=range(4)),
+    ]
+    report = ss.evaluate(model, [IDS], some)
+    found = [losses(report, e) for e in some]
+    assert all(np.abs(a - b).max() > 1e-5 for a, b in itertools.combinations(found[:-1], 2))
+    np.testing.assert_allclose(found[-1], found[4], atol=1e-6)
+
+
+def test_intervals_are_paired():
+    """Over texts by hand; over one text by blocks, which says so."""
+    model, texts = tiny_model("llama"), [IDS, IDS.flip(0), IDS.roll(5)]
+    report = ss.evaluate(model, texts, ss.Window(6))
+    each = report.frame[(report.frame["intervention"] == "window(size=6)") & (report.frame["text"] != "all")]["delta_loss"]
+    row = report.summary().set_index("intervention").loc["window(size=6)"]
+    assert row["delta_loss"] == pytest.approx(each.mean())
+    assert row["std_error"] == pytest.approx(each.std() / 3**0.5)
+    assert row["low"] == pytest.approx(row["delta_loss"] - 4.302653 * row["std_error"])  # Student's t, 2 degrees of freedom
+    assert "across texts" in report.about["interval"]
+    assert "blocks of the one text" in ss.evaluate(model, [IDS], ss.Window(6)).about["interval"]
+
+
+# --- text form, composition, placebo ------------------------------------------------------------------------------
+
+EDITS = [
+    ss.Window(7),
+    ss.SinkWindow(64, sinks=2, layers=[0, 1]),
+    ss.SinkWindow(64, sinks=2, at=9),
+    ss.StreamingWindow(9),
+    ss.MaskKeys([0, -1], heads=[1], layers=[2]),
+    ZeroAttention(3),
+    ZeroValue([1, 2]),
+    MeanValue(),
+    DropTokens([0, 1]),
+    ReplaceToken(0, 198),
+    ss.MaskKeys(1) & ss.Window(5) & DropTokens(0),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_text_form(edit):
+    assert str(parse(str(edit))) == str(edit)
+    assert parse(str(edit)) == edit or "&" in str(edit)
+
+
+def test_every_edit_has_a_text_form():
+    assert {type(e) for e in EDITS} >= set(Intervention.registry.values())
+
+
+def test_placebo_is_the_same_edit_elsewhere():
+    for edit in EDITS[1:2] + EDITS[4:7] + EDITS[8:10]:
+        for seed in range(20):
+            other = edit.placebo(seed)
+            assert type(other) is type(edit)
+            assert other != edit
+            assert other == edit.placebo(seed)
+    assert ss.MaskKeys(0).placebo(3).keys[0] >= 4
+    assert ss.SinkWindow(64, sinks=2).placebo(1).at >= 16
+    with pytest.raises(ss.SinkscopeError, match="no sink position"):
+        ss.Window(8).placebo()
+
+
+def test_composition(tiny):
+    """A mask under a window hides both; two windows make no sense."""
+    model, both = tiny("llama"), ss.MaskKeys(20) & ss.Window(8)
+    report = ss.evaluate(model, [IDS], [both, ss.Window(8)])
+    ours, window = losses(report, both), losses(report, ss.Window(8))
+    np.testing.assert_allclose(ours[:20], window[:20], atol=1e-6)
+    assert np.abs(ours[20:28] - window[20:28]).max() > 1e-3
+    with pytest.raises(ss.SinkscopeError, match="two windows"):
+        ss.Window(8) & ss.SinkWindow(9)
+
+
+BAD = [
+    ("window(size=0)", "at least 1 more"),
+    ("sink_window(size=4, sinks=4)", "at least 1 more"),
+    ("windw(size=4)", "did you mean 'window'"),
+    ("window(sise=4)", "sise"),
+    ("window(size='a')", "takes|whole numbers"),
+    ("mask_keys(keys=[])", "whole numbers"),
+    ("mask_keys(keys=[99])", "positions are 0 to 47"),
+    ("drop_tokens(positions=[48])", "positions are 0 to 47"),
+    ("mask_keys(keys=[0], layers=[9])", "layers"),
+    ("mask_keys(keys=[0], heads=[9])", "heads"),
+    ("drop_tokens(positions=[0], layers=[1])", "has no layers"),
+    ("replace_token(position=0, token=-4)", "whole numbers"),
+    ("window(size=True)", "takes|whole numbers"),
+    ("__import__('os').system('true')", "can't read"),
+    ("window(**{'size': 3})", "can't read"),
+    ("", "can't read"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), BAD)
+def test_bad_interventions(tiny, text, says):
+    with pytest.raises(ss.SinkscopeError, match=says):
+        ss.evaluate(tiny("llama"), [IDS], text)
+
+
+@pytest.mark.parametrize("how", [{"score_from": 0}, {"score_from": 48}])
+def test_bad_score_from(tiny, how):
+    with pytest.raises(ss.SinkscopeError, match="1 to 47"):
+        ss.evaluate(tiny("llama"), [IDS], ss.Window(8), **how)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3", "mistral"])
+def test_streaming_is_refused_where_it_is_not_defined(tiny, family):
+    """Absolute positions, two rotations, a window of the layer's own: each with the reason."""
+    says = "window of its own" if family == "mistral" else "needs rotary positions"
+    with pytest.raises(ss.SinkscopeError, match=says):
+        ss.evaluate(tiny(family), [IDS], ss.StreamingWindow(8))
+
+
+@pytest.mark.parametrize("family", ["gptj", "bloom", "gpt_neo", "bert"])
+def test_inert_is_an_error(tiny, family):
+    with pytest.raises(ss.InertHookError, match="such as GPT-2"):
+        ss.evaluate(tiny(family), [IDS], ss.Window(8))
+
+
+def test_nothing_stays(tiny, monkeypatch):
+    """Also when the middle of a forward pass fails or is interrupted."""
+    model = tiny("llama")
+    before = fingerprint(model)
+    ss.evaluate(model, [IDS], [ss.StreamingWindow(8), ss.MaskKeys(0)])
+    assert fingerprint(model) == before
+    for error in (RuntimeError, KeyboardInterrupt):
+
+        def fail(self, layer, queries, keys, length, error=error):
+            if layer == 2:
+                raise error
+
+        monkeypatch.setattr(ss.Window, "hides", fail)
+        with pytest.raises(error):
+            ss.evaluate(model, [IDS], ss.Window(8))
+        assert fingerprint(model) == before
+
+
+def test_saved_and_read_back(tiny, tmp_path):
+    report = ss.evaluate(tiny("llama"), {"<b>": IDS}, [ss.Window(8), ss.MaskKeys(0)])
+    report.save(tmp_path)
+    again = ss.load_report(tmp_path)
+    assert again.frame.equals(report.frame)
+    assert again.about == report.about
+    assert {"effects.csv", "effects.parquet", "summary.json", "loss.png", "report.html"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    header = (tmp_path / "effects.csv").read_text().splitlines()[0]
+    assert header == "model,text,intervention,tokens,loss,perplexity,delta_loss,kl,std_error,sink_mass,sink_position"
+    assert "<b>" not in (tmp_path / "report.html").read_text()
+    assert "<table" in report._repr_html_()
+
+
+def test_plain_hugging_face(tiny):
+    ours = ss.evaluate(tiny_hf_model("llama"), [IDS], ss.Window(8))
+    theirs = ss.evaluate(tiny("llama"), [IDS], ss.Window(8))
+    np.testing.assert_allclose(ours.curves["loss"], theirs.curves["loss"], atol=1e-5)
+
+
+def test_encoder_and_hooked_transformer_are_refused_by_name(tiny):
+    assert "predicts no next token" in str(attempt(lambda: ss.evaluate(tiny("bert"), [IDS], ss.Window(8))))
+
+
+# --- real weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_the_collapse(smollm2):
+    """A window without the first token ruins SmolLM2, one sink token undoes most of it, a later key nothing."""
+    window, sink = ss.Window(128), ss.SinkWindow(128, sinks=1)
+    edits = [window, sink, sink.placebo(0), ss.MaskKeys(0)]
+    report = ss.evaluate(smollm2, [novel(1024)], edits, max_tokens=1024, score_from=256)
+    delta = report.summary().set_index("intervention")["delta_loss"]
+    low = report.summary().set_index("intervention")["low"]
+    assert low[str(window)] > 0.5
+    assert delta[str(sink)] < 0.3 * delta[str(window)]
+    assert delta[str(edits[2])] > 0.8 * delta[str(window)]
+    assert abs(delta[str(edits[3])]) < 0.1 * delta[str(window)]
+
+
+@pytest.mark.model
+def test_smollm2_equals_the_evicting_loop(smollm2, smollm2_gguf):
+    """Original positions and those inside the cache, over 1,024 tokens."""
+    ids = smollm2.tokenizer(novel(1024))["input_ids"][:1023]
+    ids = torch.tensor([1, *ids])
+    edits = [ss.SinkWindow(128, sinks=4), ss.StreamingWindow(128, sinks=4)]
+    report = ss.evaluate(smollm2, [ids], edits)
+    network = HuggingFace(smollm2_gguf).network
+    for edit, inside in zip(edits, (False, True), strict=True):
+        expected = evicting_loop(network, ids, 128, 4, cache_positions=inside)
+        np.testing.assert_allclose(losses(report, edit), expected, atol=1e-4)
