@@ -14,14 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sinkscope import interventions, metrics, plots, testing
+    from sinkscope import interventions, metrics, plots, studies, testing
     from sinkscope.attention import attention_map
     from sinkscope.block import Block
     from sinkscope.causal import evaluate
     from sinkscope.effect import EffectReport
     from sinkscope.errors import InertHookError, SinkscopeError
     from sinkscope.files import load_report
-    from sinkscope.interventions import MaskKeys, SinkWindow, StreamingWindow, Window
+    from sinkscope.interventions import MaskKeys, SinkWindow, Window
     from sinkscope.metrics.base import metric
     from sinkscope.models import load_model
     from sinkscope.observe import measure
@@ -38,7 +38,6 @@ _HOME = {
     "SinkReport": "report",
     "SinkWindow": "interventions",
     "SinkscopeError": "errors",
-    "StreamingWindow": "interventions",
     "Window": "interventions",
     "attention_map": "attention",
     "evaluate": "causal",
@@ -48,7 +47,7 @@ _HOME = {
     "metric": "metrics.base",
     "tokenize": "tokens",
 }
-_MODULES = ("interventions", "metrics", "plots", "testing")
+_MODULES = ("interventions", "metrics", "plots", "studies", "testing")
 
 __all__ = [
     "Block",
@@ -58,7 +57,6 @@ __all__ = [
     "SinkReport",
     "SinkWindow",
     "SinkscopeError",
-    "StreamingWindow",
     "Window",
     "attention_map",
     "evaluate",
@@ -69,6 +67,7 @@ __all__ = [
     "metric",
     "metrics",
     "plots",
+    "studies",
     "testing",
     "tokenize",
 ]

@@ -169,6 +169,8 @@ def _pass(adapter: Adapter, capture: EditedCapture, sequence: TextTokens, edit: 
     row_of = torch.full((len(sequence),), -1)
     row_of[origin[same]] = torch.arange(len(ids))[same] - 1
     top = int(received.argmax())
+    if bool(received.isnan().any()):
+        return _Pass(hidden, row_of, math.nan, -1, "")
     return _Pass(
         hidden=hidden,
         row_of=row_of,

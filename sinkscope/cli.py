@@ -113,6 +113,45 @@ def evaluate(
         _say_where(out, as_json)
 
 
+@app.command(epilog="Example: sinkscope study streaming-llm smollm2-135m --file novel.txt --out study")
+def study(
+    name: Annotated[str, typer.Argument(help="streaming-llm.")],
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a hub name such as gpt2, a directory, or a .gguf file.")],
+    file: Annotated[Path, typer.Option("--file", help="A long UTF-8 text.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")] = 4096,
+    budget: Annotated[int, typer.Option("--budget", help="Keys in every window, sinks included.")] = 256,
+    score_from: Annotated[int | None, typer.Option("--score-from", help="Default: twice the budget.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Also the slow baseline: the model anew per token.")] = False,
+    device: Device = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a published experiment: our figures beside the published ones."""
+    with _errors(debug):
+        from sinkscope.files import check_writable
+        from sinkscope.models import load_model
+        from sinkscope.studies import find
+        from sinkscope.tokens import read_text
+
+        run, text = find(name), {file.name: read_text(file)}
+        if out is not None:
+            check_writable(out)
+        loaded = load_model(model, device=device)
+        how = {"max_tokens": max_tokens, "budget": budget, "score_from": score_from, "recompute": recompute}
+        report = run(loaded, text, progress=True, **how)
+        if as_json:
+            typer.echo(report.table.to_json(orient="records"))
+        else:
+            shown = report.table.astype(object).where(report.table.notna(), "")
+            cells = [[x if isinstance(x, str) else f"{x:.4g}" for x in row] for row in shown.to_numpy().tolist()]
+            _table(list(shown.columns), cells)
+            typer.echo(f"\n{report.said}")
+        if out is not None:
+            report.save(out)
+        _say_where(out, as_json)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory for the results.")] = Path("sinkscope-demo"),
@@ -280,7 +319,7 @@ def _show_effects(report: EffectReport, as_json: bool) -> None:
     cells = []
     for _, r in rows.iterrows():
         interval = f"{r['low']:+.3f} to {r['high']:+.3f}" if r["low"] == r["low"] else ""
-        place = f"{'' if r['sink_position'] is None else r['sink_position']} {r['sink_token']!r}"
+        place = f"{r['sink_position']} {r['sink_token']!r}" if r["sink_token"] else ""
         losses = [f"{r['loss']:.3f}", number(float(r["perplexity"])), f"{r['delta_loss']:+.3f}", interval, f"{r['kl']:.3f}"]
         mass = "" if r["sink_mass"] != r["sink_mass"] else percent(float(r["sink_mass"]))
         cells.append([r["intervention"], *losses, mass, place])

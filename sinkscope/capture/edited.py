@@ -24,6 +24,8 @@ from sinkscope.tokens import Batch, Tokens
 
 #: Query rows at a time.
 ROWS = 128
+#: Tokens per forward pass, where a model is run anew for every token.
+TOKENS = 4096
 NONE = Intervention()
 
 
@@ -44,19 +46,39 @@ class EditedCapture(FlashCapture):
             SinkscopeError: NaN or infinity; names the first module or layer where it appears.
             InertHookError: attention was not asked for.
         """
-        self.edit, self._tick, self._calls = edit, tick, 0
+        self.edit, self._tick = edit, tick
         self.received = torch.zeros(batch.ids.shape[1], dtype=torch.float64)
         if any(edit.cache(layer) is not None for layer in self.adapter.layers):
             self._turn = turning(self.adapter, self._turn)
-        hidden = self.adapter.body(batch.ids, batch.valid)[0]
-        if self._calls != len(self.adapter.layers):
-            raise self._inert(self.adapter.layers[min(self._calls, len(self.adapter.layers) - 1)])
+        size = edit.rerun()
+        again = size is not None and size < batch.ids.shape[1]
+        hidden = self._rerun(batch.ids[0], int(size or 0)) if again else self._body(batch.ids)[0]
         if not bool(torch.isfinite(hidden).all()):
             where = self._first_bad(batch)
             raise SinkscopeError(
                 f"NaN or infinity {where} of {self.adapter.name} under {edit} (text {batch.sequences[0].label!r})"
             )
         return hidden
+
+    def _body(self, ids: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_model"]:
+        self._calls = 0
+        hidden = self.adapter.body(ids, torch.ones_like(ids, dtype=torch.bool))
+        if self._calls != len(self.adapter.layers):
+            raise self._inert(self.adapter.layers[min(self._calls, len(self.adapter.layers) - 1)])
+        return hidden
+
+    def _rerun(self, ids: Int[Tensor, " position"], size: int) -> Float[Tensor, "position d_model"]:
+        """Run on every window of `size` tokens, as many at a time as make `TOKENS`; of each, the last row counts."""
+        tick, self._tick, ticks = self._tick, lambda: None, 0
+        windows = ids.unfold(0, size, 1)
+        rows, pieces = [self._body(windows[:1])[0]], torch.split(windows[1:], max(1, TOKENS // size))
+        for done, piece in enumerate(pieces, 1):
+            rows.append(self._body(piece)[:, -1])
+            while ticks < len(self.adapter.layers) * done // len(pieces):
+                tick()
+                ticks += 1
+        self.received.fill_(torch.nan)  # each window has a first token of its own
+        return torch.cat(rows)
 
     def _compute(self, layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
         edit, t = self.edit if self.edit.on(layer) else NONE, query.shape[2]

@@ -3,13 +3,14 @@
 from sinkscope.interventions.base import Intervention, parse
 from sinkscope.interventions.keys import MaskKeys, MeanValue, ZeroAttention, ZeroValue
 from sinkscope.interventions.tokens import DropTokens, ReplaceToken
-from sinkscope.interventions.windows import SinkWindow, StreamingWindow, Window
+from sinkscope.interventions.windows import RecomputeWindow, SinkWindow, StreamingWindow, Window
 
 __all__ = [
     "DropTokens",
     "Intervention",
     "MaskKeys",
     "MeanValue",
+    "RecomputeWindow",
     "ReplaceToken",
     "SinkWindow",
     "StreamingWindow",

@@ -105,6 +105,10 @@ class Intervention:
         """Give the values to use."""
         return values
 
+    def rerun(self) -> int | None:
+        """Give how many tokens the model is run on anew for every token, or None for one pass over all."""
+        return None
+
     def cache(self, layer: int) -> tuple[int, int] | None:
         """Give (size, sinks) where positions are those inside a cache of that size, else None."""
         return None
@@ -162,6 +166,9 @@ class _Both(Intervention):
         for part in self._parts(layer):
             values = part.values(layer, values)
         return values
+
+    def rerun(self) -> int | None:
+        return next((n for part in (self.first, self.second) if (n := part.rerun()) is not None), None)
 
     def cache(self, layer: int) -> tuple[int, int] | None:
         return next((c for part in self._parts(layer) if (c := part.cache(layer)) is not None), None)

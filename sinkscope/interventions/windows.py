@@ -93,3 +93,26 @@ class StreamingWindow(SinkWindow):
     def cache(self, layer: int) -> tuple[int, int]:
         """Give the size, and how many keys at its start stay."""
         return self.size, self.sinks
+
+
+@dataclass(frozen=True)
+class RecomputeWindow(Intervention):
+    """Run the model anew on the last `size` tokens for every token: the slow baseline, tokens x size x size.
+
+    The first token of each window is that window's sink. Source: Xiao et al. 2023, "sliding window with re-computation".
+    """
+
+    is_window: ClassVar[bool] = True
+    size: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuse layers, and sizes that make no sense."""
+        super().__post_init__()
+        if self.layers is not None:
+            raise SinkscopeError(f"{self}: the whole model is run anew, not some layers")
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
+            raise SinkscopeError(f"{self}: the size must be a whole number, at least 1")
+
+    def rerun(self) -> int:
+        """Give the size."""
+        return self.size

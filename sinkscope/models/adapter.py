@@ -158,6 +158,11 @@ class Adapter:
         )
         return residual
 
+    @property
+    def one_rotation(self) -> bool:
+        """Whether positions are rotary, of one kind for all layers."""
+        return sum(m._buffers.get("inv_freq") is not None for m in self.network.modules()) == 1
+
     def logits(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
         """Unembed some last hidden states of a decoder that Hugging Face runs, in float32: never a whole text's at once."""
         head = self.network.get_output_embeddings()  # type: ignore[operator]

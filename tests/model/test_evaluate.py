@@ -8,7 +8,17 @@ import torch
 from transformers import DynamicCache
 
 import sinkscope as ss
-from sinkscope.interventions import DropTokens, Intervention, MeanValue, ReplaceToken, ZeroAttention, ZeroValue, parse
+from sinkscope.interventions import (
+    DropTokens,
+    Intervention,
+    MeanValue,
+    RecomputeWindow,
+    ReplaceToken,
+    StreamingWindow,
+    ZeroAttention,
+    ZeroValue,
+    parse,
+)
 from sinkscope.testing import tiny_hf_model, tiny_model
 from tests.conftest import attempt, fingerprint
 from tests.model.compare import novel
@@ -71,12 +81,23 @@ def test_one_pass_equals_the_evicting_cache(family, sinks):
 @pytest.mark.parametrize("family", ROTARY)
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_one_pass_equals_positions_inside_the_cache(family, sinks):
-    edit = ss.StreamingWindow(9, sinks=sinks)
+    edit = StreamingWindow(9, sinks=sinks)
     ours = losses(ss.evaluate(tiny_model(family), [IDS], edit), edit)
     expected = evicting_loop(tiny_hf_model(family), IDS, 9, sinks, cache_positions=True)
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     if sinks:
         assert np.abs(ours - evicting_loop(tiny_hf_model(family), IDS, 9, sinks, cache_positions=False)).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputation_is_a_run_on_the_last_tokens(family):
+    edit, model = RecomputeWindow(7), tiny_hf_model(family)
+    report = ss.evaluate(tiny_model(family), [IDS], edit)
+    with torch.no_grad():
+        rows = [model(IDS[None, max(0, i - 6) : i + 1]).logits[0, -1].log_softmax(-1) for i in range(len(IDS) - 1)]
+    expected = [-float(row[token]) for row, token in zip(rows, IDS[1:], strict=True)]
+    np.testing.assert_allclose(losses(report, edit), expected, atol=1e-5)
+    assert report.summary()["sink_position"].isna().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "mistral", "gemma2", "gpt_oss", "gpt_neox"])
@@ -169,13 +190,14 @@ EDITS = [
     ss.Window(7),
     ss.SinkWindow(64, sinks=2, layers=[0, 1]),
     ss.SinkWindow(64, sinks=2, at=9),
-    ss.StreamingWindow(9),
+    StreamingWindow(9),
     ss.MaskKeys([0, -1], heads=[1], layers=[2]),
     ZeroAttention(3),
     ZeroValue([1, 2]),
     MeanValue(),
     DropTokens([0, 1]),
     ReplaceToken(0, 198),
+    RecomputeWindow(6),
     ss.MaskKeys(1) & ss.Window(5) & DropTokens(0),
 ]
 
@@ -251,7 +273,7 @@ def test_streaming_is_refused_where_it_is_not_defined(tiny, family):
     """Absolute positions, two rotations, a window of the layer's own: each with the reason."""
     says = "window of its own" if family == "mistral" else "needs rotary positions"
     with pytest.raises(ss.SinkscopeError, match=says):
-        ss.evaluate(tiny(family), [IDS], ss.StreamingWindow(8))
+        ss.evaluate(tiny(family), [IDS], StreamingWindow(8))
 
 
 @pytest.mark.parametrize("family", ["gptj", "bloom", "gpt_neo", "bert"])
@@ -264,7 +286,7 @@ def test_nothing_stays(tiny, monkeypatch):
     """Also when the middle of a forward pass fails or is interrupted."""
     model = tiny("llama")
     before = fingerprint(model)
-    ss.evaluate(model, [IDS], [ss.StreamingWindow(8), ss.MaskKeys(0)])
+    ss.evaluate(model, [IDS], [StreamingWindow(8), ss.MaskKeys(0)])
     assert fingerprint(model) == before
     for error in (RuntimeError, KeyboardInterrupt):
 
@@ -325,7 +347,7 @@ def test_smollm2_equals_the_evicting_loop(smollm2, smollm2_gguf):
     """Original positions and those inside the cache, over 1,024 tokens."""
     ids = smollm2.tokenizer(novel(1024))["input_ids"][:1023]
     ids = torch.tensor([1, *ids])
-    edits = [ss.SinkWindow(128, sinks=4), ss.StreamingWindow(128, sinks=4)]
+    edits = [ss.SinkWindow(128, sinks=4), StreamingWindow(128, sinks=4)]
     report = ss.evaluate(smollm2, [ids], edits)
     network = HuggingFace(smollm2_gguf).network
     for edit, inside in zip(edits, (False, True), strict=True):

@@ -17,7 +17,7 @@ from sinkscope.cli import app
 from sinkscope.metrics import BUILT_IN
 
 TEXT = "so it goes"
-COMMANDS = ["demo", "measure", "evaluate", "compare", "metrics"]
+COMMANDS = ["demo", "measure", "evaluate", "study", "compare", "metrics"]
 
 
 def run(*arguments):
@@ -339,7 +339,9 @@ print([n for n in sinkscope.__all__ if isinstance(getattr(sinkscope, n), types.M
 def test_no_module_takes_the_place_of_a_public_function():
     """Importing `sinkscope.x` binds the module to `sinkscope.x`: no function may have a module's name."""
     result = piped(code=EVERYTHING)
-    assert (result.stdout, result.returncode) == ("['interventions', 'metrics', 'plots', 'testing']\n", 0), result.stderr
+    assert (result.stdout, result.returncode) == ("['interventions', 'metrics', 'plots', 'studies', 'testing']\n", 0), (
+        result.stderr
+    )
 
 
 def test_there_are_few_public_names_and_others_are_errors():
