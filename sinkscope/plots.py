@@ -234,7 +234,9 @@ def loss_curve(curves: DataFrame, *, text: str | None = None, ax: Axes | None = 
         style: dict[str, Any] = {"color": NULL, "linestyle": "--", "zorder": 3} if name == "none" else {}
         ax.plot(run["position"], loss, linewidth=1, label=_short(str(name), 48), **style)
     ylabel = f"loss (nats), mean of {size} tokens" if size > 1 else "loss (nats)"
-    return _finish(ax, f"loss by position, {_short(text, 24)}", "position", ylabel, legend=True)
+    _finish(ax, f"loss by position, {_short(text, 24)}", "position", ylabel)
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)  # it would cover curves
+    return ax
 
 
 _attention = attention  # `figures` has an argument of that name
