@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.capture.edited import NONE, EditedCapture, plan
+from sinkscope.capture.proof import WRONG, WRONG_IN_HALF
 from sinkscope.effect import EffectReport, Run
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, parse
@@ -23,8 +24,6 @@ from sinkscope.tokens import TextTokens, Tokens
 
 #: Logits at a time, in numbers: tokens x vocabulary is never whole.
 LOGITS = 8 << 20
-#: How far the logits that are computed in pieces may lie from the model's own.
-WRONG = {"float32": 1e-3, "float64": 1e-3}
 
 
 def evaluate(
@@ -94,7 +93,7 @@ def _check(adapter: Adapter, tokens: Tokens, edits: Sequence[Intervention], scor
             )
         for edit in edits:
             edit.check(len(s))
-    for edit in edits:
+    for edit in (part for e in edits for part in e.parts()):
         layers = [layer for layer in edit.layers or () if layer not in adapter.layers]
         if layers:
             raise SinkscopeError(
@@ -112,7 +111,7 @@ def _check_logits(adapter: Adapter, tokens: Tokens) -> None:
         own = adapter.network(input_ids=ids, use_cache=False, output_attentions=False, return_dict=True).logits[0].float()
         ours = adapter.logits(adapter.body(ids, torch.ones_like(ids, dtype=torch.bool))[0])
     gap = float((own - ours).abs().max())
-    if not gap < WRONG.get(adapter.dtype, 0.2) * max(1.0, float(own.abs().max())):
+    if not gap < WRONG.get(adapter.dtype, WRONG_IN_HALF) * max(1.0, float(own.abs().max())):
         raise SinkscopeError(f"the logits of {adapter.name} are not its output layer's alone (they differ by {gap:.2g})")
 
 

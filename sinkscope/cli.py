@@ -25,6 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Model = Annotated[str, typer.Argument(help="smollm2-135m, a hub name such as gpt2, a directory, or a .gguf file.")]
+Texts = Annotated[list[str] | None, typer.Option("--text", help="A text; repeat for more.")]
+Files = Annotated[list[Path] | None, typer.Option("--file", help="A UTF-8 text file; repeat for more.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")]
+Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="BOS first? Default: the model's convention.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Directory for tables, pictures and report.html.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; default: the GPU when there is one.")]
@@ -33,14 +38,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON 
 
 @app.command(epilog="Example: sinkscope measure smollm2-135m --file novel.txt --max-tokens 4096 --out results")
 def measure(
-    model: Annotated[str, typer.Argument(help="smollm2-135m, a hub name such as gpt2, a directory, or a .gguf file.")],
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text; repeat for more.")] = None,
-    file: Annotated[list[Path] | None, typer.Option("--file", help="A UTF-8 text file; repeat for more.")] = None,
+    model: Model,
+    text: Texts = None,
+    file: Files = None,
     metric: Annotated[
         list[str] | None, typer.Option("--metric", help="A metric, such as sink_mass or sink_rate@0.5; default: all.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")] = None,
-    bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="BOS first? Default: the model's convention.")] = None,
+    max_tokens: MaxTokens = None,
+    bos: Bos = None,
     engine: Annotated[str, typer.Option("--engine", help="auto, flash or hooks.")] = "auto",
     key: Annotated[
         list[str] | None, typer.Option("--key", help="Sink position: 0, -1 (last), or a token such as [SEP].")
@@ -79,16 +84,16 @@ def measure(
     '--intervention "window(size=256)" --intervention "sink_window(size=256, sinks=4)"'
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(help="smollm2-135m, a hub name such as gpt2, a directory, or a .gguf file.")],
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text; repeat for more.")] = None,
-    file: Annotated[list[Path] | None, typer.Option("--file", help="A UTF-8 text file; repeat for more.")] = None,
+    model: Model,
+    text: Texts = None,
+    file: Files = None,
     intervention: Annotated[
         list[str] | None,
         typer.Option("--intervention", help='Such as "window(size=256)"; repeat for more. Default: window and sink_window.'),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")] = None,
+    max_tokens: MaxTokens = None,
     score_from: Annotated[int, typer.Option("--score-from", help="Score predictions from this position on (0-based).")] = 1,
-    bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="BOS first? Default: the model's convention.")] = None,
+    bos: Bos = None,
     device: Device = None,
     out: Out = None,
     as_json: AsJson = False,
@@ -116,7 +121,7 @@ def evaluate(
 @app.command(epilog="Example: sinkscope study streaming-llm smollm2-135m --file novel.txt --out study")
 def study(
     name: Annotated[str, typer.Argument(help="streaming-llm.")],
-    model: Annotated[str, typer.Argument(help="smollm2-135m, a hub name such as gpt2, a directory, or a .gguf file.")],
+    model: Model,
     file: Annotated[Path, typer.Option("--file", help="A long UTF-8 text.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")] = 4096,
     budget: Annotated[int, typer.Option("--budget", help="Keys in every window, sinks included.")] = 256,

@@ -60,14 +60,11 @@ def save(report: SinkReport, directory: str | Path) -> Path:
     if report.attention is not None:
         tables["attention"] = report.attention
     for name, table in tables.items():
-        _write(path / f"{name}.csv", partial(table.to_csv, index=False))
-        _write(path / f"{name}.parquet", partial(table.to_parquet, index=False))
+        write(path / f"{name}.csv", partial(table.to_csv, index=False))
+        write(path / f"{name}.parquet", partial(table.to_parquet, index=False))
     for name, figure in report.figures().items():
-        _write(path / f"{name}.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
-    page = report.page()
-    _write(path / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
-    about = json.dumps(report.about, indent=1, ensure_ascii=False)
-    _write(path / SEAL, lambda p: p.write_text(about, encoding="utf-8"))
+        write(path / f"{name}.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
+    _seal(report, path)
     forget(path)
     return path
 
@@ -84,26 +81,33 @@ def save_effects(report: EffectReport, directory: str | Path) -> Path:
     """
     from matplotlib.figure import Figure
 
+    from sinkscope.plots import WIDE
+
     path = check_writable(directory)
     for name in (SEAL, "report.html"):
         (path / name).unlink(missing_ok=True)
     for name, table in {"effects": report.frame, "details": report.details, "curves": report.curves}.items():
-        _write(path / f"{name}.csv", partial(table.to_csv, index=False))
-        _write(path / f"{name}.parquet", partial(table.to_parquet, index=False))
-    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+        write(path / f"{name}.csv", partial(table.to_csv, index=False))
+        write(path / f"{name}.parquet", partial(table.to_parquet, index=False))
+    figure = Figure(**WIDE)
     report.loss_curve(ax=figure.add_subplot())
-    _write(path / "loss.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
-    page = report.page()
-    _write(path / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
-    about = json.dumps(report.about, indent=1, ensure_ascii=False)
-    _write(path / SEAL, lambda p: p.write_text(about, encoding="utf-8"))
+    write(path / "loss.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
+    _seal(report, path)
     return path
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
+def _seal(report: SinkReport | EffectReport, path: Path) -> None:
+    page = report.page()
+    write(path / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
+    about = json.dumps(report.about, indent=1, ensure_ascii=False)
+    write(path / SEAL, lambda p: p.write_text(about, encoding="utf-8"))
+
+
+def write(path: Path, fill: Callable[[Path], Any]) -> None:
+    """Have `fill` write a file under another name, and move it into place."""
     half = path.with_name(f".{path.name}.half")
     try:
-        write(half)
+        fill(half)
         half.replace(path)
     except OSError as error:
         raise SinkscopeError(f"can't write {str(path)!r}: {error.strerror or error}") from None

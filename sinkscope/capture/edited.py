@@ -48,8 +48,8 @@ class EditedCapture(FlashCapture):
         """
         self.edit, self._tick = edit, tick
         self.received = torch.zeros(batch.ids.shape[1], dtype=torch.float64)
-        if any(edit.cache(layer) is not None for layer in self.adapter.layers):
-            self._turn = turning(self.adapter, self._turn)
+        if self._turn is None and any(edit.cache(layer) is not None for layer in self.adapter.layers):
+            self._turn = turning(self.adapter)
         size = edit.rerun()
         again = size is not None and size < batch.ids.shape[1]
         hidden = self._rerun(batch.ids[0], int(size or 0)) if again else self._body(batch.ids)[0]
@@ -98,15 +98,15 @@ class EditedCapture(FlashCapture):
             k, v = key[:, :, at], value[:, :, at]
             rows = query[:, :, start:stop]
             scores = scores_of(rows, k, scale, softcap)
-            if cache is not None and stop > cache[0]:
+            if cache is not None and self._turn is not None and stop > cache[0]:
                 kept = int((reach < cache[1]).sum())
                 turned = turn(rows, (queries[:, 0].clamp(max=cache[0] - 1) - queries[:, 0]), self._turn)
                 scores[..., :kept] = scores_of(turned, k[:, :, :kept], scale, softcap)
             gap = queries - reach
             hidden = gap < 0 if window is None else (gap < 0) | (gap >= window)
-            also = edit.hides(layer, queries, reach[None], t)
+            also = edit.hides(layer, queries, reach[None], query.shape[1], t)
             if also is not None:
-                hidden = hidden | _every_head(also & (gap != 0), query.shape[1])
+                hidden = hidden | (also & (gap != 0))
             scores.masked_fill_(hidden, float("-inf"))
             lse = scores.logsumexp(-1, keepdim=True)
             if sinks is not None:
@@ -121,13 +121,6 @@ class EditedCapture(FlashCapture):
             out[:, :, start:stop] = grouped.view(b, h, n, -1).to(out.dtype)
         self._tick()
         return out
-
-
-def _every_head(hidden: Tensor, heads: int) -> Tensor:
-    """Pad a mask of the first few heads to all of them: nothing is hidden from the others."""
-    if hidden.ndim < 3 or hidden.shape[0] == heads:
-        return hidden
-    return torch.cat([hidden, hidden.new_zeros(heads - hidden.shape[0], *hidden.shape[1:])])
 
 
 def plan(adapter: Adapter, tokens: Tokens) -> EditedCapture:
@@ -150,9 +143,8 @@ def plan(adapter: Adapter, tokens: Tokens) -> EditedCapture:
 # --- positions inside a cache -------------------------------------------------------------------------------------
 
 
-def turn(q: Float[Tensor, "batch head query d"], by: Int[Tensor, " query"], frequencies: Tensor | None) -> Tensor:
+def turn(q: Float[Tensor, "batch head query d"], by: Int[Tensor, " query"], frequencies: Tensor) -> Tensor:
     """Turn rotary queries by some positions: the pairs are (j, j + d/2) of the first 2 x `frequencies` numbers."""
-    assert frequencies is not None
     angles = by[:, None].double() * frequencies.double()
     cos, sin = (torch.cat([f(angles)] * 2, -1).to(q.dtype) for f in (torch.cos, torch.sin))
     d = cos.shape[-1]
@@ -161,33 +153,30 @@ def turn(q: Float[Tensor, "batch head query d"], by: Int[Tensor, " query"], freq
     return torch.cat([rotary * cos + torch.cat([-second, first], -1) * sin, rest], -1)
 
 
-def turning(adapter: Adapter, known: Tensor | None) -> Tensor:
+def turning(adapter: Adapter) -> Tensor:
     """Find a model's rotary frequencies, and prove by a shift of all positions that turning queries is what they do.
 
     Raises:
         SinkscopeError: positions are not rotary (or not of one plain kind); says what works.
     """
-    if known is not None:
-        return known
-    found = [m._buffers["inv_freq"] for m in adapter.network.modules() if m._buffers.get("inv_freq") is not None]
+    found = adapter.rotations
     refusal = SinkscopeError(
         f"a streaming window needs rotary positions of one plain kind, which {adapter.name} has not: a query can't be turned "
         "to its position inside the cache. Take sink_window, which keeps the original positions"
     )
     why = adapter.why_no_cache(0)
-    if len(found) != 1 or found[0] is None or why is not None:
+    if len(found) != 1 or why is not None:
         raise refusal
     ids = torch.arange(2, 8, device=adapter.device)[None]
     try:
         first, moved = _queries(adapter, ids, 0), _queries(adapter, ids, 5)
     except TypeError:  # it takes no positions
         raise refusal from None
-    frequencies: Tensor = found[0]
     for before, after in zip(first, moved, strict=True):
-        expected = turn(before, torch.full((ids.shape[1],), 5, device=ids.device), frequencies)
+        expected = turn(before, torch.full((ids.shape[1],), 5, device=ids.device), found[0])
         if not float((expected - after).abs().max()) < 1e-3 * max(1.0, float(after.abs().max())):
             raise refusal
-    return frequencies
+    return found[0]
 
 
 def _queries(adapter: Adapter, ids: Tensor, start: int) -> list[Tensor]:

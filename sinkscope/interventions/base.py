@@ -77,6 +77,10 @@ class Intervention:
             SinkscopeError: names the range.
         """
 
+    def parts(self) -> tuple[Intervention, ...]:
+        """Give the edits that this one is composed of."""
+        return (self,)
+
     # What an edit may do. `on(layer)` has been asked before.
 
     def on(self, layer: int) -> bool:
@@ -92,7 +96,7 @@ class Intervention:
         return torch.arange(stop)
 
     def hides(
-        self, layer: int, queries: Int[Tensor, "query 1"], keys: Int[Tensor, "1 key"], length: int
+        self, layer: int, queries: Int[Tensor, "query 1"], keys: Int[Tensor, "1 key"], heads: int, length: int
     ) -> Bool[Tensor, "*head query key"] | None:
         """Tell which keys are hidden before softmax; the library lets a query always see itself."""
         return None
@@ -137,6 +141,9 @@ class _Both(Intervention):
         self.first.check(length)
         self.second.check(length)
 
+    def parts(self) -> tuple[Intervention, ...]:
+        return (*self.first.parts(), *self.second.parts())
+
     def _parts(self, layer: int) -> list[Intervention]:
         return [part for part in (self.first, self.second) if part.on(layer)]
 
@@ -154,8 +161,8 @@ class _Both(Intervention):
             keys = keys[torch.isin(keys, part.reach(layer, start, stop))]
         return keys
 
-    def hides(self, layer: int, queries: Tensor, keys: Tensor, length: int) -> Tensor | None:
-        found = [h for p in self._parts(layer) if (h := p.hides(layer, queries, keys, length)) is not None]
+    def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor | None:
+        found = [h for p in self._parts(layer) if (h := p.hides(layer, queries, keys, heads, length)) is not None]
         return None if not found else found[0] if len(found) == 1 else found[0] | found[1]
 
     def zeroes(self, layer: int, keys: Tensor, heads: int, length: int) -> Tensor | None:

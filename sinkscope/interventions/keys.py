@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from sinkscope.errors import SinkscopeError
 from sinkscope.interventions.base import Intervention, Where, inside, resolve
 
 
@@ -28,6 +29,7 @@ class _Keys(Intervention):
         return replace(self, keys=tuple(sorted(random.Random(seed).sample(near, min(len(self.keys), len(near))))))
 
     def _chosen(self, keys: Tensor, length: int) -> Tensor:
+        inside(self.keys, length, self)  # another edit may have made the input shorter
         return torch.isin(keys, resolve(self.keys, length).to(keys.device))
 
 
@@ -39,12 +41,12 @@ class MaskKeys(_Keys):
     'mask_keys(keys=[0], heads=[1])'
     """
 
-    def hides(self, layer: int, queries: Tensor, keys: Tensor, length: int) -> Tensor:
+    def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor:
         """Hide the keys from every query."""
         hidden = self._chosen(keys, length).expand(len(queries), -1)
         if self.heads is None:
             return hidden
-        per_head = torch.zeros(max(self.heads) + 1, *hidden.shape, dtype=torch.bool, device=hidden.device)
+        per_head = torch.zeros(heads, *hidden.shape, dtype=torch.bool, device=hidden.device)
         per_head[list(self.heads)] = hidden
         return per_head
 
@@ -69,6 +71,10 @@ class ZeroValue(_Keys):
         return self._with(values, torch.zeros_like(values[:, :, :1]))
 
     def _with(self, values: Tensor, new: Tensor) -> Tensor:
+        inside(self.keys, values.shape[2], self)
+        outside = [h for h in self.heads or () if h >= values.shape[1]]
+        if outside:
+            raise SinkscopeError(f"{self}: heads {outside}; the key-value heads are 0 to {values.shape[1] - 1}")
         edited = values.clone()
         heads = list(self.heads) if self.heads is not None else slice(None)
         for key in resolve(self.keys, values.shape[2]).tolist():

@@ -38,7 +38,7 @@ class Window(Intervention):
         keys, kept, recent = torch.arange(stop), self._kept, self.size - len(self._kept)
         return keys[(keys > start - recent) | ((keys >= kept.start) & (keys < kept.stop))]
 
-    def hides(self, layer: int, queries: Tensor, keys: Tensor, length: int) -> Tensor:
+    def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor:
         """Hide what has been evicted."""
         kept = self._kept
         return (queries - keys >= self.size - len(kept)) & ~((keys >= kept.start) & (keys < kept.stop))

@@ -159,9 +159,9 @@ class Adapter:
         return residual
 
     @property
-    def one_rotation(self) -> bool:
-        """Whether positions are rotary, of one kind for all layers."""
-        return sum(m._buffers.get("inv_freq") is not None for m in self.network.modules()) == 1
+    def rotations(self) -> list[Tensor]:
+        """Frequencies of each kind of rotary positions; none where positions are absolute."""
+        return [f for m in self.network.modules() if (f := m._buffers.get("inv_freq")) is not None]
 
     def logits(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
         """Unembed some last hidden states of a decoder that Hugging Face runs, in float32: never a whole text's at once."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files as resources
 from pathlib import Path
 
 import pandas as pd
 
 from sinkscope.effect import EffectReport
+from sinkscope.files import check_writable, write
 
 #: Columns of `.table` and study.csv. `low` and `high` bound our difference of loss to the unedited run, in nats.
 COLUMNS = ["model", "regime", "cache", "perplexity", "delta_loss", "low", "high", "source", "evidence"]
@@ -33,10 +35,10 @@ class StudyReport:
 
     def save(self, directory: str | Path) -> Path:
         """Write `study.csv`, `study.txt`, and all that the effects' own report writes."""
-        path = self.effect.save(directory)
-        self.table.to_csv(path / "study.csv", index=False)
-        (path / "study.txt").write_text(self.said + "\n", encoding="utf-8")
-        return path
+        path = check_writable(directory)
+        write(path / "study.csv", partial(self.table.to_csv, index=False))
+        write(path / "study.txt", lambda p: p.write_text(self.said + "\n", encoding="utf-8"))
+        return self.effect.save(path)
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.said)}</p>{self.table.to_html(index=False, na_rep='', escape=True)}"

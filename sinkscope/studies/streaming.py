@@ -54,7 +54,7 @@ def streaming_llm(
     if line_break:
         swapped = [ReplaceToken(position, int(line_break[-1])) for position in range(4)]
         regimes["line breaks"] = swapped[0] & swapped[1] & swapped[2] & swapped[3] & SinkWindow(budget, sinks=4)
-    if adapter.one_rotation and not adapter.windows:
+    if len(adapter.rotations) == 1 and not adapter.windows:
         regimes["cache positions"] = StreamingWindow(budget, sinks=4)
     if recompute:
         regimes["re-computation"] = RecomputeWindow(budget)
@@ -94,7 +94,7 @@ def _say(ours: pd.DataFrame, theirs: pd.DataFrame, text: dict[str, Any]) -> str:
     one, placebo = value["1 sink"][1], value["placebo: 4 later keys kept"][1]
     said += (
         f"Of the {lost:.3g} nats that this costs, keeping the first token in the window undoes "
-        f"{100 * (1 - one / lost):.0f}%, and keeping four later ones instead {100 * (1 - placebo / lost):.0f}%. "
+        f"{round(100 * (1 - one / lost))}%, and keeping four later ones instead {round(100 * (1 - placebo / lost))}%. "
     )
     ratios = theirs.pivot_table(index="model", columns="regime", values="perplexity", aggfunc="first")
     kept = ratios["4 sinks"].fillna(ratios["cache positions"])

@@ -232,6 +232,9 @@ def test_composition(tiny):
     ours, window = losses(report, both), losses(report, ss.Window(8))
     np.testing.assert_allclose(ours[:20], window[:20], atol=1e-6)
     assert np.abs(ours[20:28] - window[20:28]).max() > 1e-3
+    split = ss.MaskKeys(20, heads=[0, 1]) & ss.MaskKeys(20, heads=[2, 3])
+    report = ss.evaluate(model, [IDS], [split, ss.MaskKeys(20)])
+    np.testing.assert_allclose(losses(report, split), losses(report, ss.MaskKeys(20)), atol=1e-6)
     with pytest.raises(ss.SinkscopeError, match="two windows"):
         ss.Window(8) & ss.SinkWindow(9)
 
@@ -247,6 +250,10 @@ BAD = [
     ("drop_tokens(positions=[48])", "positions are 0 to 47"),
     ("mask_keys(keys=[0], layers=[9])", "layers"),
     ("mask_keys(keys=[0], heads=[9])", "heads"),
+    ("window(size=9) & mask_keys(keys=[0], layers=[9])", "layers"),
+    ("window(size=9) & mask_keys(keys=[0], heads=[9])", "heads"),
+    ("zero_value(keys=[0], heads=[3])", "key-value heads are 0 to 1"),
+    ("drop_tokens(positions=[0]) & mask_keys(keys=[47])", "positions are 0 to 46"),
     ("drop_tokens(positions=[0], layers=[1])", "has no layers"),
     ("replace_token(position=0, token=-4)", "whole numbers"),
     ("window(size=True)", "takes|whole numbers"),
@@ -290,7 +297,7 @@ def test_nothing_stays(tiny, monkeypatch):
     assert fingerprint(model) == before
     for error in (RuntimeError, KeyboardInterrupt):
 
-        def fail(self, layer, queries, keys, length, error=error):
+        def fail(self, layer, queries, keys, heads, length, error=error):
             if layer == 2:
                 raise error
 
