@@ -145,6 +145,18 @@ def test_dropping_is_running_without(tiny):
     np.testing.assert_allclose(losses(report, ReplaceToken(0, 7)), other, atol=1e-5)
 
 
+def test_kl_and_agreement_by_hand(tiny):
+    edit, network = ReplaceToken(0, 7), tiny_hf_model("llama")
+    swapped = IDS.clone()
+    swapped[0] = 7
+    with torch.no_grad():
+        p, q = (network(ids[None]).logits[0, :-1].double().log_softmax(-1) for ids in (IDS, swapped))
+    row = ss.evaluate(tiny("llama"), [IDS], edit).summary().set_index("intervention").loc[str(edit)]
+    assert row["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-6)
+    assert row["kl"] > 0.01
+    assert row["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+
+
 def test_sink_mass_and_place_agree_with_measure(tiny):
     """Also under a mask: rows are renormalised over the other keys, by hand here."""
     report = ss.evaluate(tiny("llama"), [IDS], ss.MaskKeys(0)).summary().set_index("intervention")
