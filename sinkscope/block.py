@@ -156,9 +156,8 @@ class Block:
         """Entropy of each row in nats, 0 log 0 = 0; rows are not renormalised."""
         if isinstance(self.rows, EntropyRows):
             return self.rows.entropy()
-        logs = self.pattern.clamp_min(torch.finfo(self.pattern.dtype).tiny).log_()
-        entropy: Tensor = -torch.linalg.vecdot(self.pattern, logs)  # half the time of torch.special.entr
-        return entropy
+        products = self.pattern.clamp_min(torch.finfo(self.pattern.dtype).tiny).log_().mul_(self.pattern)
+        return -(products @ products.new_ones(products.shape[-1]))  # a third of the time of torch.special.entr, summed
 
     @property
     def value(self) -> Float[Tensor, "batch key kv_head d_head"]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.capture.edited import NONE, EditedCapture, plan
+from sinkscope.capture.attend import NONE
+from sinkscope.capture.edited import Edited, plan, streams
 from sinkscope.capture.proof import WRONG, WRONG_IN_HALF
-from sinkscope.effect import EffectReport, Run
+from sinkscope.capture.residuals import residuals
+from sinkscope.effect import NONE as NO_EDIT
+from sinkscope.effect import EffectReport, Run, mean
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, parse
 from sinkscope.models import Adapter, adapt
@@ -24,6 +27,7 @@ from sinkscope.tokens import TextTokens, Tokens
 
 #: Logits at a time, in numbers: tokens x vocabulary is never whole.
 LOGITS = 8 << 20
+NOTHING = torch.zeros(0, 0)
 
 
 def evaluate(
@@ -65,15 +69,17 @@ def evaluate(
     if not edits or len({str(e) for e in edits}) < len(edits):
         raise SinkscopeError("give at least one intervention, and each once")
     tokens = adapter.tokenize(texts, bos=bos, max_tokens=max_tokens)
-    adapter.check(tokens)
+    adapter.check(tokens, bounded=not all(streams(adapter, e, len(s)) for e in edits for s in tokens.sequences))
     _check(adapter, tokens, edits, score_from)
-    capture = plan(adapter, tokens)
+    names = [str(e) for e in edits]
+    capture = plan(adapter, tokens, edits)
     runs: list[Run] = []
-    total = len(tokens) * (1 + len(edits)) * len(adapter.layers)
+    settled = [[e.settle(s.ids, partial(residuals, adapter)) for e in edits] for s in tokens.sequences]
+    passes = sum(len(edits) + _fits(adapter, s) for s in tokens.sequences)
     _check_logits(adapter, tokens)
-    with capture, bar(progress, total, "evaluate") as tick:
-        for sequence in tokens.sequences:
-            runs += _runs(adapter, capture, sequence, edits, score_from, partial(tick, 1))
+    with capture, bar(progress, passes * len(adapter.layers), "evaluate") as tick:
+        for sequence, here in zip(tokens.sequences, settled, strict=True):
+            runs += _runs(adapter, capture, sequence, [*zip(names, here, strict=True)], score_from, partial(tick, 1))
     about = adapter.describe() | {
         "engine": capture.name,
         "engine_why": capture.why,
@@ -81,7 +87,20 @@ def evaluate(
         "arguments": {"interventions": [str(e) for e in edits], "score_from": score_from, "max_tokens": max_tokens},
         "texts": [{"label": s.label, "n_tokens": len(s)} for s in tokens.sequences],
     }
+    located = {
+        s.label: {name: str(edit) for name, edit in zip(names, here, strict=True) if name != str(edit)}
+        for s, here in zip(tokens.sequences, settled, strict=True)
+    }
+    if any(located.values()):
+        about["located"] = located
+    if not all(_fits(adapter, s) for s in tokens.sequences):
+        about["no_clean_run"] = f"texts of more than {adapter.n_ctx} tokens have no unedited run to compare with"
     return EffectReport.assemble(runs, about)
+
+
+def _fits(adapter: Adapter, sequence: TextTokens) -> bool:
+    """Tell whether a text can be run whole, unedited."""
+    return adapter.n_ctx is None or len(sequence) <= adapter.n_ctx
 
 
 def _check(adapter: Adapter, tokens: Tokens, edits: Sequence[Intervention], score_from: int) -> None:
@@ -93,22 +112,15 @@ def _check(adapter: Adapter, tokens: Tokens, edits: Sequence[Intervention], scor
             )
         for edit in edits:
             edit.check(len(s))
-    for edit in (part for e in edits for part in e.parts()):
-        layers = [layer for layer in edit.layers or () if layer not in adapter.layers]
-        if layers:
-            raise SinkscopeError(
-                f"{edit}: layers {layers}; those with attention are {adapter.layers[0]} to {adapter.layers[-1]}"
-            )
-        heads = [h for h in getattr(edit, "heads", None) or () if not 0 <= h < adapter.n_heads]
-        if heads:
-            raise SinkscopeError(f"{edit}: heads {heads}; the heads are 0 to {adapter.n_heads - 1}")
+    for edit in edits:
+        edit.check_model(adapter.layers, adapter.n_heads)
 
 
 def _check_logits(adapter: Adapter, tokens: Tokens) -> None:
     """Prove on a few tokens that unembedding the last hidden state gives the model's own logits."""
     ids = tokens.sequences[0].ids[None, :8].to(adapter.device)
     with adapter.quiet():
-        own = adapter.network(input_ids=ids, use_cache=False, output_attentions=False, return_dict=True).logits[0].float()
+        own = adapter.own_logits(ids)
         ours = adapter.logits(adapter.body(ids, torch.ones_like(ids, dtype=torch.bool))[0])
     gap = float((own - ours).abs().max())
     if not gap < WRONG.get(adapter.dtype, WRONG_IN_HALF) * max(1.0, float(own.abs().max())):
@@ -117,8 +129,9 @@ def _check_logits(adapter: Adapter, tokens: Tokens) -> None:
 
 @dataclass
 class _Pass:
-    """One forward pass over one text, and which row of it predicts which original token."""
+    """One forward pass over one text: which row of it predicts which original token, and where attention went."""
 
+    edit: Intervention
     hidden: Float[Tensor, "position d_model"]
     row_of: Int[Tensor, " token"]
     mass: float
@@ -126,51 +139,94 @@ class _Pass:
     sink_token: str
 
 
+@dataclass
+class _Scores:
+    """Per token scored: loss of the clean and of the edited run in nats, KL(clean || edited), whether top-1 agrees."""
+
+    positions: list[Tensor] = field(default_factory=list)
+    numbers: list[Tensor] = field(default_factory=list)
+
+    def add(self, positions: Tensor, *numbers: Tensor) -> None:
+        self.positions.append(positions)
+        self.numbers.append(torch.stack([n.double().cpu() for n in numbers]))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self.positions:
+            return np.zeros(0, dtype=np.int64), np.zeros((4, 0))
+        return torch.cat(self.positions).numpy(), torch.cat(self.numbers, 1).numpy()
+
+
 def _runs(
     adapter: Adapter,
-    capture: EditedCapture,
+    capture: Edited,
     sequence: TextTokens,
-    edits: Sequence[Intervention],
+    edits: Sequence[tuple[str, Intervention]],
     score_from: int,
     tick: Any,
 ) -> Iterator[Run]:
-    clean = _pass(adapter, capture, sequence, NONE, tick)
-    for edit in (NONE, *edits):
-        edited = clean if edit is NONE else _pass(adapter, capture, sequence, edit, tick)
-        # a token is scored where it stands in both runs, after at least one other
-        targets = torch.arange(score_from, len(sequence))
-        targets = targets[edited.row_of[targets] >= 0]
-        if not len(targets):
+    """Run all edits on one text; beside the unedited pass where the context holds it, else alone, piece by piece."""
+    if not _fits(adapter, sequence):
+        yield _run(sequence, NO_EDIT, _Pass(NONE, NOTHING, torch.zeros(0, dtype=torch.long), math.nan, -1, ""), _Scores())
+        for name, edit in edits:
+            scores = _Scores()
+            made = _pass(adapter, capture, sequence, edit, tick, partial(_score, adapter, sequence, score_from, scores))
+            yield _run(sequence, name, made, scores)
+        return
+    passes = [_pass(adapter, capture, sequence, edit, tick) for edit in (NONE, *(edit for _, edit in edits))]
+    for (name, edit), made, scores in zip(
+        [(NO_EDIT, NONE), *edits], passes, _compare(adapter, sequence, score_from, passes), strict=True
+    ):
+        if not scores.positions:
             raise SinkscopeError(f"{edit} leaves no token of {sequence.label!r} to be scored")
-        clean_loss, loss, kl, same = _compare(adapter, sequence, targets, clean, edited)
-        yield Run(
-            text=sequence.label,
-            intervention="none" if edit is NONE else str(edit),
-            tokens=len(targets),
-            positions=targets.numpy(),
-            loss=loss,
-            clean_loss=clean_loss,
-            kl=float(kl.mean()),
-            agreement=float(same.mean()),
-            sink_mass=edited.mass,
-            sink_position=edited.sink,
-            sink_token=edited.sink_token,
-        )
+        yield _run(sequence, name, made, scores)
 
 
-def _pass(adapter: Adapter, capture: EditedCapture, sequence: TextTokens, edit: Intervention, tick: Any) -> _Pass:
+def _run(sequence: TextTokens, name: str, made: _Pass, scores: _Scores) -> Run:
+    positions, (clean, loss, kl, same) = scores.arrays()
+    return Run(
+        text=sequence.label,
+        intervention=name,
+        tokens=len(positions),
+        positions=positions,
+        loss=loss,
+        clean_loss=clean,
+        kl=mean(kl),
+        agreement=mean(same),
+        sink_mass=made.mass,
+        sink_position=made.sink,
+        sink_token=made.sink_token,
+    )
+
+
+def _pass(
+    adapter: Adapter,
+    capture: Edited,
+    sequence: TextTokens,
+    edit: Intervention,
+    tick: Any,
+    at_once: Callable[[int, Tensor], None] | None = None,
+) -> _Pass:
+    """Run once. `at_once(first position, hidden)` takes pieces that then are not kept."""
     ids, origin = edit.input(sequence.ids)
     strings = tuple(sequence.strings[int(i)] for i in origin)
     (batch,) = Tokens((TextTokens(sequence.label, ids, strings),), "").batches(1, adapter.device)
-    hidden = capture.hidden(batch, edit, tick)
+    pieces, done = [], 0
+    for piece in capture.pieces(batch, edit, tick):
+        if at_once is None:
+            pieces.append(piece)
+        else:
+            at_once(done, piece)
+        done += len(piece)
     received = capture.received / (len(adapter.layers) * adapter.n_heads * len(ids))
     first, same = (origin == 0).nonzero().flatten().tolist(), ids == sequence.ids[origin]
     row_of = torch.full((len(sequence),), -1)
     row_of[origin[same]] = torch.arange(len(ids))[same] - 1
-    top = int(received.argmax())
+    hidden = torch.cat(pieces) if pieces else NOTHING
     if bool(received.isnan().any()):
-        return _Pass(hidden, row_of, math.nan, -1, "")
+        return _Pass(edit, hidden, row_of, math.nan, -1, "")
+    top = int(received.argmax())
     return _Pass(
+        edit=edit,
         hidden=hidden,
         row_of=row_of,
         mass=float(received[first[0]]) if first else math.nan,
@@ -179,21 +235,45 @@ def _pass(adapter: Adapter, capture: EditedCapture, sequence: TextTokens, edit: 
     )
 
 
-def _compare(
-    adapter: Adapter, sequence: TextTokens, targets: Tensor, clean: _Pass, edited: _Pass
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Give, per target: loss of the clean and of the edited run in nats, KL(clean || edited), and whether top-1 agrees."""
-    rows = max(1, LOGITS // max(1, adapter.logits(clean.hidden[:1]).shape[-1]))
-    found: list[list[Tensor]] = [[], [], [], []]
-    for part in torch.split(targets, rows):
+def _score(adapter: Adapter, sequence: TextTokens, score_from: int, into: _Scores, first: int, hidden: Tensor) -> None:
+    """Score the tokens that a piece predicts; there is no clean run to compare with."""
+    end = min(first + len(hidden) + 1, len(sequence))
+    targets = torch.arange(min(max(first + 1, score_from), end), end)
+    for part in torch.split(targets, _rows(adapter, hidden)):
+        if len(part):
+            q = adapter.logits(hidden[part - 1 - first]).log_softmax(-1)
+            loss = -q.gather(1, sequence.ids[part].to(q.device)[:, None])[:, 0]
+            nothing = torch.full_like(loss, math.nan)
+            into.add(part, nothing, loss, nothing, nothing)
+
+
+def _compare(adapter: Adapter, sequence: TextTokens, score_from: int, passes: Sequence[_Pass]) -> list[_Scores]:
+    """Score each pass against the first, some tokens at a time; each is unembedded once.
+
+    A token is scored where it stands in both runs, after at least one other.
+    """
+    scores = [_Scores() for _ in passes]
+    clean = passes[0]
+    for part in torch.split(torch.arange(score_from, len(sequence)), _rows(adapter, clean.hidden)):
         truth = sequence.ids[part].to(clean.hidden.device)[:, None]
-        p = adapter.logits(clean.hidden[clean.row_of[part].to(clean.hidden.device)]).log_softmax(-1)
-        same = edited is clean
-        q = p if same else adapter.logits(edited.hidden[edited.row_of[part].to(clean.hidden.device)]).log_softmax(-1)
-        kl = torch.zeros(len(part)) if same else (p.exp() * (p - q)).sum(-1)
-        for into, values in zip(
-            found, (-p.gather(1, truth)[:, 0], -q.gather(1, truth)[:, 0], kl, p.argmax(-1) == q.argmax(-1)), strict=True
-        ):
-            into.append(values.double().cpu())
-    a, b, c, d = (torch.cat(values).numpy() for values in found)
-    return a, b, c, d
+        p = adapter.logits(clean.hidden[(part - 1).to(clean.hidden.device)]).log_softmax(-1)
+        share, clean_loss, best = p.exp(), -p.gather(1, truth)[:, 0], p.argmax(-1)
+        nothing = torch.zeros_like(clean_loss)
+        scores[0].add(part, clean_loss, clean_loss, nothing, nothing + 1)
+        for made, into in zip(passes[1:], scores[1:], strict=True):
+            rows = made.row_of[part]
+            there = rows >= 0
+            if not bool(there.any()):
+                continue
+            q = adapter.logits(made.hidden[rows[there].to(made.hidden.device)]).log_softmax(-1)
+            here = there.to(q.device)
+            loss = -q.gather(1, truth[here])[:, 0]
+            same = best[here] == q.argmax(-1)
+            kl = (share[here] * (p[here] - q)).sum(-1) if not bool(there.all()) else (share * q.sub_(p)).sum(-1).neg_()
+            into.add(part[there], clean_loss[here], loss, kl, same)
+    return scores
+
+
+def _rows(adapter: Adapter, hidden: Tensor) -> int:
+    """Give how many tokens' logits are formed at a time."""
+    return max(1, LOGITS // max(1, adapter.logits(hidden[:1]).shape[-1]))

@@ -74,11 +74,11 @@ class EffectReport:
         for run in runs:
             delta = run.loss - run.clean_loss
             error, n = _block_error(delta)
-            _add(rows, more, run, run.text, run.tokens, float(run.loss.mean()), float(delta.mean()), error, n)
+            _add(rows, more, run, run.text, run.tokens, mean(run.loss), mean(delta), error, n)
         for name in dict.fromkeys(r.intervention for r in runs):
             group = [r for r in runs if r.intervention == name]
-            losses = np.array([r.loss.mean() for r in group])
-            deltas = np.array([(r.loss - r.clean_loss).mean() for r in group])
+            losses = np.array([mean(r.loss) for r in group])
+            deltas = np.array([mean(r.loss - r.clean_loss) for r in group])
             if len(group) > 1:
                 error, n = float(deltas.std(ddof=1) / math.sqrt(len(group))), len(group)
             else:
@@ -146,6 +146,11 @@ class EffectReport:
         return f"EffectReport: {self.about['model']}, {n} intervention{'s' * (n != 1)}, {t} text{'s' * (t != 1)}"
 
 
+def mean(values: np.ndarray) -> float:
+    """Average; NaN where there is nothing."""
+    return float(values.mean()) if len(values) else math.nan
+
+
 def _block_error(delta: np.ndarray) -> tuple[float, int]:
     """Standard error of a mean over one text, across consecutive blocks, since neighbouring tokens are not independent."""
     n = min(BLOCKS, len(delta) // 8)
@@ -187,7 +192,7 @@ def _add(
     n: int,
 ) -> None:
     low, high = t_interval(delta, error, n) if n > 1 and not math.isnan(error) else (math.nan, math.nan)
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.inf if loss >= 700 else math.exp(loss)
     position = None if run.sink_position < 0 else run.sink_position
     rows.append((text, run.intervention, tokens, loss, perplexity, delta, run.kl, error, run.sink_mass, position))
     more.append((text, run.intervention, low, high, run.agreement, run.sink_token))

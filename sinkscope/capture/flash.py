@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
 
 import torch
@@ -45,6 +45,8 @@ class FlashCapture(HooksCapture):
     """The engine, for one call of `measure`; what differs from `hooks` is where the rows come from."""
 
     name: str = "flash"
+    #: Whether there may be more keys than queries, from a cache.
+    cached: ClassVar[bool] = False
     _calls: int = field(default=0, repr=False)
     _scratch: Scratch = field(default_factory=Scratch, repr=False)
 
@@ -55,7 +57,7 @@ class FlashCapture(HooksCapture):
             stack.enter_context(self.adapter.quiet())
             if others:
                 stack.enter_context(_hooked(self.adapter, others, self._on_activation))
-            stack.enter_context(swapped(self.adapter, self._attend, _Masks(self.adapter.causal)))
+            stack.enter_context(swapped(self.adapter, self._attend, Masks(self.adapter.causal)))
             self._stack = stack.pop_all()
         return self
 
@@ -90,7 +92,7 @@ class FlashCapture(HooksCapture):
         if window != self.adapter.windows.get(layer):
             ours = self.adapter.windows.get(layer)
             raise SinkscopeError(f"layer {layer} has a sliding window of {window}, its configuration says {ours}")
-        if query.shape[2] != key.shape[2]:
+        if query.shape[2] != key.shape[2] and not self.cached:
             raise SinkscopeError(f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys")
         given = {
             "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -121,7 +123,7 @@ class FlashCapture(HooksCapture):
         return layer
 
     def _key_mask(self, mask: Tensor | None) -> Tensor | None:
-        """Read which keys are real off the mask that `_Masks` gave; a mask of the model's own is refused."""
+        """Read which keys are real off the mask that `Masks` gave; a mask of the model's own is refused."""
         if mask is None:
             return None
         if self.adapter.causal or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
@@ -141,16 +143,20 @@ class FlashCapture(HooksCapture):
 
 
 @dataclass(frozen=True)
-class _Masks:
+class Masks:
     """Stands for Hugging Face's mask function: causal masks need no tensor, an encoder's needs one row of keys."""
 
     causal: bool
+    #: Told (keys before the first, keys, the layers' window) at every call.
+    told: Callable[[int, int, int | None], None] | None = None
 
     def __call__(
         self,
         *args: Any,
         q_length: int = 0,
         kv_length: int = -1,
+        q_offset: int = 0,
+        kv_offset: int = 0,
         mask_function: Callable[..., Any] | None = None,
         attention_mask: Tensor | None = None,
         local_size: int | None = None,
@@ -162,15 +168,20 @@ class _Masks:
         Raises:
             SinkscopeError: the mask asked for is not causal, a sliding window, or the padding of an encoder.
         """
-        if not args and not use_vmap and mask_function is not None and q_length == kv_length:
-            rows = torch.tensor(sorted({0, q_length // 2, q_length - 1}))[:, None]
-            keys = torch.arange(q_length)
+        whole = q_length == kv_length if self.told is None else q_offset + q_length == kv_offset + kv_length
+        if not args and not use_vmap and mask_function is not None and whole:
+            rows = torch.tensor(sorted({0, q_length // 2, q_length - 1}))[:, None] + int(q_offset)
+            keys = torch.arange(kv_length) + kv_offset
             nothing = torch.zeros((), dtype=torch.long)
-            seen = torch.as_tensor(mask_function(nothing, nothing, rows, keys)).expand(len(rows), q_length)
+            seen = torch.as_tensor(mask_function(nothing, nothing, rows, keys)).expand(len(rows), kv_length)
             expected = (keys <= rows) if self.causal else torch.ones_like(seen)
             if local_size is not None:
                 expected = expected & (rows - keys < local_size)
             if torch.equal(seen, expected) and (self.causal or local_size is None):
+                if self.told is not None:
+                    self.told(kv_offset, kv_length, local_size)
+                    if attention_mask is not None and bool((attention_mask.int().diff(dim=-1) > 0).any()):
+                        raise SinkscopeError("texts padded on the left can't be edited: pad on the right, or run one by one")
                 if self.causal or attention_mask is None or bool(attention_mask.all()):
                     return None
                 return attention_mask[:, None, None, :].bool()

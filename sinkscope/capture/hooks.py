@@ -55,7 +55,7 @@ class HooksCapture:
         """Hook the model."""
         with ExitStack() as stack:
             stack.enter_context(self.adapter.quiet())
-            stack.enter_context(_dropping_patterns(self.adapter))
+            stack.enter_context(dropping_patterns(self.adapter))
             stack.enter_context(_hooked(self.adapter, frozenset().union(*self.groups), self._on_activation))
             self._stack = stack.pop_all()
         return self
@@ -234,7 +234,7 @@ def _observe(value: Tensor, hook: Any, *, on_activation: Callable[[int, str, Ten
 
 
 @contextmanager
-def _dropping_patterns(adapter: Adapter) -> Iterator[None]:
+def dropping_patterns(adapter: Adapter) -> Iterator[None]:
     """Make attention modules drop the pattern that they keep for later, as soon as they return."""
     modules = list(adapter.attention_modules())
     kept = [module._pattern for module in modules]

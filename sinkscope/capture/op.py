@@ -166,6 +166,8 @@ def scores_of(
     grouped = grouped.reshape(b, k.shape[1], -1, d)
     out = None if memory is None else memory(grouped, b, k.shape[1], grouped.shape[2], k.shape[2])
     scores = torch.matmul(grouped, keys, out=out)
-    if softcap is not None:
+    if softcap is not None and scores.requires_grad:
+        scores = (scores / softcap).tanh() * softcap
+    elif softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     return scores.view(b, h, n, -1)

@@ -20,6 +20,8 @@ from sinkscope.errors import SinkscopeError
 ROWS = 256
 #: Bytes of the rows that are recomputed at a time, where that is fewer, and the fewest rows.
 BYTES, FEWEST = 16 << 20, 16
+#: The same of rows that are stored, and only looked at.
+STORED = 8 << 20
 
 
 @runtime_checkable
@@ -62,8 +64,10 @@ class StoredPattern:
         return PatternRows(self.values[:, :, start:stop, : self.start + stop if self.causal else None])
 
     def cuts(self) -> Iterator[tuple[int, int]]:
-        """Cut into `ROWS` rows each."""
-        return ((row, min(row + ROWS, self.n)) for row in range(0, self.n, ROWS))
+        """Cut into blocks that stay in a processor's cache, as far as that goes."""
+        b, h, n, keys = self.values.shape
+        rows = min(max(FEWEST, STORED // (4 * b * h * keys)), ROWS)
+        return ((row, min(row + rows, n)) for row in range(0, n, rows))
 
     def finite(self, real: Bool[Tensor, "batch row"]) -> bool:
         """Look at the first column: a row with a bad score is bad everywhere."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ Where = Any
 
 @dataclass(frozen=True)
 class Intervention:
-    """One edit to the forward pass. Nothing is changed until :func:`sinkscope.evaluate` runs it.
+    """One edit to the forward pass. Nothing is changed until :func:`sinkscope.evaluate` runs it, or inside `on(model)`.
 
     `layers` are the layers that are edited, None for all. Interventions compose: `MaskKeys(0) & Window(256)`.
     """
@@ -35,6 +36,8 @@ class Intervention:
     registry: ClassVar[dict[str, type[Intervention]]] = {}
     #: Whether it says which keys a cache still holds; one edit of that kind at most makes sense.
     is_window: ClassVar[bool] = False
+    #: What it edits: "input", "scores", "pattern", "values" or "residual". A model may discard some.
+    touches: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **how: Any) -> None:
         """Register the class under its name in snake case."""
@@ -44,7 +47,7 @@ class Intervention:
 
     def __post_init__(self) -> None:
         """Take lists and single numbers where tuples are kept, and refuse anything else."""
-        for name in ("layers", "heads", "keys", "positions"):
+        for name in ("layers", "heads", "keys", "positions", "dims"):
             if hasattr(self, name) and getattr(self, name) is not None:
                 object.__setattr__(self, name, _integers(getattr(self, name), f"{type(self).__name__}({name}=...)"))
 
@@ -77,13 +80,50 @@ class Intervention:
             SinkscopeError: names the range.
         """
 
+    def check_model(self, layers: Sequence[int], n_heads: int) -> None:
+        """Refuse layers and heads that a model has not: `layers` are those with attention.
+
+        Raises:
+            SinkscopeError: names those there are.
+        """
+        for part in self.parts():
+            outside = [layer for layer in part.layers or () if layer not in layers]
+            if outside:
+                raise SinkscopeError(f"{part}: layers {outside}; those with attention are {layers[0]} to {layers[-1]}")
+            heads = [h for h in getattr(part, "heads", None) or () if not 0 <= h < n_heads]
+            if heads:
+                raise SinkscopeError(f"{part}: heads {heads}; the heads are 0 to {n_heads - 1}")
+
     def parts(self) -> tuple[Intervention, ...]:
         """Give the edits that this one is composed of."""
         return (self,)
 
-    # What an edit may do. `on(layer)` has been asked before.
+    def on(self, model: Any) -> AbstractContextManager[Any]:
+        """Run any code under this edit: `with ss.MaskKeys(0).on(model): model.generate(...)`. Undone at exit.
 
-    def on(self, layer: int) -> bool:
+        Positions are counted from the first token that the model is given; a KV cache grows as usual, and what an edit
+        evicts or hides in it is not looked at. Gradients flow. Texts of a batch must not be padded on the left. Your hooks
+        on the residual stream fire; of those inside a bridge's attention, `hook_pattern` and `hook_attn_scores` do not (on
+        TransformerLens 3.9 none), since Hugging Face's attention stands in its place.
+
+        Args:
+            model: as for :func:`sinkscope.evaluate`.
+
+        Raises:
+            SinkscopeError: an edit that makes another input (dropped tokens, re-computation): change the ids instead.
+            InertHookError: this model would discard the edit; names what works.
+        """
+        from sinkscope.capture.live import on
+
+        return on(model, self)
+
+    def settle(self, ids: Int[Tensor, " position"], residuals: Any) -> Intervention:
+        """Give the concrete edit for one text; `residuals(ids, look)` looks at its residual stream after each layer."""
+        return self
+
+    # What an edit may do. `edits(layer)` has been asked before. Positions are those of the text, ascending.
+
+    def edits(self, layer: int) -> bool:
         """Tell whether this layer is edited."""
         return self.layers is None or layer in self.layers
 
@@ -105,9 +145,17 @@ class Intervention:
         """Tell which weights become zero after softmax."""
         return None
 
-    def values(self, layer: int, values: Float[Tensor, "batch kv_head key d_head"]) -> Tensor:
-        """Give the values to use."""
+    def values(
+        self, layer: int, values: Float[Tensor, "batch kv_head key d_head"], keys: Int[Tensor, " key"], length: int
+    ) -> Tensor:
+        """Give the values to use, for keys at these positions of a text of this length."""
         return values
+
+    def residual(
+        self, layer: int, residual: Float[Tensor, "batch position d_model"], positions: Int[Tensor, " position"]
+    ) -> Tensor:
+        """Give the residual stream to use after a layer."""
+        return residual
 
     def rerun(self) -> int | None:
         """Give how many tokens the model is run on anew for every token, or None for one pass over all."""
@@ -131,6 +179,10 @@ class _Both(Intervention):
     def is_window(self) -> bool:  # type: ignore[override]
         return self.first.is_window or self.second.is_window
 
+    @property
+    def touches(self) -> frozenset[str]:  # type: ignore[override]
+        return self.first.touches | self.second.touches
+
     def __str__(self) -> str:
         return f"{self.first} & {self.second}"
 
@@ -144,10 +196,13 @@ class _Both(Intervention):
     def parts(self) -> tuple[Intervention, ...]:
         return (*self.first.parts(), *self.second.parts())
 
-    def _parts(self, layer: int) -> list[Intervention]:
-        return [part for part in (self.first, self.second) if part.on(layer)]
+    def settle(self, ids: Tensor, residuals: Any) -> Intervention:
+        return self.first.settle(ids, residuals) & self.second.settle(ids, residuals)
 
-    def on(self, layer: int) -> bool:
+    def _parts(self, layer: int) -> list[Intervention]:
+        return [part for part in (self.first, self.second) if part.edits(layer)]
+
+    def edits(self, layer: int) -> bool:
         return bool(self._parts(layer))
 
     def input(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,10 +211,8 @@ class _Both(Intervention):
         return ids, first[second]
 
     def reach(self, layer: int, start: int, stop: int) -> Tensor:
-        keys = torch.arange(stop)
-        for part in self._parts(layer):
-            keys = keys[torch.isin(keys, part.reach(layer, start, stop))]
-        return keys
+        first, *others = (part.reach(layer, start, stop) for part in self._parts(layer))
+        return first[torch.isin(first, others[0])] if others else first
 
     def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor | None:
         found = [h for p in self._parts(layer) if (h := p.hides(layer, queries, keys, heads, length)) is not None]
@@ -169,10 +222,15 @@ class _Both(Intervention):
         found = [z for p in self._parts(layer) if (z := p.zeroes(layer, keys, heads, length)) is not None]
         return None if not found else found[0] if len(found) == 1 else found[0] | found[1]
 
-    def values(self, layer: int, values: Tensor) -> Tensor:
+    def values(self, layer: int, values: Tensor, keys: Tensor, length: int) -> Tensor:
         for part in self._parts(layer):
-            values = part.values(layer, values)
+            values = part.values(layer, values, keys, length)
         return values
+
+    def residual(self, layer: int, residual: Tensor, positions: Tensor) -> Tensor:
+        for part in self._parts(layer):
+            residual = part.residual(layer, residual, positions)
+        return residual
 
     def rerun(self) -> int | None:
         return next((n for part in (self.first, self.second) if (n := part.rerun()) is not None), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class MaskKeys(_Keys):
     'mask_keys(keys=[0], heads=[1])'
     """
 
+    touches: ClassVar[frozenset[str]] = frozenset({"scores"})
+
     def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor:
         """Hide the keys from every query."""
         hidden = self._chosen(keys, length).expand(len(queries), -1)
@@ -55,6 +58,8 @@ class MaskKeys(_Keys):
 class ZeroAttention(_Keys):
     """Set the attention to keys to zero after softmax: rows lose what they paid there. The same as zeroing the value."""
 
+    touches: ClassVar[frozenset[str]] = frozenset({"pattern"})
+
     def zeroes(self, layer: int, keys: Tensor, heads: int, length: int) -> Tensor:
         """Zero the keys' columns."""
         chosen = torch.zeros(heads, 1, len(keys), dtype=torch.bool, device=keys.device)
@@ -66,19 +71,20 @@ class ZeroAttention(_Keys):
 class ZeroValue(_Keys):
     """Set the value vectors of keys to zero; `heads` are key-value heads, of which there may be fewer."""
 
-    def values(self, layer: int, values: Tensor) -> Tensor:
-        """Zero some rows."""
-        return self._with(values, torch.zeros_like(values[:, :, :1]))
+    touches: ClassVar[frozenset[str]] = frozenset({"values"})
 
-    def _with(self, values: Tensor, new: Tensor) -> Tensor:
-        inside(self.keys, values.shape[2], self)
+    def values(self, layer: int, values: Tensor, keys: Tensor, length: int) -> Tensor:
+        """Zero some rows."""
+        return self._with(values, torch.zeros_like(values[:, :, :1]), keys, length)
+
+    def _with(self, values: Tensor, new: Tensor, keys: Tensor, length: int) -> Tensor:
         outside = [h for h in self.heads or () if h >= values.shape[1]]
         if outside:
             raise SinkscopeError(f"{self}: heads {outside}; the key-value heads are 0 to {values.shape[1] - 1}")
         edited = values.clone()
         heads = list(self.heads) if self.heads is not None else slice(None)
-        for key in resolve(self.keys, values.shape[2]).tolist():
-            edited[:, heads, key] = new[:, heads, 0]
+        for index in self._chosen(keys, length).nonzero().flatten().tolist():
+            edited[:, heads, index] = new[:, heads, 0]
         return edited
 
 
@@ -86,6 +92,6 @@ class ZeroValue(_Keys):
 class MeanValue(ZeroValue):
     """Set the value vectors of keys to the mean over the text's values."""
 
-    def values(self, layer: int, values: Tensor) -> Tensor:
+    def values(self, layer: int, values: Tensor, keys: Tensor, length: int) -> Tensor:
         """Average over positions."""
-        return self._with(values, values.mean(2, keepdim=True))
+        return self._with(values, values.mean(2, keepdim=True), keys, length)

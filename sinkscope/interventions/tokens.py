@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class DropTokens(Intervention):
     'drop_tokens(positions=[0])'
     """
 
+    touches: ClassVar[frozenset[str]] = frozenset({"input"})
     positions: Where = (0,)
 
     def __post_init__(self) -> None:
@@ -51,6 +53,7 @@ class ReplaceToken(Intervention):
     'replace_token(position=0, token=198)'
     """
 
+    touches: ClassVar[frozenset[str]] = frozenset({"input"})
     position: int = 0
     token: int = 0
 

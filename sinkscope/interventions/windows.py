@@ -22,6 +22,7 @@ class Window(Intervention):
     """
 
     is_window: ClassVar[bool] = True
+    touches: ClassVar[frozenset[str]] = frozenset({"scores"})
     size: int = 256
 
     def __post_init__(self) -> None:
@@ -35,8 +36,8 @@ class Window(Intervention):
 
     def reach(self, layer: int, start: int, stop: int) -> Tensor:
         """Give the recent keys, and the sinks."""
-        keys, kept, recent = torch.arange(stop), self._kept, self.size - len(self._kept)
-        return keys[(keys > start - recent) | ((keys >= kept.start) & (keys < kept.stop))]
+        kept, oldest = self._kept, max(0, start - self.size + len(self._kept) + 1)
+        return torch.cat([torch.arange(min(kept.start, oldest), min(kept.stop, oldest)), torch.arange(oldest, stop)])
 
     def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor:
         """Hide what has been evicted."""
@@ -103,6 +104,7 @@ class RecomputeWindow(Intervention):
     """
 
     is_window: ClassVar[bool] = True
+    touches: ClassVar[frozenset[str]] = frozenset({"input"})
     size: int = 256
 
     def __post_init__(self) -> None:

@@ -18,6 +18,8 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.tokens import Tokens, tokenize
 
 SMOLLM2 = "smollm2-135m"
+#: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network.
+EDITED: set[int] = set()
 Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
 
 
@@ -94,21 +96,21 @@ class Adapter:
         """Tokenise texts by this model's conventions; arguments as for :func:`sinkscope.tokenize`."""
         return tokenize(self.tokenizer, texts, bos_by_default=self.bos_by_default, causal=self.causal, **how)
 
-    def check(self, tokens: Tokens) -> None:
+    def check(self, tokens: Tokens, *, bounded: bool = True) -> None:
         """Refuse, before anything runs, what the model can't take.
 
         Raises:
-            SinkscopeError: a text longer than the context, or an id outside the vocabulary.
+            SinkscopeError: a text longer than the context (if that bounds what will be run), or an id outside the vocabulary.
         """
         if self.kind == "hugging_face":
             vocabulary = int(getattr(self.model.config.get_text_config(), "vocab_size", 0) or 0)
         else:
             vocabulary = int(getattr(self.model.cfg, "d_vocab", 0) or 0)
         for s in tokens.sequences:
-            if self.n_ctx is not None and len(s) > self.n_ctx:
+            if bounded and self.n_ctx is not None and len(s) > self.n_ctx:
                 raise SinkscopeError(
                     f"{s.label!r} has {len(s)} tokens, but {self.name} takes at most {self.n_ctx}. Shorten it with "
-                    f"max_tokens={self.n_ctx} (--max-tokens {self.n_ctx}), or use a windowed intervention"
+                    f"max_tokens={self.n_ctx} (--max-tokens {self.n_ctx}), or evaluate streaming_window alone"
                 )
             if vocabulary > 0 and int(s.ids.max()) >= vocabulary:
                 raise SinkscopeError(f"{s.label!r} has token id {int(s.ids.max())}; {self.name} has 0 to {vocabulary - 1}")
@@ -135,17 +137,21 @@ class Adapter:
         return None
 
     def body(
-        self, ids: Int[Tensor, "batch position"], valid: Bool[Tensor, "batch position"], cache: Any = None
+        self, ids: Int[Tensor, "batch position"], valid: Bool[Tensor, "batch position"], cache: Any = None, first: int = 0
     ) -> Float[Tensor, "batch position d_model"]:
         """Run the model up to its last hidden state: no logits, no attentions kept.
 
-        Right padding needs no mask in a causal model (real rows never see it); an encoder gets one.
+        Right padding needs no mask in a causal model (real rows never see it); an encoder gets one. `first` is the position
+        of the first token, for a decoder that Hugging Face runs.
         """
         if self.kind in ("bridge", "hugging_face"):
-            mask = {} if self.causal else {"attention_mask": valid.long()}
-            kept = {} if cache is None else {"past_key_values": cache}
+            extra: dict[str, Any] = {} if self.causal else {"attention_mask": valid.long()}
+            if cache is not None:
+                extra["past_key_values"] = cache
+            if first:
+                extra["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
             output = self.network.base_model(  # type: ignore[operator]
-                input_ids=ids, use_cache=cache is not None, output_attentions=False, return_dict=True, **mask, **kept
+                input_ids=ids, use_cache=cache is not None, output_attentions=False, return_dict=True, **extra
             )
             hidden: Tensor = output.last_hidden_state
             return hidden
@@ -159,16 +165,57 @@ class Adapter:
         return residual
 
     @property
+    def trunks(self) -> list[nn.Module]:
+        """The modules one of which is always called with the KV cache, as a keyword: the whole, and all but its head."""
+        return list(dict.fromkeys([self.network, getattr(self.network, "base_model", self.network)]))
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The module that takes token ids."""
+        found: nn.Module = self.model.embed if self.kind == "hooked_transformer" else self.network.get_input_embeddings()  # type: ignore[operator]
+        return found
+
+    @staticmethod
+    def cached(given: dict[str, Any]) -> int:
+        """Read how many tokens a KV cache holds, from the keywords of a forward pass."""
+        cache = given.get("past_key_values", given.get("past_kv_cache"))
+        if cache is None:
+            return 0
+        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else int(cache[0].past_keys.shape[1])
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers themselves, each of which gives the residual stream after it."""
+        lists = [m for m in self.network.modules() if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
+        if not lists:
+            raise SinkscopeError(f"the layers of {self.name} were not found")
+        return list(lists[0])
+
+    @property
     def rotations(self) -> list[Tensor]:
         """Frequencies of each kind of rotary positions; none where positions are absolute."""
         return [f for m in self.network.modules() if (f := m._buffers.get("inv_freq")) is not None]
 
     def logits(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
-        """Unembed some last hidden states of a decoder that Hugging Face runs, in float32: never a whole text's at once."""
-        head = self.network.get_output_embeddings()  # type: ignore[operator]
-        logits: Tensor = head(hidden[None])[0].float()
-        cap = getattr(self.network.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr, operator]
+        """Unembed some last hidden states of a decoder, in float32: never a whole text's at once."""
+        if self.kind == "hooked_transformer":
+            normed = self.model.ln_final(hidden[None]) if self.model.cfg.normalization_type is not None else hidden[None]
+            logits: Tensor = self.model.unembed(normed)[0].float()
+            cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
+            cap = cap if cap and cap > 0 else None
+        else:
+            head = self.network.get_output_embeddings()  # type: ignore[operator]
+            logits = head(hidden[None])[0].float()
+            cap = getattr(self.network.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr, operator]
         return logits if cap is None else (logits / cap).tanh() * cap
+
+    def own_logits(self, ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position vocabulary"]:
+        """Give the logits as the model itself makes them: of a few tokens, to compare."""
+        if self.kind == "hooked_transformer":
+            mine: Tensor = self.model(ids, attention_mask=torch.ones_like(ids))[0]
+        else:
+            mine = self.network(input_ids=ids, use_cache=False, output_attentions=False, return_dict=True).logits[0]
+        return mine.float()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -210,8 +257,14 @@ def adapt(model: Any) -> Adapter:
     """Look at any TransformerLens model, however it was loaded, or at a plain Hugging Face model.
 
     Raises:
-        SinkscopeError: another kind of model, or one without attention patterns (a state-space model).
+        SinkscopeError: another kind of model, one without attention patterns (a state-space model), or one whose attention
+            is being edited.
     """
+    if id(getattr(model, "original_model", model)) in EDITED:
+        raise SinkscopeError(
+            "this model is inside `with intervention.on(model)`, where an engine would take the edited attention's place: "
+            "leave the block first (ss.evaluate gives sink mass under an edit), and join interventions with &"
+        )
     cfg, points = getattr(model, "cfg", None), getattr(model, "hook_dict", None)
     if cfg is None or points is None:
         if _is_hugging_face(model):

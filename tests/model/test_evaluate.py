@@ -8,8 +8,10 @@ import torch
 from transformers import DynamicCache
 
 import sinkscope as ss
+from sinkscope.capture import edited
 from sinkscope.interventions import (
     DropTokens,
+    EditActivation,
     Intervention,
     MeanValue,
     RecomputeWindow,
@@ -87,6 +89,55 @@ def test_one_pass_equals_positions_inside_the_cache(family, sinks):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     if sinks:
         assert np.abs(ours - evicting_loop(tiny_hf_model(family), IDS, 9, sinks, cache_positions=False)).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("piece", [1, 4, 9, 20])
+def test_pieces_of_a_stream_change_nothing(family, sinks, piece, monkeypatch):
+    """Against the loop, whatever the piece: keys that are carried over are turned to where they stand in the cache."""
+    monkeypatch.setattr(edited, "PIECE", piece)
+    edit = StreamingWindow(9, sinks=sinks)
+    report = ss.evaluate(tiny_model(family), [IDS], [edit, edit & ss.MaskKeys(20)])
+    expected = evicting_loop(tiny_hf_model(family), IDS, 9, sinks, cache_positions=True)
+    np.testing.assert_allclose(losses(report, edit), expected, atol=1e-4)
+    monkeypatch.setattr(edited, "PIECE", 48)
+    whole = ss.evaluate(tiny_model(family), [IDS], [edit, edit & ss.MaskKeys(20)])
+    np.testing.assert_allclose(report.curves["loss"], whole.curves["loss"], atol=1e-4)
+    np.testing.assert_allclose(report.frame["sink_mass"], whole.frame["sink_mass"], atol=1e-6)
+    assert report.frame["sink_position"].equals(whole.frame["sink_position"])
+
+
+def test_a_text_beyond_the_context(monkeypatch):
+    """300 tokens where the context is 128: as the loop, in bounded memory, and no clean run is made up."""
+    monkeypatch.setattr(edited, "PIECE", 32)
+    held, keep = [], edited._Stream.keep
+    monkeypatch.setattr(
+        edited._Stream, "keep", lambda self, layer, at, *rest: (held.append(len(at)), keep(self, layer, at, *rest))
+    )
+    ids, model = torch.randint(3, 60, (300,), generator=torch.Generator().manual_seed(5)), tiny_model("llama")
+    edits = [StreamingWindow(16, sinks=2), ss.Window(16)]
+    report = ss.evaluate(model, [ids], edits, score_from=40)
+    assert max(held) == 15
+    for edit, sinks in zip(edits, (2, 0), strict=True):
+        expected = evicting_loop(tiny_hf_model("llama"), ids, 16, sinks, cache_positions=True)[39:]
+        np.testing.assert_allclose(losses(report, edit), expected, atol=1e-4)
+    rows = report.summary().set_index("intervention")
+    assert rows.loc["none", "tokens"] == 0
+    assert rows["delta_loss"].isna().all()
+    assert rows.loc[str(edits[0]), "perplexity"] == pytest.approx(np.exp(losses(report, edits[0]).mean()))
+    assert "no unedited run" in report.about["no_clean_run"]
+    table = report.page().partition("<table>")[2].partition("</table>")[0]
+    assert "nan" not in table.lower()
+    assert "&lt;NA" not in table
+    assert "have no unedited run" in report.page()
+    report._repr_html_()
+    report.loss_curve()
+    for edit in (ss.SinkWindow(16, sinks=2), ss.MaskKeys(0), StreamingWindow(16) & DropTokens(0)):
+        with pytest.raises(ss.SinkscopeError, match="takes at most 128"):
+            ss.evaluate(model, [ids], [edits[0], edit])
+    with pytest.raises(ss.SinkscopeError, match="takes at most"):
+        ss.evaluate(tiny_model("gpt2"), [ids], ss.Window(16))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -210,6 +261,9 @@ EDITS = [
     DropTokens([0, 1]),
     ReplaceToken(0, 198),
     RecomputeWindow(6),
+    EditActivation(),
+    EditActivation("mean", ratio=50, layers=[1]),
+    EditActivation([1.5, -2.0], positions=0, dims=[3, 5], layers=1),
     ss.MaskKeys(1) & ss.Window(5) & DropTokens(0),
 ]
 
@@ -272,6 +326,15 @@ BAD = [
     ("__import__('os').system('true')", "can't read"),
     ("window(**{'size': 3})", "can't read"),
     ("", "can't read"),
+    ("edit_activation(to='none')", "or 'mean'"),
+    ("edit_activation(to=[1, 2], positions=0, dims=[1, 2, 3], layers=0)", "are pairs"),
+    ("edit_activation(to=0, positions=[0, 1], dims=[1, 2, 3], layers=0)", "are pairs"),
+    ("edit_activation(to=0, positions=0)", "give layers, positions and dims"),
+    ("edit_activation(to=0, positions=0, dims=99, layers=0)", "dimensions 0 to 31"),
+    ("edit_activation(to=0, positions=99, dims=0, layers=0)", "positions are 0 to 47"),
+    ("edit_activation(to=0, positions=-1, dims=0, layers=0)", "count from 0"),
+    ("edit_activation(ratio=0.5)", "above 1"),
+    ("edit_activation()", "no activation is at least 100 and 1000 times the median"),
 ]
 
 
@@ -295,10 +358,10 @@ def test_streaming_is_refused_where_it_is_not_defined(tiny, family):
         ss.evaluate(tiny(family), [IDS], StreamingWindow(8))
 
 
-@pytest.mark.parametrize("family", ["gptj", "bloom", "gpt_neo", "bert"])
-def test_inert_is_an_error(tiny, family):
+@pytest.mark.parametrize("make", [lambda: tiny_model("bert"), lambda: tiny_hf_model("gpt_neo")], ids=["encoder", "plain"])
+def test_inert_is_an_error(make):
     with pytest.raises(ss.InertHookError, match="such as GPT-2"):
-        ss.evaluate(tiny(family), [IDS], ss.Window(8))
+        ss.evaluate(make(), [IDS], ss.Window(8))
 
 
 def test_nothing_stays(tiny, monkeypatch):
@@ -363,28 +426,95 @@ def test_the_collapse(smollm2):
 
 @pytest.mark.model
 def test_smollm2_equals_the_evicting_loop(smollm2, smollm2_gguf):
-    """Original positions, 1,024 tokens, float32."""
+    """1,024 tokens, float32, at original positions and at those inside the cache."""
     ids = torch.tensor([1, *smollm2.tokenizer(novel(1024))["input_ids"][:1023]])
-    edit, network = ss.SinkWindow(128, sinks=4), HuggingFace(smollm2_gguf).network
-    expected = evicting_loop(network, ids, 128, 4, cache_positions=False)
-    np.testing.assert_allclose(losses(ss.evaluate(smollm2, [ids], edit), edit), expected, rtol=0, atol=1e-4)
+    edits, network = [ss.SinkWindow(128, sinks=4), StreamingWindow(128, sinks=4)], HuggingFace(smollm2_gguf).network
+    network.set_attn_implementation("sdpa")
+    report = ss.evaluate(smollm2, [ids], edits)
+    for edit, cache_positions in zip(edits, (False, True), strict=True):
+        expected = evicting_loop(network, ids, 128, 4, cache_positions=cache_positions)
+        np.testing.assert_allclose(losses(report, edit), expected, rtol=0, atol=1e-4)
+
+
+# --- massive activations ------------------------------------------------------------------------------------------
+
+
+def planted(where=5, dim=3, size=4000.0):
+    """Give a tiny Llama whose token `where` gets a massive activation in the embedding."""
+    model = tiny_hf_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[where, dim] = size
+    return model
+
+
+def by_hand(model, ids, layer, position, dim, value):
+    """Loss by position when one activation after a layer is overwritten by a hook of torch's."""
+
+    def overwrite(module, args, output):
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[:, position, dim] = value
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = model.model.layers[layer].register_forward_hook(overwrite)
+    try:
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none").numpy()
+    finally:
+        handle.remove()
+
+
+def test_a_planted_massive_activation_is_found_and_edited():
+    model, ids = planted(), IDS.clone()
+    ids[ids == 5], ids[17] = 6, 5
+    found = EditActivation(ratio=500).located(model, ids)
+    assert (found.layers, found.positions, found.dims) == ((0,), (17,), (3,))
+    edits = [EditActivation(ratio=500), EditActivation(7.5, ratio=500), found.placebo(1)]
+    report = ss.evaluate(model, [ids], edits)
+    np.testing.assert_allclose(losses(report, edits[0]), by_hand(model, ids, 0, 17, 3, 0.0), atol=1e-5)
+    np.testing.assert_allclose(losses(report, edits[1]), by_hand(model, ids, 0, 17, 3, 7.5), atol=1e-5)
+    dim = edits[2].dims[0]
+    assert dim != 3
+    np.testing.assert_allclose(losses(report, edits[2]), by_hand(model, ids, 0, 17, dim, 0.0), atol=1e-5)
+    assert report.about["located"]["text 0"][str(edits[0])] == str(found)
+
+
+def test_the_mean_is_over_segments():
+    """Each of the segments of 24 tokens, run on its own, has one; their mean replaces the first."""
+    model, ids = planted(), IDS.clone()
+    ids[ids == 5], ids[3], ids[30] = 6, 5, 5
+    values = []
+    for segment in (ids[:24], ids[24:]):
+        seen = []
+        handle = model.model.layers[0].register_forward_hook(
+            lambda m, a, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+        with torch.no_grad():
+            model(segment[None])
+        handle.remove()
+        column = seen[0].reshape(-1, 32)[:, 3]
+        values.append(float(column[column.abs().argmax()]))
+    edit = EditActivation("mean", ratio=500).located(model, ids)
+    assert (edit.positions, edit.dims) == ((3, 30), (3, 3))
+    assert edit.to == pytest.approx([np.mean(values)] * 2, rel=1e-5)
 
 
 @pytest.mark.model
-def test_smollm2_equals_positions_inside_the_cache(smollm2, smollm2_gguf):
-    """In float64 throughout: Hugging Face's float32 angles alone move the loss of a token by up to 2e-4 at position 1,000.
-
-    (Its loop only meets small positions, one pass meets those of the text: exact angles make the two comparable.)
-    """
-    ids = torch.tensor([1, *smollm2.tokenizer(novel(1024))["input_ids"][:1023]])
-    edit, network = StreamingWindow(128, sinks=4), HuggingFace(smollm2_gguf).network.double()
-    rotary = network.model.rotary_emb
-
-    def exact(x, position_ids):
-        angles = position_ids[..., None].double() * rotary.inv_freq.double()
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
-
-    rotary.forward = exact
-    expected = evicting_loop(network, ids, 128, 4, cache_positions=True)
-    np.testing.assert_allclose(losses(ss.evaluate(network, [ids], edit), edit), expected, rtol=0, atol=1e-4)
+def test_smollm2s_massive_activation(smollm2):
+    """Against a direct look at the residual stream: dimension 507 of the first token, after layer 11. Zeroed, all is lost."""
+    text = novel(512)
+    ids = torch.tensor([1, *smollm2.tokenizer(text)["input_ids"][:511]])
+    with torch.no_grad():
+        _, cache = smollm2.run_with_cache(ids[None], names_filter=lambda name: name.endswith("hook_resid_post"))
+    sizes = [cache[f"blocks.{layer}.hook_resid_post"][0].abs() for layer in range(30)]
+    ratios = [float(s.max() / s.median()) for s in sizes]
+    layer = next(i for i, r in enumerate(ratios) if r >= 1000)
+    place = divmod(int(sizes[layer].argmax()), 576)
+    edit = EditActivation().located(smollm2, ids)
+    assert edit.layers == (layer,) == (11,)
+    assert place == (0, 507)
+    assert place in list(zip(edit.positions, edit.dims, strict=True))
+    edits = [EditActivation(), EditActivation("mean"), edit.placebo(0)]
+    delta = ss.evaluate(smollm2, [ids], edits).summary().set_index("intervention")["delta_loss"]
+    assert delta[str(edits[0])] > 5
+    assert abs(delta[str(edits[1])]) < 0.1
+    assert abs(delta[str(edits[2])]) < 0.05

@@ -208,7 +208,7 @@ def test_what_it_does_not_know_it_refuses_by_name(tiny, monkeypatch, name):
 
 
 def test_a_mask_that_is_not_plain_is_refused():
-    masks = flash._Masks(causal=True)
+    masks = flash.Masks(causal=True)
     how = {"q_length": 9, "kv_length": 9}
     assert masks(**how, mask_function=lambda b, h, q, k: k <= q) is None
     assert masks(**how, mask_function=lambda b, h, q, k: (k <= q) & (q - k < 4), local_size=4) is None

@@ -1,0 +1,111 @@
+"""Attention under an intervention: blocks of query rows over the keys in reach, whole rows at hand, nothing T x T."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sinkscope.capture.op import scores_of
+from sinkscope.errors import SinkscopeError
+from sinkscope.interventions import Intervention
+
+#: Query rows at a time.
+ROWS = 128
+NONE = Intervention()
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How to turn a query to its position inside a cache: rotary frequencies, and how far positions lie below the text's."""
+
+    frequencies: Tensor
+    shift: int = 0
+
+
+def attend(
+    edit: Intervention,
+    layer: int,
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
+    value: Float[Tensor, "batch kv_head key d_value"],
+    at: Int[Tensor, " key"],
+    length: int,
+    given: dict[str, Any],
+    rotation: Rotation | None = None,
+) -> tuple[Float[Tensor, "batch head query d_value"], Float[Tensor, " key"]]:
+    """Attend as edited; a window costs tokens x window.
+
+    Args:
+        edit: the intervention.
+        layer: which layer this is.
+        query: the latest tokens' queries, rotated and normed.
+        key: those of all keys that are held; grouped keys are not expanded.
+        value: theirs.
+        at: the text's positions of the keys, ascending, on the CPU; the last of them are the queries'.
+        length: tokens in the text.
+        given: `scale, softcap, sinks, window` of the layer.
+        rotation: needed by an edit that moves positions into a cache.
+
+    Returns:
+        The output, and the attention that each key received, summed over batch, heads and queries, in float64 on the CPU.
+    """
+    edit = edit if edit.edits(layer) else NONE
+    n, held = query.shape[2], key.shape[2]
+    scale, softcap, sinks, window = (given[name] for name in ("scale", "softcap", "sinks", "window"))
+    cache, value = edit.cache(layer), edit.values(layer, value, at, length)
+    if cache is not None and window is not None and window < int(at[-1]) + 1:
+        raise SinkscopeError(f"layer {layer} has a sliding window of its own: {edit} is not defined there")
+    straight = int(at[-1]) == held - 1
+    out = query.new_empty(query.shape[0], n, query.shape[1], value.shape[3]).transpose(1, 2)
+    received = torch.zeros(held, dtype=torch.float64)
+    for start in range(0, n, ROWS):
+        stop = min(start + ROWS, n)
+        rows = at[held - n + start : held - n + stop]
+        reach = edit.reach(layer, int(rows[0]), int(rows[-1]) + 1)
+        if window is not None:
+            reach = reach[reach > int(rows[0]) - window]
+        index = reach if straight else torch.searchsorted(at, reach)
+        first, last = int(index[0]), int(index[-1]) + 1
+        pick: Any = slice(first, last) if last - first == len(index) else index.to(key.device)
+        k, v, q = key[:, :, pick], value[:, :, pick], query[:, :, start:stop]
+        scores = scores_of(q, k, scale, softcap)
+        if cache is not None and rotation is not None:
+            inside = rows - rotation.shift
+            by, kept = inside.clamp(max=cache[0] - 1) - inside, int((reach < cache[1]).sum())
+            if kept and bool(by.any()):
+                turned = turn(q, by.to(q.device), rotation.frequencies)
+                scores = torch.cat([scores_of(turned, k[:, :, :kept], scale, softcap), scores[..., kept:]], -1)
+        queries, keys = rows[:, None].to(q.device), reach[None].to(q.device)
+        gap = queries - keys
+        hidden = gap < 0 if window is None else (gap < 0) | (gap >= window)
+        also = edit.hides(layer, queries, keys, query.shape[1], length)
+        if also is not None:
+            hidden = hidden | (also & (gap != 0))
+        scores.masked_fill_(hidden, float("-inf"))
+        lse = scores.logsumexp(-1, keepdim=True)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None, None])
+        # in place only where nobody asks for gradients
+        weights = (scores - lse).exp_() if scores.requires_grad else scores.sub_(lse).exp_()
+        zeroed = edit.zeroes(layer, keys[0], query.shape[1], length)
+        if zeroed is not None:
+            weights = weights.masked_fill(zeroed, 0)
+        received[index] += weights.detach().sum((0, 1, 2)).double().cpu()
+        b, h, m, w = weights.shape
+        grouped = weights.view(b, k.shape[1], -1, w) @ v.to(weights.dtype)
+        out[:, :, start:stop] = grouped.view(b, h, m, -1).to(out.dtype)
+    return out, received
+
+
+def turn(x: Float[Tensor, "batch head position d"], by: Int[Tensor, " position"], frequencies: Tensor) -> Tensor:
+    """Turn rotary queries or keys by some positions: the pairs are (j, j + d/2) of the first 2 x `frequencies` numbers."""
+    angles = by[:, None].double() * frequencies.double()
+    cos, sin = (torch.cat([f(angles)] * 2, -1).to(x.dtype) for f in (torch.cos, torch.sin))
+    d = cos.shape[-1]
+    rotary, rest = x[..., :d], x[..., d:]
+    first, second = rotary.chunk(2, -1)
+    return torch.cat([rotary * cos + torch.cat([-second, first], -1) * sin, rest], -1)

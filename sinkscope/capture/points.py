@@ -1,0 +1,210 @@
+"""Edits at TransformerLens's own hook points, for models whose attention Hugging Face's interface can't replace.
+
+That is HookedTransformer, which computes attention itself, and a few bridges (Bloom). Slower and heavier than edits inside
+the op, since whole patterns are formed. Some bridges discard what a hook returns, with a warning or without: so a point is
+used only after a proof, on a few tokens, that an edit there changes what the model computes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sinkscope.capture.attend import NONE, ROWS
+from sinkscope.capture.hooks import dropping_patterns
+from sinkscope.capture.residuals import editing_residuals
+from sinkscope.errors import InertHookError, SinkscopeError
+from sinkscope.interventions import Intervention, MaskKeys, ZeroAttention, ZeroValue
+from sinkscope.models import Adapter
+from sinkscope.tokens import Batch, TextTokens, Tokens
+
+#: What an intervention touches -> the hook point that carries it.
+POINTS = {"scores": "attn.hook_attn_scores", "pattern": "attn.hook_pattern", "values": "attn.hook_v"}
+#: An edit of each, for the proof.
+PROBES = {"scores": MaskKeys(1), "pattern": ZeroAttention(1), "values": ZeroValue(1)}
+#: What works where a point is live, and what works on every model.
+WORKS = {
+    "pattern": "zero_attention",
+    "scores": "mask_keys and windows",
+    "values": "zero_value (the same as zero_attention) and mean_value",
+}
+ALWAYS = "drop_tokens, replace_token and recompute_window (the input), edit_activation (the residual stream)"
+
+
+@dataclass
+class PointsCapture:
+    """The engine for `evaluate`."""
+
+    adapter: Adapter
+    touches: frozenset[str]
+    why: str
+    name: str = "hooks"
+    received: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+    _edit: Intervention = field(default=NONE, repr=False)
+    _tick: Callable[[], None] = field(default=lambda: None, repr=False)
+    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    def __enter__(self) -> PointsCapture:
+        """Hook the model."""
+        with ExitStack() as stack:
+            stack.enter_context(self.adapter.quiet())
+            stack.enter_context(dropping_patterns(self.adapter))
+            stack.enter_context(
+                editing_points(self.adapter, self.touches | {"pattern"}, lambda: self._edit, self._length, self._seen)
+            )
+            stack.enter_context(editing_residuals(self.adapter, self._residual))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *how: Any) -> None:
+        """Unhook it."""
+        self._stack.close()
+
+    def pieces(
+        self, batch: Batch, edit: Intervention, tick: Callable[[], None]
+    ) -> Iterator[Float[Tensor, "position d_model"]]:
+        """Run the body over one text under an edit; yields its last hidden states.
+
+        Raises:
+            SinkscopeError: NaN or infinity.
+        """
+        self._edit, self._tick, ids = edit, tick, batch.ids
+        self.received = torch.zeros(ids.shape[1], dtype=torch.float64)
+        size = edit.rerun()
+        if size is None or size >= ids.shape[1]:
+            passes = [ids]
+        else:
+            self._tick = lambda: None
+            passes = [ids[:, :size], *ids[0].unfold(0, size, 1)[1:, None]]
+        for done, one in enumerate(passes):
+            hidden = self.adapter.body(one, torch.ones_like(one, dtype=torch.bool))[0]
+            if not bool(torch.isfinite(hidden).all()):
+                raise SinkscopeError(
+                    f"NaN or infinity in {self.adapter.name} under {edit} (text {batch.sequences[0].label!r})"
+                )
+            yield hidden if done == 0 else hidden[-1:]
+        if len(passes) > 1:
+            for _ in self.adapter.layers:
+                tick()
+            self.received = torch.full((ids.shape[1],), torch.nan, dtype=torch.float64)
+
+    def _length(self) -> int:
+        return len(self.received)
+
+    def _seen(self, layer: int, pattern: Tensor) -> None:
+        self.received[: pattern.shape[-1]] += pattern.detach().float().sum((0, 1, 2)).double().cpu()
+        self._tick()
+
+    def _residual(self, layer: int, residual: Tensor) -> Tensor:
+        if not self._edit.edits(layer):
+            return residual
+        return self._edit.residual(layer, residual, torch.arange(residual.shape[1]))
+
+
+@contextmanager
+def editing_points(
+    adapter: Adapter,
+    touches: frozenset[str],
+    edit: Callable[[], Intervention],
+    length: Callable[[], int],
+    seen: Callable[[int, Tensor], None] | None = None,
+    where: Callable[[int], Tensor] = torch.arange,
+) -> Iterator[None]:
+    """Hook the points that some edits touch.
+
+    `seen` is shown the pattern of each layer as it is used; `where` gives the positions of a pass's tokens.
+    """
+
+    def change(value: Tensor, hook: Any, *, layer: int, what: str) -> Tensor | None:
+        now = edit()
+        new = None
+        if now.edits(layer):
+            if what == "values":  # of the new tokens alone, whatever a cache holds
+                at = where(value.shape[1])
+                new = now.values(layer, value.transpose(1, 2), at, length()).transpose(1, 2)
+            else:
+                new = (_scores if what == "scores" else _pattern)(now, layer, value, length())
+        if what == "pattern" and seen is not None:
+            seen(layer, value if new is None else new)
+        return new
+
+    added = []
+    try:
+        for layer in adapter.layers:
+            for what in sorted(touches & POINTS.keys()):
+                point = adapter.hook_point(layer, POINTS[what])
+                point.add_hook(partial(change, layer=layer, what=what))
+                added.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
+
+
+def _scores(edit: Intervention, layer: int, scores: Float[Tensor, "batch head query key"], length: int) -> Tensor:
+    """Hide keys before softmax; what the model hides itself is hidden already."""
+    n, held = scores.shape[2:]
+    keys, scores = torch.arange(held), scores.clone()
+    for start in range(0, n, ROWS):
+        rows = keys[held - n + start : held - n + min(start + ROWS, n)]
+        hidden = ~torch.isin(keys, edit.reach(layer, int(rows[0]), int(rows[-1]) + 1))[None]
+        also = edit.hides(layer, rows[:, None], keys[None], scores.shape[1], length)
+        hidden = (hidden if also is None else hidden | also) & (rows[:, None] != keys)
+        scores[:, :, start : start + len(rows)].masked_fill_(hidden.to(scores.device), float("-inf"))
+    return scores
+
+
+def _pattern(edit: Intervention, layer: int, pattern: Float[Tensor, "batch head query key"], length: int) -> Tensor | None:
+    zeroed = edit.zeroes(layer, torch.arange(pattern.shape[3]), pattern.shape[1], length)
+    return None if zeroed is None else pattern.masked_fill(zeroed.to(pattern.device), 0)
+
+
+def plan(adapter: Adapter, edits: Sequence[Intervention], why_not: str) -> PointsCapture:
+    """Prove every point that the edits touch, and give the engine; `why_not` is why edits can't be made inside the op.
+
+    Raises:
+        InertHookError: TransformerLens discards what a hook on such a point returns; says what works instead.
+    """
+    touches: frozenset[str] = frozenset()
+    for edit in edits:
+        if any(edit.cache(layer) for layer in adapter.layers):
+            raise SinkscopeError(
+                f"{edit} turns queries inside the attention op, which can't be done on {adapter.name}: {why_not}. Take "
+                f"sink_window{', or load the model as a TransformerBridge' if adapter.kind != 'bridge' else ''}"
+            )
+        for what in sorted(edit.touches & POINTS.keys()):
+            if not is_live(adapter, what):
+                live = [probe for probe in sorted(POINTS) if is_live(adapter, probe)]
+                works = ", ".join(WORKS[w] for w in live)
+                raise InertHookError(
+                    f"{edit} would do nothing on {adapter.name}: TransformerLens discards edits at {POINTS[what]}, and "
+                    f"{why_not}. What works there: {works + '; ' if works else ''}{ALWAYS}"
+                )
+        touches |= edit.touches & POINTS.keys()
+    return PointsCapture(adapter, touches, f"edits at TransformerLens's hook points, proved live; {why_not}")
+
+
+def is_live(adapter: Adapter, what: str) -> bool:
+    """Try an edit on a few tokens: does the model compute something else, and is the pattern as it should be?"""
+    ids = torch.arange(1, 9)
+    (batch,) = Tokens((TextTokens("proof", ids, ("",) * len(ids)),), "").batches(1, adapter.device)
+    if POINTS[what] not in {p.removeprefix(f"blocks.{adapter.layers[0]}.") for p in adapter.points}:
+        return False
+    with warnings.catch_warnings(), PointsCapture(adapter, frozenset({what}), "proof") as capture:
+        warnings.simplefilter("ignore")  # what TransformerLens says of a discarded edit, where it says so
+        (before,), whole = list(capture.pieces(batch, NONE, lambda: None)), capture.received
+        (after,), edited = list(capture.pieces(batch, PROBES[what], lambda: None)), capture.received
+    moved = float((after - before).abs().max()) > 1e-4 * float(before.abs().max())
+    if what == "values" or not moved:
+        return moved
+    own = len(adapter.layers) * adapter.n_heads if what == "scores" else 0  # a query always sees itself
+    return bool(edited[1] <= own) and float(edited[1]) < float(whole[1])

@@ -1,0 +1,61 @@
+"""The residual stream after every layer: edited while a model runs, or looked at to locate an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sinkscope.errors import SinkscopeError
+from sinkscope.interventions import Intervention
+from sinkscope.models import Adapter, adapt
+
+T = TypeVar("T")
+
+
+@contextmanager
+def editing_residuals(adapter: Adapter, edit: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """Hand the residual stream after every layer to a function, and go on with what it gives."""
+
+    def after(module: nn.Module, args: Any, output: Any, layer: int) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        edited = edit(layer, first)
+        return output if edited is first else (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    handles = [block.register_forward_hook(partial(after, layer=layer)) for layer, block in enumerate(adapter.blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def residuals(
+    adapter: Adapter, ids: Int[Tensor, " position"], look: Callable[[int, Float[Tensor, "position d_model"]], T]
+) -> list[T]:
+    """Run the body once, look at the residual stream after each layer, and give what was seen."""
+    seen: list[T] = []
+
+    def keep(layer: int, residual: Tensor) -> Tensor:
+        seen.append(look(layer, residual[0].detach()))
+        return residual
+
+    batch = ids[None].to(adapter.device)
+    with adapter.quiet(), editing_residuals(adapter, keep):
+        adapter.body(batch, torch.ones_like(batch, dtype=torch.bool))
+    return seen
+
+
+def settled(model: Any, text: Any, edit: Intervention) -> Intervention:
+    """Locate in one text what an edit leaves open."""
+    adapter = adapt(model)
+    tokens = adapter.tokenize(text)
+    if len(tokens) != 1:
+        raise SinkscopeError(f"one text; got {len(tokens)}")
+    adapter.check(tokens)
+    return edit.settle(tokens.sequences[0].ids, partial(residuals, adapter))
