@@ -26,7 +26,7 @@ from sinkscope.progress import bar
 from sinkscope.tokens import TextTokens, Tokens
 
 #: Logits at a time, in numbers: tokens x vocabulary is never whole.
-LOGITS = 8 << 20
+LOGITS = 4 << 20
 NOTHING = torch.zeros(0, 0)
 
 

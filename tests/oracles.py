@@ -6,9 +6,11 @@ Sums are rounded only once (`fsum`); a mean over no queries at all is nan.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from scipy import stats
 
 SHARE_OF_HEADS_EPS = 0.3
@@ -244,3 +246,41 @@ def _divide(above: float, below: float) -> float:
     """Quotient as in numpy: x / 0 is infinite, 0 / 0 is nan."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.float64(above) / np.float64(below))
+
+
+# --- eviction, token by token ---------------------------------------------------------------------------------------
+
+
+def evicting_loop(model, ids, size, sinks, *, cache_positions):
+    """Token by token with Hugging Face's own cache, from which entries are cut out; loss of every next token, in nats.
+
+    With cache positions, keys are turned back and forth between steps so that each stands where it is in the cache.
+    """
+    from transformers import DynamicCache
+
+    cache, found = DynamicCache(), []
+    for i, token in enumerate(ids.tolist()):
+        held = 0 if not cache.layers or not cache.layers[0].is_initialized else cache.layers[0].keys.shape[2]
+        if held >= size:  # room for the new token: the oldest that is no sink goes
+            keep = torch.tensor([*range(sinks), *range(held - (size - 1 - sinks), held)], dtype=torch.long)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, keep], layer.values[:, :, keep]
+                if cache_positions:
+                    layer.keys = turned(model, layer.keys, torch.arange(len(keep)) - keep)
+            held = len(keep)
+        at = torch.tensor([[held if cache_positions else i]])
+        with torch.no_grad():
+            logits = model(torch.tensor([[token]]), position_ids=at, past_key_values=cache, use_cache=True).logits[0, -1]
+        if i + 1 < len(ids):
+            found.append(-float(logits.double().log_softmax(-1)[ids[i + 1]]))
+    return np.array(found)
+
+
+def turned(model, keys, by):
+    """Turn keys by some positions, with the tables and the function of Hugging Face's modelling code."""
+    rotary = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
+    cos, sin = rotary(keys, by[None])
+    apply = sys.modules[type(rotary).__module__].apply_rotary_pos_emb
+    d = cos.shape[-1]
+    moved, _ = apply(keys[..., :d], keys[..., :d], cos, sin)
+    return torch.cat([moved, keys[..., d:]], -1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkscope.block import Block
 from sinkscope.capture.flash import FlashCapture, attention_bridges, chosen
@@ -20,14 +22,32 @@ TOKENS, PAST_A_WINDOW = 16, 48
 WRONG = {"float32": 1e-3, "float64": 1e-3}
 WRONG_IN_HALF = 5e-2
 WHOLE = frozenset({"pattern"})
+#: What has been proved, by model: nothing is kept of a model that is gone.
+PROVED: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 WHY = "fused attention and its log-sum-exps, no pattern formed (proved equal on this model's first tokens)"
 
 
 def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) -> FlashCapture | str:
-    """Give the engine, or say why this model or these metrics can't have it."""
+    """Give the engine, or say why this model or these metrics can't have it.
+
+    A model that was proved is not proved again until its configuration, dtype or device changes.
+    """
     why = _refused(adapter, groups)
     if why is not None:
         return why
+    proved = PROVED.setdefault(adapter.network, set())
+    config = getattr(adapter.network, "config", None)
+    now = (groups, adapter.dtype, str(adapter.device), adapter.causal, "" if config is None else config.to_json_string())
+    if now not in proved:
+        why = _prove(adapter, groups, tokens)
+        if why is not None:
+            return why
+        proved.add(now)
+    return FlashCapture(adapter, groups, None, WHY)
+
+
+def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) -> str | None:
+    """Run both ways on a few tokens; a string says how they differ."""
     batch = _first_tokens(adapter, tokens)
     try:
         expected = _reference(adapter, batch)
@@ -44,7 +64,7 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) ->
     if not found.gap < wrong:
         return f"rows miss their sums by {found.gap:.2g}"
     gap = float((found.hidden - expected.hidden).abs().mean() / expected.hidden.abs().mean())
-    return FlashCapture(adapter, groups, None, WHY) if gap < wrong else f"the last hidden state differs by {gap:.2g}"
+    return None if gap < wrong else f"the last hidden state differs by {gap:.2g}"
 
 
 def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:

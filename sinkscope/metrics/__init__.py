@@ -89,8 +89,8 @@ def resolve(asked: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None)
 
 
 def _by_name(name: str) -> AnyMetric:
-    offered = _offered()
     base, at, threshold = name.partition("@")
+    offered = {} if base in BUILT_IN else _offered()
     if base not in BUILT_IN and base not in offered:
         raise unknown("metric", name, [*BUILT_IN, *offered])
     found = BUILT_IN[base] if base in BUILT_IN else _load(offered[base])

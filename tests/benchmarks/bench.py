@@ -33,12 +33,20 @@ WAYS = {
     "measure": ("measure hooks one-shot, all metrics", "bridge"),
     "mass-chunked": ("measure hooks chunked, first-token metrics", "bridge"),
     "measure-chunked": ("measure hooks chunked, all metrics", "bridge"),
+    "dense": ("edited pass, no edit: what interventions are compared with", "bridge"),
+    "window": ("edited pass, window of 256 keys", "bridge"),
+    "stream": ("edited pass, 4 sinks and 252 recent keys, cache positions", "bridge"),
+    "table": ("evaluate: none, window, 1 sink, 4 sinks, cache positions", "bridge"),
+    "loop": ("token by token with an evicting cache, one such row", "eager"),
     "cache": ("run_with_cache on all patterns, then the same reduction", "bridge"),
     "attentions": ("Hugging Face output_attentions=True, then the same reduction", "eager"),
 }
 FIRST_TOKEN = ["sink_mass", "sink_mass_excess", "last_row_share", "received", "sink_rate"]
 #: These keep every layer's pattern: 30 x 9 x T x T x 4 bytes, 18 GB at 4,096 tokens.
 KEEPS_PATTERNS = {"cache", "attentions"}
+#: The longest input that is run, where it is not any: `KEEPS_PATTERNS` need 30 x 9 x T x T x 4 bytes and more.
+LONGEST = {"cache": 2048, "attentions": 2048, "loop": 1024}
+WINDOW = 256
 
 
 def reduce_patterns(patterns: list[Any]) -> list[Any]:
@@ -77,6 +85,26 @@ def make(way: str, model: Any, ids: Any) -> Callable[[], Any]:
         with torch.no_grad():
             return reduce_patterns(list(model(ids, output_attentions=True, use_cache=False).attentions))
 
+    def edited(edit: Any) -> Callable[[], Any]:
+        from sinkscope.capture.edited import plan
+
+        tokens = ss.tokenize(None, ids)
+
+        def run() -> Any:
+            with plan(adapt(model), tokens, [edit]) as capture:
+                return [len(piece) for piece in capture.pieces(next(tokens.batches(1)), edit, lambda: None)]
+
+        return run
+
+    window, stream = ss.Window(WINDOW), ss.interventions.StreamingWindow(WINDOW, sinks=4)
+    rows = [window, ss.SinkWindow(WINDOW, sinks=1), ss.SinkWindow(WINDOW, sinks=4), stream]
+
+    def loop() -> Any:
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        from tests.oracles import evicting_loop
+
+        return evicting_loop(model, ids[0], WINDOW, 4, cache_positions=True)
+
     def measured(metrics: list[str] | None, engine: str, chunk: int | None = None) -> Callable[[], Any]:
         return lambda: ss.measure(model, ids, metrics, engine=engine, chunk=chunk)
 
@@ -90,6 +118,11 @@ def make(way: str, model: Any, ids: Any) -> Callable[[], Any]:
         "measure": measured(None, "hooks"),
         "mass-chunked": measured(FIRST_TOKEN, "hooks", 128),
         "measure-chunked": measured(None, "hooks", 128),
+        "dense": edited(ss.interventions.Intervention()),
+        "window": edited(window),
+        "stream": edited(stream),
+        "table": lambda: ss.evaluate(model, ids, rows),
+        "loop": loop,
         "cache": cache,
         "attentions": attentions,
     }[way]
@@ -150,13 +183,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="0: memory alone")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--longest", type=int, help="run what keeps patterns up to this length as well, memory permitting")
+    parser.add_argument("--json", type=Path, help="append every figure to this file, one line each")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         print(json.dumps(peak(args.peak, args.tokens[0], args.threads)))
         return
     for tokens in args.tokens:
-        ways = [way for way in args.ways if way not in KEEPS_PATTERNS or tokens <= 2048]
+        ways = [way for way in args.ways if tokens <= (args.longest or LONGEST.get(way, tokens))]
         seconds = time_all(ways, tokens, args.rounds, args.threads) if args.rounds else {}
         load_before = os.getloadavg()[0]
         print(f"\n{tokens} tokens, {args.threads} threads, medians of {args.rounds}, alternating; load {load_before:.1f}")
@@ -173,9 +208,18 @@ def main() -> None:
             else:
                 line += " " * 52
             print(f"{line}{memory:9.0f}", flush=True)
+            if args.json:
+                row = {"way": way, "tokens": tokens, "seconds": seconds.get(way), "peak_mb": memory, "threads": args.threads}
+                with args.json.open("a") as file:
+                    print(json.dumps(row), file=file)
         for way in args.ways:
             if way not in ways:
-                print(f"{WAYS[way][0]:62} not run: it would keep {30 * 9 * tokens**2 * 4 / 1e9:.0f} GB of patterns")
+                why = (
+                    f"it would keep {30 * 9 * tokens**2 * 4 / 1e9:.0f} GB of patterns"
+                    if way in KEEPS_PATTERNS
+                    else "too slow"
+                )
+                print(f"{WAYS[way][0]:62} not run: {why}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 
 import sinkscope as ss
 from sinkscope.capture import edited
@@ -25,6 +24,7 @@ from sinkscope.testing import tiny_hf_model, tiny_model
 from tests.conftest import attempt, fingerprint
 from tests.model.compare import novel
 from tests.model.conftest import HuggingFace
+from tests.oracles import evicting_loop
 
 pytestmark = pytest.mark.classes
 IDS = torch.randint(3, 60, (48,), generator=torch.Generator().manual_seed(1))
@@ -34,41 +34,6 @@ ROTARY = ["llama", "qwen3", "phi", "gpt_neox"]
 def losses(report, name):
     rows = report.curves[report.curves["intervention"] == str(name)]
     return rows["loss"].to_numpy()
-
-
-def evicting_loop(model, ids, size, sinks, *, cache_positions):
-    """Token by token with Hugging Face's own cache, from which entries are cut out; loss of every next token, in nats.
-
-    With cache positions, keys are turned back and forth between steps so that each stands where it is in the cache.
-    """
-    cache, found = DynamicCache(), []
-    for i, token in enumerate(ids.tolist()):
-        held = 0 if not cache.layers or not cache.layers[0].is_initialized else cache.layers[0].keys.shape[2]
-        if held >= size:  # room for the new token: the oldest that is no sink goes
-            keep = torch.tensor([*range(sinks), *range(held - (size - 1 - sinks), held)], dtype=torch.long)
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, keep], layer.values[:, :, keep]
-                if cache_positions:
-                    layer.keys = turned(model, layer.keys, torch.arange(len(keep)) - keep)
-            held = len(keep)
-        at = torch.tensor([[held if cache_positions else i]])
-        with torch.no_grad():
-            logits = model(torch.tensor([[token]]), position_ids=at, past_key_values=cache, use_cache=True).logits[0, -1]
-        if i + 1 < len(ids):
-            found.append(-float(logits.double().log_softmax(-1)[ids[i + 1]]))
-    return np.array(found)
-
-
-def turned(model, keys, by):
-    """Turn keys by some positions, with the tables and the function of Hugging Face's modelling code."""
-    import sys
-
-    rotary = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
-    cos, sin = rotary(keys, by[None])
-    apply = sys.modules[type(rotary).__module__].apply_rotary_pos_emb
-    d = cos.shape[-1]
-    moved, _ = apply(keys[..., :d], keys[..., :d], cos, sin)
-    return torch.cat([moved, keys[..., d:]], -1)
 
 
 @pytest.mark.parametrize("family", [*ROTARY, "gpt2", "opt"])
