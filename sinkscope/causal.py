@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -139,21 +139,24 @@ class _Pass:
     sink_token: str
 
 
-@dataclass
 class _Scores:
-    """Per token scored: loss of the clean and of the edited run in nats, KL(clean || edited), whether top-1 agrees."""
+    """Per token scored: loss of the clean and of the edited run in nats, KL(clean || edited), whether top-1 agrees.
 
-    positions: list[Tensor] = field(default_factory=list)
-    numbers: list[Tensor] = field(default_factory=list)
+    All memory is taken beforehand: small pieces that stay, between large ones that go, would keep the heap from shrinking.
+    """
 
-    def add(self, positions: Tensor, *numbers: Tensor) -> None:
-        self.positions.append(positions)
-        self.numbers.append(torch.stack([n.double().cpu() for n in numbers]))
+    def __init__(self, length: int) -> None:
+        self.numbers = np.full((4, length), math.nan)
+        self.scored = np.zeros(length, dtype=bool)
+
+    def add(self, positions: Tensor, *numbers: Tensor | float) -> None:
+        at = positions.numpy()
+        self.scored[at] = True
+        for row, n in zip(self.numbers, numbers, strict=True):
+            row[at] = n.cpu().numpy() if isinstance(n, Tensor) else n
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        if not self.positions:
-            return np.zeros(0, dtype=np.int64), np.zeros((4, 0))
-        return torch.cat(self.positions).numpy(), torch.cat(self.numbers, 1).numpy()
+        return self.scored.nonzero()[0], self.numbers[:, self.scored]
 
 
 def _runs(
@@ -166,9 +169,9 @@ def _runs(
 ) -> Iterator[Run]:
     """Run all edits on one text; beside the unedited pass where the context holds it, else alone, piece by piece."""
     if not _fits(adapter, sequence):
-        yield _run(sequence, NO_EDIT, _Pass(NONE, NOTHING, torch.zeros(0, dtype=torch.long), math.nan, -1, ""), _Scores())
+        yield _run(sequence, NO_EDIT, _Pass(NONE, NOTHING, torch.zeros(0, dtype=torch.long), math.nan, -1, ""), _Scores(0))
         for name, edit in edits:
-            scores = _Scores()
+            scores = _Scores(len(sequence))
             made = _pass(adapter, capture, sequence, edit, tick, partial(_score, adapter, sequence, score_from, scores))
             yield _run(sequence, name, made, scores)
         return
@@ -176,7 +179,7 @@ def _runs(
     for (name, edit), made, scores in zip(
         [(NO_EDIT, NONE), *edits], passes, _compare(adapter, sequence, score_from, passes), strict=True
     ):
-        if not scores.positions:
+        if not scores.scored.any():
             raise SinkscopeError(f"{edit} leaves no token of {sequence.label!r} to be scored")
         yield _run(sequence, name, made, scores)
 
@@ -243,8 +246,7 @@ def _score(adapter: Adapter, sequence: TextTokens, score_from: int, into: _Score
         if len(part):
             q = adapter.logits(hidden[part - 1 - first]).log_softmax(-1)
             loss = -q.gather(1, sequence.ids[part].to(q.device)[:, None])[:, 0]
-            nothing = torch.full_like(loss, math.nan)
-            into.add(part, nothing, loss, nothing, nothing)
+            into.add(part, math.nan, loss, math.nan, math.nan)
 
 
 def _compare(adapter: Adapter, sequence: TextTokens, score_from: int, passes: Sequence[_Pass]) -> list[_Scores]:
@@ -252,14 +254,13 @@ def _compare(adapter: Adapter, sequence: TextTokens, score_from: int, passes: Se
 
     A token is scored where it stands in both runs, after at least one other.
     """
-    scores = [_Scores() for _ in passes]
+    scores = [_Scores(len(sequence)) for _ in passes]
     clean = passes[0]
     for part in torch.split(torch.arange(score_from, len(sequence)), _rows(adapter, clean.hidden)):
         truth = sequence.ids[part].to(clean.hidden.device)[:, None]
         p = adapter.logits(clean.hidden[(part - 1).to(clean.hidden.device)]).log_softmax(-1)
         share, clean_loss, best = p.exp(), -p.gather(1, truth)[:, 0], p.argmax(-1)
-        nothing = torch.zeros_like(clean_loss)
-        scores[0].add(part, clean_loss, clean_loss, nothing, nothing + 1)
+        scores[0].add(part, clean_loss, clean_loss, 0.0, 1.0)
         for made, into in zip(passes[1:], scores[1:], strict=True):
             rows = made.row_of[part]
             there = rows >= 0

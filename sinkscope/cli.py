@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -120,13 +121,16 @@ def evaluate(
 
 @app.command(epilog="Example: sinkscope study streaming-llm smollm2-135m --file novel.txt --out study")
 def study(
-    name: Annotated[str, typer.Argument(help="streaming-llm.")],
+    name: Annotated[str, typer.Argument(help="streaming-llm or massive-activations.")],
     model: Model,
     file: Annotated[Path, typer.Option("--file", help="A long UTF-8 text.")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")] = 4096,
-    budget: Annotated[int, typer.Option("--budget", help="Keys in every window, sinks included.")] = 256,
-    score_from: Annotated[int | None, typer.Option("--score-from", help="Default: twice the budget.")] = None,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Also the slow baseline: the model anew per token.")] = False,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")] = None,
+    score_from: Annotated[int | None, typer.Option("--score-from", help="First position scored.")] = None,
+    budget: Annotated[int | None, typer.Option("--budget", help="streaming-llm: keys in a window, sinks included.")] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="streaming-llm: also re-computation, which is slow.")
+    ] = False,
+    ratio: Annotated[float | None, typer.Option("--ratio", help="massive-activations: times the median.")] = None,
     device: Device = None,
     out: Out = None,
     as_json: AsJson = False,
@@ -134,16 +138,21 @@ def study(
 ) -> None:
     """Run a published experiment: our figures beside the published ones."""
     with _errors(debug):
+        from sinkscope.errors import SinkscopeError
         from sinkscope.files import check_writable
         from sinkscope.models import load_model
         from sinkscope.studies import find
         from sinkscope.tokens import read_text
 
         run, text = find(name), {file.name: read_text(file)}
+        asked = {"max_tokens": max_tokens, "score_from": score_from, "budget": budget, "ratio": ratio}
+        how = {key: value for key, value in (asked | {"recompute": recompute or None}).items() if value is not None}
+        strange = sorted(how.keys() - inspect.signature(run).parameters.keys())
+        if strange:
+            raise SinkscopeError(f"study {name!r} takes no --{strange[0].replace('_', '-')}")
         if out is not None:
             check_writable(out)
         loaded = load_model(model, device=device)
-        how = {"max_tokens": max_tokens, "budget": budget, "score_from": score_from, "recompute": recompute}
         report = run(loaded, text, progress=True, **how)
         if as_json:
             typer.echo(report.table.to_json(orient="records"))
@@ -321,13 +330,18 @@ def _show_effects(report: EffectReport, as_json: bool) -> None:
     about = report.about
     typer.echo(f"{report} ({about['device']}, {about['dtype']}); {about['bos']}")
     typer.echo(f"loss in nats per token, of {int(rows['tokens'].max())} tokens; interval: {about['interval']}\n")
+    if "no_clean_run" in about:
+        typer.echo(f"{about['no_clean_run']}\n")
+    plain, signed = "{:.3f}".format, "{:+.3f}".format
+    how = {"loss": plain, "perplexity": number, "delta_loss": signed, "low": signed, "high": signed, "kl": plain}
+    how["sink_mass"] = percent
     cells = []
-    for _, r in rows.iterrows():
-        interval = f"{r['low']:+.3f} to {r['high']:+.3f}" if r["low"] == r["low"] else ""
+    for _, r in rows.iterrows():  # what is not known is left empty
+        c = {name: show(float(r[name])) if r[name] == r[name] else "" for name, show in how.items()}
+        interval = f"{c['low']} to {c['high']}" if c["low"] else ""
         place = f"{r['sink_position']} {r['sink_token']!r}" if r["sink_token"] else ""
-        losses = [f"{r['loss']:.3f}", number(float(r["perplexity"])), f"{r['delta_loss']:+.3f}", interval, f"{r['kl']:.3f}"]
-        mass = "" if r["sink_mass"] != r["sink_mass"] else percent(float(r["sink_mass"]))
-        cells.append([r["intervention"], *losses, mass, place])
+        losses = [c["loss"], c["perplexity"], c["delta_loss"], interval, c["kl"]]
+        cells.append([r["intervention"], *losses, c["sink_mass"], place])
     _table(["intervention", "loss", "perplexity", "difference", "95% interval", "KL", "on token 0", "most goes to"], cells)
 
 

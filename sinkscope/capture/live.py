@@ -125,7 +125,7 @@ class _Where:
 @contextmanager
 def _wrapped(model: nn.Module, before: Callable[..., None]) -> Iterator[None]:
     """Have a function called before every forward pass, however it is called."""
-    forward = model.forward
+    forward, kept = model.forward, vars(model).get("forward")
 
     def told(*args: Any, **given: Any) -> Any:
         before(model, args, given)
@@ -135,7 +135,9 @@ def _wrapped(model: nn.Module, before: Callable[..., None]) -> Iterator[None]:
     try:
         yield
     finally:
-        vars(model).pop("forward", None)
+        vars(model).pop("forward")
+        if kept is not None:
+            vars(model)["forward"] = kept
 
 
 @dataclass

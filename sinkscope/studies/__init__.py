@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 from sinkscope.errors import unknown
 
 if TYPE_CHECKING:
+    from sinkscope.studies.massive import massive_activations
     from sinkscope.studies.streaming import streaming_llm
 
 #: Name on the command line -> module and function.
-STUDIES = {"streaming-llm": ("streaming", "streaming_llm")}
+STUDIES = {
+    "streaming-llm": ("streaming", "streaming_llm"),
+    "massive-activations": ("massive", "massive_activations"),
+}
 
-__all__ = ["STUDIES", "find", "streaming_llm"]
+__all__ = ["STUDIES", "find", "massive_activations", "streaming_llm"]
 
 
 def find(name: str) -> Callable[..., Any]:

@@ -13,9 +13,6 @@ import pandas as pd
 from sinkscope.effect import EffectReport
 from sinkscope.files import check_writable, write
 
-#: Columns of `.table` and study.csv. `low` and `high` bound our difference of loss to the unedited run, in nats.
-COLUMNS = ["model", "regime", "cache", "perplexity", "delta_loss", "low", "high", "source", "evidence"]
-
 
 @dataclass(frozen=True, eq=False)
 class StudyReport:
@@ -24,6 +21,7 @@ class StudyReport:
     Attributes:
         name: the study.
         table: ours first (`evidence` is "measured"), then the published rows, each with its source and how it was read.
+            `low` and `high` bound our difference of loss to the unedited run, in nats.
         said: what was found and what was not, in words.
         effect: everything behind it, with the loss curves.
     """

@@ -10,9 +10,10 @@ from sinkscope.causal import evaluate
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, RecomputeWindow, ReplaceToken, SinkWindow, StreamingWindow, Window
 from sinkscope.models import adapt
-from sinkscope.studies.report import COLUMNS, StudyReport, published
+from sinkscope.studies.report import StudyReport, published
 
 SINKS = (1, 2, 4, 8)
+COLUMNS = ["model", "regime", "cache", "perplexity", "delta_loss", "low", "high", "source", "evidence"]
 
 
 def streaming_llm(

@@ -85,3 +85,54 @@ def test_smollm2_collapses_and_one_token_undoes_it(smollm2):
     assert delta[["1 sink", "2 sinks", "4 sinks", "8 sinks", "cache positions", "line breaks"]].max() < 0.5 * delta["window"]
     assert delta["placebo: 4 later keys kept"] > 0.8 * delta["window"]
     assert "undoes" in report.said
+
+
+# --- massive-activations ------------------------------------------------------------------------------------------
+
+
+def test_massive_activations_planted(tmp_path):
+    """Where one is planted by hand, the study finds it, and its rows are what `evaluate` and `measure` say."""
+    from tests.model.test_evaluate import IDS as TEXT
+    from tests.model.test_evaluate import planted
+
+    model, ids = planted(), TEXT.clone()
+    ids[ids == 5], ids[17] = 6, 5
+    report = ss.studies.massive_activations(model, ids, ratio=500)
+    ours = report.table[report.table["evidence"] == "measured"].set_index("regime")
+    assert list(ours.index) == ["unedited", "set to zero", "set to mean", "placebo: other dimensions zeroed"]
+    assert "after layer 0: dimension 3 of token 17" in report.said
+    edit = ss.interventions.EditActivation(0.0, layers=0, positions=17, dims=3)
+    assert ours.loc["set to zero", "delta_loss"] == pytest.approx(
+        ss.evaluate(model, ids, edit).summary().set_index("intervention").loc[str(edit), "delta_loss"]
+    )
+    plain = ss.measure(model, ids, ["sink_mass"]).summary("all")["value"].item()
+    assert ours.loc["unedited", "sink_mass"] == pytest.approx(plain, abs=1e-6)
+    assert abs(ours.loc["set to zero", "sink_mass"] - plain) > 1e-6
+    report.save(tmp_path)
+    assert (tmp_path / "study.txt").read_text().strip() == report.said
+
+
+def test_no_massive_activation_is_a_finding(tiny):
+    report = ss.studies.massive_activations(tiny("llama"), [IDS])
+    assert "has no massive activation: the largest is" in report.said
+    assert report.table[report.table["evidence"] == "measured"]["regime"].tolist() == ["unedited"]
+
+
+def test_published_massive_activations():
+    rows = published("massive-activations")
+    assert set(rows["evidence"]) == {"code"}
+    assert rows["source"].str.contains("arXiv 2503.22329").all()
+    assert rows.groupby("model")["regime"].apply(list).str[:2].tolist() == [["unedited", "set to zero"]] * 7
+
+
+@pytest.mark.model
+def test_smollm2_hangs_on_its_massive_activation(smollm2):
+    report = ss.studies.massive_activations(smollm2, {"a novel": novel(512)}, max_tokens=512)
+    ours = report.table[report.table["evidence"] == "measured"].set_index("regime")
+    assert ours.loc["set to zero", "low"] > 5
+    assert (
+        ours.loc["set to zero", "sink_rate@0.3"] < ours.loc["unedited", "sink_rate@0.3"] - 0.1
+    )  # layers up to 11 keep theirs
+    assert abs(ours.loc["set to mean", "delta_loss"]) < 0.1
+    assert abs(ours.loc["placebo: other dimensions zeroed", "delta_loss"]) < 0.1
+    assert "dimension 507 of token 0" in report.said

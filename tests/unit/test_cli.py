@@ -45,6 +45,15 @@ def same(got, expected):
     pd.testing.assert_frame_equal(got.reset_index(drop=True), expected.reset_index(drop=True), check_dtype=False, atol=1e-9)
 
 
+def test_a_study_refuses_what_it_does_not_take(saved_model, tmp_path):
+    (tmp_path / "t.txt").write_text("so it goes, on and on", encoding="utf-8")
+    fails("takes no --budget", "study", "massive-activations", saved_model, "--file", tmp_path / "t.txt", "--budget", 8)
+    fails("takes no --ratio", "study", "streaming-llm", saved_model, "--file", tmp_path / "t.txt", "--ratio", 8)
+    result = run("study", "massive-activations", saved_model, "--file", tmp_path / "t.txt")
+    assert result.exit_code == 0, result.output
+    assert "has no massive activation" in result.stdout
+
+
 @pytest.fixture(scope="module")
 def model(saved_model):
     return ss.load_model(saved_model)
