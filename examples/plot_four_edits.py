@@ -2,9 +2,9 @@
 Zero, mask, drop, evict: four edits, and why they differ
 ========================================================
 
-"Remove the first token" can mean four things. *Zero*: it gets its attention, and gives nothing. *Mask*: nobody sees it, and the
-other keys share what it got. *Drop*: it was never there. *Evict*: it is there until the window has passed it. Only the last one
-ruins the model; where the sink goes says why. And there is a fifth way: break what makes the token a sink.
+"Remove the first token" can mean four things. *Zero*: it gets its attention, and gives nothing. *Mask*: nobody sees it, and
+the other keys share what it got. *Drop*: it was never there. *Evict*: it is there until the window has passed it. They cost
+very different amounts, and where the sink goes says why. And there is a fifth way: break what makes the token a sink.
 """
 
 # %%
@@ -39,8 +39,8 @@ ax.invert_yaxis()
 plt.show()
 
 # %%
-# Where attention goes: once the first token is hidden or dropped, the next one takes its place (`sink_position`). Under a window
-# every such token is evicted in its turn. And what makes a token a sink in this model sits in very few numbers:
+# Where attention goes: once the first token is hidden or dropped, the next one takes its place (`sink_position`). Under a
+# window every such token is evicted in its turn. And what makes a token a sink in this model sits in very few numbers:
 print(effect.about["located"])
 
 # %%

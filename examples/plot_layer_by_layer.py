@@ -2,8 +2,8 @@
 Take the first token away, layer by layer and head by head
 ==========================================================
 
-Which layers need their sink? Zero the attention to the first token in one layer at a time, or hide the token there, so that the
-other keys share what it got. Then go into the layers where it matters most, and edit one head at a time.
+Which layers need their sink? Zero the attention to the first token in one layer at a time, or hide the token there, so that
+the other keys share what it got. Then go into the layers where it matters most, and edit one head at a time.
 """
 
 # %%
@@ -37,19 +37,15 @@ plt.show()
 
 # %%
 # The three layers that suffer most from zeroing, one head at a time.
-worst = sorted(range(layers), key=lambda layer: -delta[str(zeroed[layer])])[:3]
-one_head = {(layer, head): ZeroAttention(0, layers=layer, heads=head) for layer in sorted(worst) for head in range(heads)}
-by_head = ss.evaluate(model, text, list(one_head.values()), max_tokens=64).summary().set_index("intervention")
-values = np.array(
-    [[by_head.loc[str(one_head[layer, head]), "delta_loss"] for head in range(heads)] for layer in sorted(worst)]
-)
+worst = sorted(sorted(range(layers), key=lambda layer: -delta[str(zeroed[layer])])[:3])
+one_head = [ZeroAttention(0, layers=layer, heads=head) for layer in worst for head in range(heads)]
+by_head = ss.evaluate(model, text, one_head, max_tokens=64).summary().set_index("intervention")
+values = by_head.loc[[str(edit) for edit in one_head], "delta_loss"].to_numpy().reshape(3, heads)
 
 figure, ax = plt.subplots(figsize=(7, 2.2), layout="constrained")
 limit = np.abs(values).max()
 image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-ax.set(
-    xlabel="head", ylabel="layer", title="Attention to token 0 zeroed in one head", yticks=range(3), yticklabels=sorted(worst)
-)
+ax.set(xlabel="head", ylabel="layer", title="Attention to token 0 zeroed in one head", yticks=range(3), yticklabels=worst)
 figure.colorbar(image, label="nats")
 plt.show()
 
@@ -58,5 +54,5 @@ row = by_head.loc[most]
 print(f"most of all: {most}: {row['delta_loss']:+.3f} nats, 95% interval {row['low']:+.3f} to {row['high']:+.3f}")
 
 # %%
-# One text of 64 tokens: the interval is over its parts, and says nothing about other texts. A head whose edit costs nothing may
-# be needed on another text, or its work may be done by another head.
+# One text of 64 tokens: the interval is over its parts, and says nothing about other texts. A head whose edit costs nothing
+# may be needed on another text, or its work may be done by another head.

@@ -99,7 +99,7 @@ def _say(ours: pd.DataFrame, edit: Any, text: dict[str, Any], largest: str) -> s
         )
     else:
         said += f"Set to zero there, the loss changes by {zero['delta_loss']:+.3g} nats, no more than its interval"
-    plain, gone, kept = (float(row["sink_rate@0.3"]) for row in (ours.loc["unedited"], zero, mean))
+    plain, gone, kept = ours.loc[["unedited", "set to zero", "set to mean"], "sink_rate@0.3"].to_numpy(dtype=float)
     said += (
         f"; set to their mean, by {mean['delta_loss']:+.3g}; as many other dimensions set to zero, by "
         f"{placebo['delta_loss']:+.3g}. The share of heads with a sink (0.3) is {plain:.2f} unedited, {gone:.2f} zeroed and "

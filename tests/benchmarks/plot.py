@@ -34,6 +34,9 @@ def main(file: str, picture: str) -> None:
         ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
         ticks = sorted({r["tokens"] for r in rows})
         ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
+        low, high = ax.get_ylim()
+        round_numbers = [n * 10**e for e in range(-1, 5) for n in (1, 2, 5)]
+        ax.set_yticks([y for y in round_numbers if low <= y <= high], [f"{y:g}" for y in round_numbers if low <= y <= high])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
