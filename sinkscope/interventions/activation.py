@@ -56,7 +56,7 @@ class EditActivation(Intervention):
     in the dimension. Source: Sun et al. 2024, arXiv 2402.17762, section 3.3.
 
     >>> str(EditActivation(0.0, positions=0, dims=[3, 5], layers=2))
-    'edit_activation(to=0.0, positions=[0], dims=[3, 5], layers=[2])'
+    'edit_activation(to=0.0, layers=[2], positions=[0], dims=[3, 5])'
     """
 
     touches: ClassVar[frozenset[str]] = frozenset({"residual"})

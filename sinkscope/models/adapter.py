@@ -110,7 +110,7 @@ class Adapter:
             if bounded and self.n_ctx is not None and len(s) > self.n_ctx:
                 raise SinkscopeError(
                     f"{s.label!r} has {len(s)} tokens, but {self.name} takes at most {self.n_ctx}. Shorten it with "
-                    f"max_tokens={self.n_ctx} (--max-tokens {self.n_ctx}), or evaluate streaming_window alone"
+                    f"max_tokens={self.n_ctx} (--max-tokens {self.n_ctx}), or take a windowed intervention that streams"
                 )
             if vocabulary > 0 and int(s.ids.max()) >= vocabulary:
                 raise SinkscopeError(f"{s.label!r} has token id {int(s.ids.max())}; {self.name} has 0 to {vocabulary - 1}")
