@@ -4,8 +4,8 @@ Zero, mask, drop, evict: four edits, and why they differ
 
 "Remove the first token" can mean four things. *Zero*: it gets its attention, and gives nothing. *Mask*: nobody sees it, and
 the other keys share what it got. *Drop*: it was never there. *Evict*: it is there until the window has passed it. They cost
-very different amounts, and where the sink goes says why. (Where positions are rotary, mask and drop are one and the same: only
-distances count.) And there is a fifth way: break what makes the token a sink.
+very different amounts, and where the sink goes says why. (Where positions are rotary, mask and drop are the same: distances
+alone count.) And there is a fifth way: break what makes the token a sink.
 """
 
 # %%
