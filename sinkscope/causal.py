@@ -43,8 +43,8 @@ def evaluate(
     """Edit the forward pass and see what happens to the loss, on the same tokens as the unedited pass.
 
     Args:
-        model: a TransformerBridge or a plain Hugging Face decoder whose attention asks Hugging Face's attention interface.
-            It is left exactly as it was.
+        model: a TransformerBridge, a HookedTransformer, or a plain Hugging Face decoder whose attention asks Hugging Face's
+            attention interface. It is left exactly as it was.
         texts: as for :func:`sinkscope.measure`.
         interventions: one or several, as objects or in text form, such as `"sink_window(size=256, sinks=4)"`.
         score_from: score the predictions of tokens at this position (0-based) and later ones.
@@ -58,7 +58,7 @@ def evaluate(
 
     Raises:
         SinkscopeError: bad input; keys outside a text; positions that a streaming window can't be defined for.
-        InertHookError: a model inside whose attention no edit can be made; names what works.
+        InertHookError: an edit that would do nothing on this model; names what works.
     """
     adapter = adapt(model)
     given = [interventions] if isinstance(interventions, Intervention | str) else list(interventions)
@@ -69,22 +69,23 @@ def evaluate(
     if not edits or len({str(e) for e in edits}) < len(edits):
         raise SinkscopeError("give at least one intervention, and each once")
     tokens = adapter.tokenize(texts, bos=bos, max_tokens=max_tokens)
-    adapter.check(tokens, bounded=not all(streams(adapter, e, len(s)) for e in edits for s in tokens.sequences))
+    long = [s for s in tokens.sequences if not _fits(adapter, s)]
+    adapter.check(tokens, bounded=not all(streams(adapter, e, len(s)) for e in edits for s in long))
     _check(adapter, tokens, edits, score_from)
     names = [str(e) for e in edits]
     capture = plan(adapter, tokens, edits)
     runs: list[Run] = []
     settled = [[e.settle(s.ids, partial(residuals, adapter)) for e in edits] for s in tokens.sequences]
-    passes = sum(len(edits) + _fits(adapter, s) for s in tokens.sequences)
-    _check_logits(adapter, tokens)
+    passes = len(tokens) * (1 + len(edits)) - len(long)
+    rows = max(1, LOGITS // _check_logits(adapter, tokens))
     with capture, bar(progress, passes * len(adapter.layers), "evaluate") as tick:
         for sequence, here in zip(tokens.sequences, settled, strict=True):
-            runs += _runs(adapter, capture, sequence, [*zip(names, here, strict=True)], score_from, partial(tick, 1))
+            runs += _runs(adapter, capture, sequence, [*zip(names, here, strict=True)], score_from, rows, partial(tick, 1))
     about = adapter.describe() | {
         "engine": capture.name,
         "engine_why": capture.why,
         "bos": tokens.bos,
-        "arguments": {"interventions": [str(e) for e in edits], "score_from": score_from, "max_tokens": max_tokens},
+        "arguments": {"interventions": names, "score_from": score_from, "max_tokens": max_tokens},
         "texts": [{"label": s.label, "n_tokens": len(s)} for s in tokens.sequences],
     }
     located = {
@@ -93,7 +94,7 @@ def evaluate(
     }
     if any(located.values()):
         about["located"] = located
-    if not all(_fits(adapter, s) for s in tokens.sequences):
+    if long:
         about["no_clean_run"] = f"texts of more than {adapter.n_ctx} tokens have no unedited run to compare with"
     return EffectReport.assemble(runs, about)
 
@@ -116,8 +117,8 @@ def _check(adapter: Adapter, tokens: Tokens, edits: Sequence[Intervention], scor
         edit.check_model(adapter.layers, adapter.n_heads)
 
 
-def _check_logits(adapter: Adapter, tokens: Tokens) -> None:
-    """Prove on a few tokens that unembedding the last hidden state gives the model's own logits."""
+def _check_logits(adapter: Adapter, tokens: Tokens) -> int:
+    """Prove on a few tokens that unembedding the last hidden state gives the model's own logits; give how many there are."""
     ids = tokens.sequences[0].ids[None, :8].to(adapter.device)
     with adapter.quiet():
         own = adapter.own_logits(ids)
@@ -125,6 +126,7 @@ def _check_logits(adapter: Adapter, tokens: Tokens) -> None:
     gap = float((own - ours).abs().max())
     if not gap < WRONG.get(adapter.dtype, WRONG_IN_HALF) * max(1.0, float(own.abs().max())):
         raise SinkscopeError(f"the logits of {adapter.name} are not its output layer's alone (they differ by {gap:.2g})")
+    return own.shape[-1]
 
 
 @dataclass
@@ -165,19 +167,23 @@ def _runs(
     sequence: TextTokens,
     edits: Sequence[tuple[str, Intervention]],
     score_from: int,
+    rows: int,
     tick: Any,
 ) -> Iterator[Run]:
-    """Run all edits on one text; beside the unedited pass where the context holds it, else alone, piece by piece."""
+    """Run all edits on one text; beside the unedited pass where the context holds it, else alone, piece by piece.
+
+    `rows` is how many tokens' logits are formed at a time.
+    """
     if not _fits(adapter, sequence):
         yield _run(sequence, NO_EDIT, _Pass(NONE, NOTHING, torch.zeros(0, dtype=torch.long), math.nan, -1, ""), _Scores(0))
         for name, edit in edits:
             scores = _Scores(len(sequence))
-            made = _pass(adapter, capture, sequence, edit, tick, partial(_score, adapter, sequence, score_from, scores))
+            made = _pass(adapter, capture, sequence, edit, tick, partial(_score, adapter, sequence, score_from, rows, scores))
             yield _run(sequence, name, made, scores)
         return
     passes = [_pass(adapter, capture, sequence, edit, tick) for edit in (NONE, *(edit for _, edit in edits))]
     for (name, edit), made, scores in zip(
-        [(NO_EDIT, NONE), *edits], passes, _compare(adapter, sequence, score_from, passes), strict=True
+        [(NO_EDIT, NONE), *edits], passes, _compare(adapter, sequence, score_from, rows, passes), strict=True
     ):
         if not scores.scored.any():
             raise SinkscopeError(f"{edit} leaves no token of {sequence.label!r} to be scored")
@@ -238,43 +244,40 @@ def _pass(
     )
 
 
-def _score(adapter: Adapter, sequence: TextTokens, score_from: int, into: _Scores, first: int, hidden: Tensor) -> None:
+def _score(
+    adapter: Adapter, sequence: TextTokens, score_from: int, rows: int, into: _Scores, first: int, hidden: Tensor
+) -> None:
     """Score the tokens that a piece predicts; there is no clean run to compare with."""
     end = min(first + len(hidden) + 1, len(sequence))
     targets = torch.arange(min(max(first + 1, score_from), end), end)
-    for part in torch.split(targets, _rows(adapter, hidden)):
+    for part in torch.split(targets, rows):
         if len(part):
             q = adapter.logits(hidden[part - 1 - first]).log_softmax(-1)
             loss = -q.gather(1, sequence.ids[part].to(q.device)[:, None])[:, 0]
             into.add(part, math.nan, loss, math.nan, math.nan)
 
 
-def _compare(adapter: Adapter, sequence: TextTokens, score_from: int, passes: Sequence[_Pass]) -> list[_Scores]:
+def _compare(adapter: Adapter, sequence: TextTokens, score_from: int, rows: int, passes: Sequence[_Pass]) -> list[_Scores]:
     """Score each pass against the first, some tokens at a time; each is unembedded once.
 
     A token is scored where it stands in both runs, after at least one other.
     """
     scores = [_Scores(len(sequence)) for _ in passes]
     clean = passes[0]
-    for part in torch.split(torch.arange(score_from, len(sequence)), _rows(adapter, clean.hidden)):
+    for part in torch.split(torch.arange(score_from, len(sequence)), rows):
         truth = sequence.ids[part].to(clean.hidden.device)[:, None]
         p = adapter.logits(clean.hidden[(part - 1).to(clean.hidden.device)]).log_softmax(-1)
         share, clean_loss, best = p.exp(), -p.gather(1, truth)[:, 0], p.argmax(-1)
         scores[0].add(part, clean_loss, clean_loss, 0.0, 1.0)
         for made, into in zip(passes[1:], scores[1:], strict=True):
-            rows = made.row_of[part]
-            there = rows >= 0
+            row_of = made.row_of[part]
+            there = row_of >= 0
             if not bool(there.any()):
                 continue
-            q = adapter.logits(made.hidden[rows[there].to(made.hidden.device)]).log_softmax(-1)
+            q = adapter.logits(made.hidden[row_of[there].to(made.hidden.device)]).log_softmax(-1)
             here = there.to(q.device)
             loss = -q.gather(1, truth[here])[:, 0]
             same = best[here] == q.argmax(-1)
             kl = (share[here] * (p[here] - q)).sum(-1) if not bool(there.all()) else (share * q.sub_(p)).sum(-1).neg_()
             into.add(part[there], clean_loss[here], loss, kl, same)
     return scores
-
-
-def _rows(adapter: Adapter, hidden: Tensor) -> int:
-    """Give how many tokens' logits are formed at a time."""
-    return max(1, LOGITS // max(1, adapter.logits(hidden[:1]).shape[-1]))

@@ -9,7 +9,7 @@ is `[batch, head, chunk, keys]` and never T x T.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -215,12 +215,21 @@ class _Pass:
 @contextmanager
 def _hooked(adapter: Adapter, needs: frozenset[str], on_activation: Callable[[int, str, Tensor], None]) -> Iterator[None]:
     """Add a forward hook per layer and need beside whatever hooks there are; take away those alone."""
+    wanted = {"pattern" if need in ATTENTION else need for need in needs}
+    names = {need: "attn.hook_pattern" if need == "pattern" else HOOK_OF.get(need, need) for need in sorted(wanted)}
+    with hooked(adapter, names, lambda layer, need: partial(_observe, on_activation=on_activation, layer=layer, need=need)):
+        yield
+
+
+@contextmanager
+def hooked(adapter: Adapter, names: Mapping[str, str], make: Callable[[int, str], Callable[..., Any]]) -> Iterator[None]:
+    """Add the function `make(layer, what)` at hook point `names[what]` of every layer; take away those alone."""
     added = []
     try:
         for layer in adapter.layers:
-            for need in sorted({"pattern" if need in ATTENTION else need for need in needs}):
-                point = adapter.hook_point(layer, "attn.hook_pattern" if need == "pattern" else HOOK_OF.get(need, need))
-                point.add_hook(partial(_observe, on_activation=on_activation, layer=layer, need=need))
+            for what, name in names.items():
+                point = adapter.hook_point(layer, name)
+                point.add_hook(make(layer, what))
                 added.append((point, point.fwd_hooks[-1]))
         yield
     finally:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinkscope.capture.attend import NONE, ROWS
-from sinkscope.capture.hooks import dropping_patterns
+from sinkscope.capture.hooks import dropping_patterns, hooked
 from sinkscope.capture.residuals import editing_residuals
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.interventions import Intervention, MaskKeys, ZeroAttention, ZeroValue
@@ -136,18 +136,9 @@ def editing_points(
             seen(layer, value if new is None else new)
         return new
 
-    added = []
-    try:
-        for layer in adapter.layers:
-            for what in sorted(touches & POINTS.keys()):
-                point = adapter.hook_point(layer, POINTS[what])
-                point.add_hook(partial(change, layer=layer, what=what))
-                added.append((point, point.fwd_hooks[-1]))
+    names = {what: POINTS[what] for what in sorted(touches & POINTS.keys())}
+    with hooked(adapter, names, lambda layer, what: partial(change, layer=layer, what=what)):
         yield
-    finally:
-        for point, handle in added:
-            handle.hook.remove()
-            point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
 
 
 def _scores(edit: Intervention, layer: int, scores: Float[Tensor, "batch head query key"], length: int) -> Tensor:

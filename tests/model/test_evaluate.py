@@ -98,6 +98,10 @@ def test_a_text_beyond_the_context(monkeypatch):
     assert "have no unedited run" in report.page()
     report._repr_html_()
     report.loss_curve()
+    both = ss.evaluate(model, {"long": ids, "short": ids[:60]}, ss.Window(16), score_from=40)  # the short one has a clean run
+    short = both.frame[both.frame["text"] == "short"].set_index("intervention")
+    assert short.loc["none", "tokens"] == 20
+    assert short["delta_loss"].notna().all()
     for edit in (ss.SinkWindow(16, sinks=2), ss.MaskKeys(0), StreamingWindow(16) & DropTokens(0)):
         with pytest.raises(ss.SinkscopeError, match="takes at most 128"):
             ss.evaluate(model, [ids], [edits[0], edit])

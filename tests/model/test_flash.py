@@ -350,3 +350,20 @@ def test_smollm2_is_the_same_by_both_engines(smollm2):
     ours, hooks = (ss.measure(smollm2, novel(1024), engine=engine, **how) for engine in ("auto", "hooks"))
     assert (ours.about["engine"], hooks.about["engine"]) == ("flash", "hooks")
     same_frames(ours, hooks)
+
+
+def test_a_model_is_proved_once_until_something_changes(monkeypatch):
+    """Not at every call; again when its configuration or its dtype is another, and never on another's word."""
+    from sinkscope.capture import proof
+
+    proved, prove = [], proof._prove
+    monkeypatch.setattr(proof, "_prove", lambda *given: (proved.append(given[0].network), prove(*given))[1])
+    model, other = tiny_hf_model("llama"), tiny_hf_model("llama")
+    counts = []
+    for change in (lambda: None, lambda: None, lambda: setattr(model.config, "rms_norm_eps", 1e-5), model.double):
+        change()
+        ss.measure(model, IDS, ["sink_mass"])
+        counts.append(len(proved))
+    assert counts == [1, 1, 2, 3]
+    ss.measure(other, IDS, ["sink_mass"])
+    assert proved[-1] is other
