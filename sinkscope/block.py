@@ -26,6 +26,8 @@ HOOK_OF = {
     "value": "attn.hook_v",
     "output": "attn.hook_z",
     "residual": "hook_resid_post",
+    "rotated_query": "attn.hook_rot_q",
+    "rotated_key": "attn.hook_rot_k",
 }
 
 

@@ -239,6 +239,49 @@ def loss_curve(curves: DataFrame, *, text: str | None = None, ax: Axes | None = 
     return ax
 
 
+def estimates(table: DataFrame, quantity: str, *, unit: str = "", log: bool = False, ax: Axes | None = None) -> Axes:
+    """One quantity of a study: a dot with its 95% interval per case, chance as a bar, published figures as hollow dots.
+
+    Args:
+        table: columns `model, case, quantity, value, low, high, null, evidence`; see `sinkscope.studies`.
+        quantity: which rows.
+        unit: of the quantity, for the axis.
+        log: draw it on a logarithmic axis.
+        ax: where to draw; a new figure without it.
+
+    Raises:
+        SinkscopeError: no such quantity; the message lists those there are.
+    """
+    if quantity not in set(table["quantity"]):
+        raise unknown("quantity", quantity, table["quantity"].unique())
+    rows = table[(table["quantity"] == quantity) & table["value"].notna()]
+    ours, theirs = rows[rows["evidence"] == "measured"], rows[rows["evidence"] != "measured"]
+    several = ours["model"].nunique() > 1
+    names = [f"{m}, {case}" if several else str(case) for m, case in zip(ours["model"], ours["case"], strict=True)]
+    place = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    at = [place[name] for name in names]
+    ax = plt.figure(**WIDE).add_subplot() if ax is None else ax
+    below, above = (abs(ours["value"] - ours[end]).fillna(0).to_numpy(float) for end in ("low", "high"))
+    who = "measured" if several else str(ours["model"].iloc[0])
+    style: dict[str, Any] = {"fmt": "o", "color": LINE, "markersize": 4, "capsize": 2, "zorder": 3}
+    ax.errorbar(ours["value"], at, xerr=(below, above), label=f"{_short(who, 24)}, 95% interval", **style)
+    if ours["null"].notna().any():
+        ax.plot(ours["null"], at, "|", color=NULL, markersize=12, markeredgewidth=1.5, label="chance")
+    shown = theirs[theirs["case"].isin(place)]
+    for marker, (model, of) in zip("sD^vPX<>*p", shown.groupby("model", sort=False), strict=False):
+        y = [place[case] - 0.22 for case in of["case"]]
+        ax.plot(of["value"], y, marker, color=MARK, markersize=3.5, fillstyle="none", label=f"{model} (published)")
+    ax.set_yticks(range(len(place)), labels=[_short(name, 34) for name in place], **PLAIN)
+    ax.set_ylim(len(place) - 0.4, -0.6)
+    ax.grid(axis="x", alpha=0.3)
+    if log:
+        ax.set_xscale("log")
+    _finish(ax, "", f"{quantity} ({unit})" if unit else quantity, "")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=2, frameon=False)
+    return ax
+
+
 _attention = attention  # `figures` has an argument of that name
 
 

@@ -11,7 +11,7 @@ DELAY, QUIET = 2.0, 10.0
 
 
 @contextmanager
-def bar(show: bool, total: int, what: str) -> Iterator[Callable[[int], None]]:
+def bar(show: bool, total: int, what: str, unit: str = "layer") -> Iterator[Callable[[int], None]]:
     """Show how much of `total` is done and how long the rest will take; yields a function that adds to it."""
     if not show:
         yield lambda n: None
@@ -19,7 +19,7 @@ def bar(show: bool, total: int, what: str) -> Iterator[Callable[[int], None]]:
     from tqdm.auto import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else QUIET
-    with tqdm(total=total, desc=what, unit="layer", leave=False, delay=DELAY, mininterval=interval) as progress:
+    with tqdm(total=total, desc=what, unit=unit, leave=False, delay=DELAY, mininterval=interval) as progress:
 
         def add(n: int) -> None:
             progress.update(n)

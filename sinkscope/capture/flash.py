@@ -36,6 +36,9 @@ HARMLESS = frozenset(
     | {"output_attentions", "output_hidden_states", "return_dict"}
 )
 
+#: What the attention op is given or gives, `[batch, position, head, d_head]` to metrics: no hook is needed for it.
+SUPPLIED = frozenset({"rotated_query", "rotated_key", "value", "output"})
+
 #: TransformerLens's method that computes `hook_scale` and `hook_normalized` beside what Hugging Face's norm gives.
 NORM = "_hf_autograd_forward_with_hooks"
 
@@ -52,7 +55,7 @@ class FlashCapture(HooksCapture):
 
     def __enter__(self) -> FlashCapture:
         """Swap attention, and hook what else was asked for."""
-        others = frozenset().union(*self.groups) - ATTENTION
+        others = frozenset().union(*self.groups) - ATTENTION - SUPPLIED
         with ExitStack() as stack:
             stack.enter_context(self.adapter.quiet())
             if others:
@@ -108,6 +111,9 @@ class FlashCapture(HooksCapture):
         """Attend, and hand the layer's rows over."""
         out, lse = attention_with_lse(query, key, value, **given)
         if self._pass is not None:
+            supplied = {"rotated_query": query, "rotated_key": key, "value": value, "output": out}
+            for name in sorted(SUPPLIED & frozenset().union(*self.groups)):
+                self._pass.take(layer, name, supplied[name].transpose(1, 2))
             self._pass.take(layer, "pattern", Scores(query, key, lse, scratch=self._scratch, **given))
         return out
 

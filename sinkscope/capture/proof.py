@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.block import Block
-from sinkscope.capture.flash import FlashCapture, attention_bridges, chosen
+from sinkscope.capture.flash import SUPPLIED, FlashCapture, attention_bridges, chosen
 from sinkscope.capture.hooks import ATTENTION, HooksCapture
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
@@ -71,7 +71,7 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
     """Say what is known to rule the engine out before anything is run."""
     if adapter.kind not in ("bridge", "hugging_face"):
         return f"a {type(adapter.model).__name__} computes attention itself"
-    others = sorted(frozenset().union(*groups) - ATTENTION)
+    others = sorted(frozenset().union(*groups) - ATTENTION - SUPPLIED)
     if adapter.kind == "hugging_face" and others:
         return (
             f"a metric needs {others[0]!r}, and a plain Hugging Face model has no hook points: wrap it, "

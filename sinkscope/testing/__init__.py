@@ -129,7 +129,8 @@ def _means(
     if causal:
         seen = seen & torch.ones(longest, longest, dtype=torch.bool).tril()
     pattern = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    shapes = dict.fromkeys(("query", "key", "value", "output"), (longest, heads, 8))
+    of_heads = ("query", "key", "rotated_query", "rotated_key", "value", "output")
+    shapes = dict.fromkeys(of_heads, (longest, heads, 8))
     activations = {
         need: torch.randn(len(lengths), *shapes.get(need, (longest, 16)), generator=generator)
         for need in sorted(metric.group - {"mass", "pattern"})

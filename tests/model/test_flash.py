@@ -83,19 +83,23 @@ def test_a_body_without_a_head(plain, base):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
-@pytest.mark.parametrize("need", ["value", "residual", "mlp.hook_post"])
-def test_other_hooks_fire_or_hooks_it_is(family, need, tiny):
+@pytest.mark.parametrize("need", ["value", "output", "residual", "mlp.hook_post"])
+def test_what_else_is_needed_is_the_same(family, need, tiny):
     norm = ss.metric(needs=("mass", need), name="norm")(
         lambda block: block.mass * block[need].flatten(2).norm(dim=-1)[:, None]
     )
     ours, hooks = (ss.measure(tiny(family), IDS, [norm, "row_entropy"], engine=engine) for engine in ("auto", "hooks"))
     same_frames(ours, hooks, 1e-4)
-    if family == "gpt2" and need == "value":  # its queries, keys and values come apart in the bridge alone
-        assert ours.about["engine_why"].endswith(
-            "not flash: value never came from layer 0 once Hugging Face's own attention was in place"
-        )
-    else:
-        assert ours.about["engine"] == "flash"
+    assert ours.about["engine"] == "flash"
+
+
+def test_where_a_hook_does_not_fire_it_is_hooks(tiny):
+    """GPT-2's queries, keys and values come apart in the bridge alone: attention supplies values, but not `attn.hook_v`."""
+    norm = ss.metric(needs=("mass", "attn.hook_v"), name="norm")(lambda block: block.mass)
+    report = ss.measure(tiny("gpt2"), IDS, [norm])
+    assert report.about["engine_why"].endswith(
+        "not flash: attn.hook_v never came from layer 0 once Hugging Face's own attention was in place"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

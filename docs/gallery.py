@@ -1,0 +1,36 @@
+"""Make docs/gallery.md and its pictures of what `sinkscope study all MODEL --out DIR` wrote: `python docs/gallery.py DIR`."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NOTE = """# Gallery: every study on {model}
+
+What ten published experiments find on one small model, run by `sinkscope study all {model} --out studies`. Each has its
+question, its verdict, its picture, and the command. How each is done: [method.md](method.md#studies). One model and one
+text in pieces: the intervals (95%) say how much its parts differ, not how much texts or models do.
+"""
+
+
+def main(directory: str) -> None:
+    """Write the page and copy the pictures."""
+    from sinkscope.studies import STUDIES
+
+    pictures = HERE / "images" / "gallery"
+    pictures.mkdir(parents=True, exist_ok=True)
+    done = [json.loads((Path(directory) / name / "study.json").read_text(encoding="utf-8")) for name in STUDIES]
+    model = done[0]["about"]["model"]
+    page = NOTE.format(model=model)
+    for study in done:
+        name, picture = study["name"], study["pictures"][0]
+        shutil.copy(Path(directory) / name / f"{picture}.png", pictures / f"{name}.png")
+        page += f"\n## {name}\n\n{study['question']}\n\n**{study['verdict']}**\n\n"
+        page += f"![{name}: {study['verdict']}](images/gallery/{name}.png)\n\n{study['said']}\n\n"
+        page += f"`sinkscope study {name} {model} --out {name}`\n"
+    (HERE / "gallery.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
