@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine:
 #   make demo   creates the environment and runs the main job on a real model
-#   make test   runs linters, types and every test, on TransformerLens 4.3 and (model classes) on 3.9
+#   make test   runs linters, types and every test, on TransformerLens 4.3 and (model classes) on 3.9, and builds the docs
 # Both reuse their environments; both pin everything they install (requirements/*.txt).
 
 PYTHON ?= python3
@@ -11,12 +11,12 @@ ENV    := .venv
 ENV39  := .venv-tl39
 PIP    := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint test43 test39 bench clean
+.PHONY: demo test lint test43 test39 pages docs bench clean
 
 demo: $(ENV)/ready
 	$(ENV)/bin/sinkscope demo --out sinkscope-demo
 
-test: lint test43 test39
+test: lint pages test43 test39
 
 lint: $(ENV)/ready
 	$(ENV)/bin/ruff check .
@@ -29,6 +29,15 @@ test43: $(ENV)/ready
 
 test39: $(ENV39)/ready
 	$(ENV39)/bin/python -m pytest -n 2 --dist loadfile -m classes tests
+
+# The documentation, warnings as errors. `pages` leaves the tutorials unrun (tests run them), `docs` runs them for their
+# output and pictures (about ten minutes): docs/build/html/index.html.
+SPHINX := $(ENV)/bin/sphinx-build -W --keep-going -q -b html docs
+pages: $(ENV)/ready
+	$(SPHINX) -D plot_gallery=0 docs/build/pages
+
+docs: $(ENV)/ready
+	$(SPHINX) docs/build/html
 
 bench: $(ENV)/ready
 	$(ENV)/bin/python tests/benchmarks/bench.py
@@ -50,4 +59,4 @@ $(ENV39)/ready: pyproject.toml requirements/tl39.txt
 	touch $@
 
 clean:
-	rm -rf $(ENV) $(ENV39) sinkscope-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(ENV) $(ENV39) sinkscope-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache docs/build docs/tutorials

@@ -188,7 +188,7 @@ class Block:
 
     @cached_property
     def distance(self) -> Int[Tensor, "query key"]:
-        """Distance in tokens between each query and each key, |i - k|."""
+        """Distance in tokens between each query and each key, abs(i - k)."""
         keys = torch.arange(self.pattern.shape[-1], device=self.lengths.device)
         return (self.queries[:, None] - keys[None, :]).abs()
 

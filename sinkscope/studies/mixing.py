@@ -37,11 +37,11 @@ def over_mixing(
     """Change one token, and measure how far the change spreads over layers and later tokens, with and without the sink.
 
     For every text, `changes` positions are drawn, none before the eighth nor among the last eight; the token there becomes
-    another one of the same text. The spread is the relative change of the residual stream of later tokens, |h' - h| / |h|,
-    after each layer: averaged over changes by distance, then over distances. It is measured with the sink intact, with token
-    0 masked for all others, and with token 0 removed from the input; but then the next token may become the sink. So it is
-    also measured with token 0 masked in the upper half of the layers alone, when the sink has formed, and with another key
-    masked there instead, which decides what is said.
+    another one of the same text. The spread is the relative change of the residual stream of later tokens,
+    norm(h' - h) / norm(h), after each layer: averaged over changes by distance, then over distances. It is measured with the
+    sink intact, with token 0 masked for all others, and with token 0 removed from the input; but then the next token may
+    become the sink. So it is also measured with token 0 masked in the upper half of the layers alone, when the sink has
+    formed, and with another key masked there instead, which decides what is said.
 
     Args:
         model: as for :func:`sinkscope.evaluate`.

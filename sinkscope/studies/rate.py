@@ -44,7 +44,7 @@ def sink_rate(
 
     Returns:
         A report with `sink_rate@EPS` and `received` (alpha_0) per kind, and `state_difference` of repeated tokens: the
-        largest |h_t - h_0| / |h_0| of the residual stream over positions and layers, of the first eight sequences.
+        largest norm(h_t - h_0) / norm(h_0) of the residual stream over positions and layers, of the first eight sequences.
 
     Raises:
         SinkscopeError: as :func:`sinkscope.measure`; a text too short.

@@ -194,7 +194,7 @@ def train(
     heads: int = 1,
     rate: float = 3e-3,
     warmup: int = 50,
-    batch: int = 64,
+    batch: int = 32,
     held_out: int = 256,
     logit: float = 0.0,
     progress: bool = False,

@@ -1,7 +1,8 @@
 """Time and peak memory of measuring, against what it replaces: `make bench` (SmolLM2-135M, float32, 2 threads).
 
 Every figure comes from one run: the ways take turns, round after round, and medians are reported. Memory is the peak
-resident size above the loaded model, each way in a process of its own. The full table takes about half an hour.
+resident size above the loaded model, each way in a process of its own, and beside it the peak of live tensors, counted by
+torch's profiler in another run there: what the C library keeps for later is in the first alone.
 
 The limit is Hugging Face's own body with SDPA and no statistics at all. Beside wall-clock time stands the processor time
 of the run, whose ratios are steadier on a machine that is not idle; the load is printed with the table.
@@ -162,8 +163,8 @@ def time_all(ways: list[str], tokens: int, rounds: int, threads: int) -> dict[st
     return seconds
 
 
-def peak(way: str, tokens: int, threads: int) -> float:
-    """Peak resident size above the loaded model, in MB; to be called in a process of its own."""
+def peak(way: str, tokens: int, threads: int) -> tuple[float, float]:
+    """Peak resident size above the loaded model, and peak of live tensors, in MB; to be called in a process of its own."""
     models, ids = load([way], tokens, threads)
     (model,) = models.values()
     run = make(way, model, ids)
@@ -174,7 +175,21 @@ def peak(way: str, tokens: int, threads: int) -> float:
     run()
     status = Path("/proc/self/status").read_text()
     high = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    return (high - before) / 1e6
+    return (high - before) / 1e6, live(make(way, model, ids))
+
+
+def live(run: Callable[[], Any]) -> float:
+    """Count the bytes of tensors alive at once that a run has made, in MB."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    alive = most = 0
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        alive += size
+        most = max(most, alive)
+    return most / 1e6
 
 
 def main() -> None:
@@ -195,11 +210,15 @@ def main() -> None:
         seconds = time_all(ways, tokens, args.rounds, args.threads) if args.rounds else {}
         load_before = os.getloadavg()[0]
         print(f"\n{tokens} tokens, {args.threads} threads, medians of {args.rounds}, alternating; load {load_before:.1f}")
-        print(f"{'':62}{'seconds':>9}{'x first':>9}{'min-max':>16}{'cpu s':>9}{'x first':>9}{'peak MB':>9}", flush=True)
+        print(
+            f"{'':62}{'seconds':>9}{'x first':>9}{'min-max':>16}{'cpu s':>9}{'x first':>9}{'peak MB':>9}{'live MB':>9}",
+            flush=True,
+        )
         wall, cpu = ({way: statistics.median(t[i] for t in times) for way, times in seconds.items()} for i in (0, 1))
         for way in ways:
             command = [sys.executable, __file__, "--tokens", str(tokens), "--threads", str(args.threads), "--peak", way]
-            memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            memory, counted = json.loads(told.splitlines()[-1])
             line = f"{WAYS[way][0]:62}"
             if args.rounds:
                 spread = f"{min(seconds[way])[0]:.2f}-{max(seconds[way])[0]:.2f}"
@@ -207,9 +226,10 @@ def main() -> None:
                 line += f"{cpu[way]:9.2f}{cpu[way] / cpu[ways[0]]:9.2f}"
             else:
                 line += " " * 52
-            print(f"{line}{memory:9.0f}", flush=True)
+            print(f"{line}{memory:9.0f}{counted:9.0f}", flush=True)
             if args.json:
-                row = {"way": way, "tokens": tokens, "seconds": seconds.get(way), "peak_mb": memory, "threads": args.threads}
+                row = {"way": way, "tokens": tokens, "seconds": seconds.get(way), "peak_mb": memory, "live_mb": counted}
+                row |= {"threads": args.threads}
                 with args.json.open("a") as file:
                     print(json.dumps(row), file=file)
         for way in args.ways:

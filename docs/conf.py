@@ -1,0 +1,55 @@
+"""Sphinx: `make docs` builds docs/build/html, warnings as errors, with every tutorial run."""
+
+import sys
+from pathlib import Path
+
+import sinkscope
+
+sys.path.insert(0, str(Path(__file__).parent))  # sphinx-gallery looks `conf.in_order` up by its name
+project, author, release = "sinkscope", "The sinkscope developers", sinkscope.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_gallery.gen_gallery"]
+exclude_patterns = ["build", "tutorials/*.ipynb", "tutorials/*.py"]
+html_theme, html_title = "furo", "sinkscope"
+maximum_signature_line_length = 100
+html_show_sourcelink = False
+default_role = "code"
+myst_heading_anchors = 3
+autodoc_typehints = "description"
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+suppress_warnings = ["config.cache"]
+TUTORIALS = (
+    "plot_first_look",
+    "plot_custom_metric",
+    "plot_four_edits",
+    "plot_layer_by_layer",
+    "plot_sliding_window",
+    "plot_long_inputs",
+    "plot_encoder",
+    "plot_training",
+    "plot_own_model",
+)
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "tutorials",
+    "within_subsection_order": "conf.in_order",
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "min_reported_time": 1,
+    "reset_modules": ("matplotlib",),
+}
+
+
+class in_order:
+    """Sort the tutorials as they are best read."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str) -> int:
+        """Give the place of a file."""
+        return TUTORIALS.index(name.removesuffix(".py"))
+
+    def __repr__(self) -> str:
+        """Tell sphinx that it is the same in every build."""
+        return "in_order"
