@@ -66,7 +66,7 @@ def bos(
         else f"No dependence of the loss on BOS was found ({cost.value:+.3g} nats without it)"
     ) + f", and the first token is {'still ' if has.value > 0.5 * had.value else 'no longer '}the sink."
     said = (
-        f"On {of}, leaving out BOS changes the loss of {adapter.name} on the same tokens by {cost} nats; leaving out "
+        f"In {of}, leaving out BOS changes the loss of {adapter.name} on the same tokens by {cost} nats; leaving out "
         f"one later token instead, by {other}. With BOS, {had} of the heads have their sink on it (the token after it: "
         f"{found['the token after BOS', 'sink_rate@0.3']}); without, {has} have it on the token that now comes first. "
     )

@@ -195,7 +195,7 @@ def train(
     rate: float = 3e-3,
     warmup: int = 50,
     batch: int = 32,
-    held_out: int = 256,
+    held_out: int = 128,
     logit: float = 0.0,
     progress: bool = False,
 ) -> pd.DataFrame:

@@ -19,11 +19,20 @@ from sinkscope.plots import NULL, WIDE
 from sinkscope.progress import bar
 from sinkscope.studies.report import Estimate, Pictures, Row, StudyReport, asked, losses, sinks, tabulate
 from sinkscope.studies.texts import pieces, setting
-from sinkscope.studies.toy import ATTENTIONS, BigramBackcopy, train
+from sinkscope.studies.toy import BigramBackcopy, train
 
 #: A sink has emerged when its mass exceeds uniform attention by this much.
 MARGIN = 0.1
-COLOURS = {"softmax": "#D55E00", "learned sink": "#0072B2", "sigmoid": "#009E73", "relu": "#CC79A7"}
+#: What is trained: how :func:`train` is called for each case. A learned logit that starts at 0 has to outrun the first token.
+CASES: dict[str, dict[str, Any]] = {
+    "softmax": {"attention": "softmax"},
+    "learned sink": {"attention": "learned sink", "logit": 4.0},
+    "learned sink, from 0": {"attention": "learned sink", "logit": 0.0},
+    "sigmoid": {"attention": "sigmoid"},
+    "relu": {"attention": "relu"},
+}
+COLOURS = dict(zip(CASES, ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7"), strict=True))
+FINAL = ("sink_weight", "row_sum", "value_drain", "residual_peak", "excess_loss")
 CHECKPOINT_METRICS = ("sink_mass", "sink_rate@0.3", "value_drain", "massive_activation")
 
 
@@ -32,61 +41,66 @@ def emergence(
     text: Any = None,
     *,
     checkpoints: Sequence[int] | Mapping[int, Any] | None = None,
-    steps: int = 600,
+    steps: int = 300,
     seeds: int = 3,
     sequences: int = 16,
     tokens: int = 256,
     progress: bool = False,
 ) -> StudyReport:
-    """Train small models with four kinds of attention, and watch the sink; or look at the checkpoints of a large one.
+    """Train small models with several kinds of attention, and watch the sink; or look at the checkpoints of a large one.
 
-    The task is Bigram-Backcopy: a Markov chain with triggers, after which the token before the trigger is repeated. Three
-    attentions do not force a row to sum to one over the keys, and are controls: a learned sink logit, sigmoid, ReLU.
+    The task is Bigram-Backcopy: a Markov chain with triggers, after which the token before the trigger is repeated. With
+    softmax a row must go somewhere. The controls need not: a learned logit may take the row (once where it starts at 4, and
+    once where it starts at 0 and has to outrun the first token), sigmoid and ReLU weigh each key by itself.
 
     Args:
         model: not looked at when training from scratch; else the model's hub name, such as "EleutherAI/pythia-14m".
         text: for checkpoints, as for the other studies.
         checkpoints: steps of training, each a revision "stepN" on the hub; or a mapping from step to model.
         steps: of training from scratch.
-        seeds: models trained per attention; intervals are across them.
+        seeds: models trained per case, at least two; intervals are across them.
         sequences: for checkpoints, pieces of the text.
         tokens: for checkpoints, of each piece.
         progress: show a progress bar on stderr.
 
     Returns:
-        A report with, after the last step, sink mass, value drain, residual peak and loss per attention, and the step at
-        which the sink has emerged: its mass exceeds uniform attention by 0.1. For checkpoints, a case per step.
+        A report with, after the last step and of the most sinking head, `sink_mass` (the first token's share of a row), its
+        weight and the row's sum as they are, value drain, residual peak and loss, and the step at which the sink has emerged:
+        its mass exceeds uniform attention by 0.1 from there on. For checkpoints, a case per step.
 
     Raises:
-        SinkscopeError: checkpoints without a model's name; as :func:`sinkscope.load_model`.
+        SinkscopeError: checkpoints without a model's name, fewer than two seeds; as :func:`sinkscope.load_model`.
     """
     if checkpoints is not None:
         return _checkpoints(model, text, checkpoints, sequences, tokens, progress)
+    if seeds < 2:
+        raise SinkscopeError(f"seeds={seeds}: one model has no interval; train at least two")
     task = BigramBackcopy()
     runs = []
-    with bar(progress, len(ATTENTIONS) * seeds, "emergence", "model") as tick:
-        for attention in ATTENTIONS:
+    with bar(progress, len(CASES) * seeds, "emergence", "model") as tick:
+        for case, how in CASES.items():
             for seed in range(seeds):
-                runs.append(train(task, attention, steps=steps, seed=seed, every=max(1, steps // 12)))
+                run = train(task, steps=steps, seed=seed, every=max(1, steps // 8), **how)
+                runs.append(run.assign(case=case))
                 tick(1)
     history = pd.concat(runs, ignore_index=True)
     of = f"{steps} steps, {seeds} seed{'s' * (seeds > 1)}"
     rows: list[Row] = []
-    for attention in ATTENTIONS:
-        here = history[history["attention"] == attention]
+    for case in CASES:
+        here = history[history["case"] == case]
         last = here[here["step"] == steps]
-        null = float(last["null"].iloc[0])
-        rows.append((attention, "sink_mass", Estimate.of(last["sink_mass"], null), of))
-        rows += [(attention, name, Estimate.of(last[name]), of) for name in ("value_drain", "residual_peak", "excess_loss")]
+        rows.append((case, "sink_mass", Estimate.of(last["sink_mass"], float(last["null"].iloc[0])), of))
+        rows += [(case, name, Estimate.of(last[name]), of) for name in FINAL]
         emerged = [emerges(run) for _, run in here.groupby("seed")]
         reached = sum(not math.isnan(step) for step in emerged)
         if reached:
-            rows.append((attention, "emergence_step", Estimate.of(emerged), f"{of}, {reached} of which reach it"))
+            rows.append((case, "emergence_step", Estimate.of(emerged), f"{of}, {reached} of which reach it"))
     table = tabulate("emergence", "bigram-backcopy", rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(value, of, history)
     pictures: Pictures = {
-        name: partial(_series, history, name) for name in ("sink_mass", "excess_loss", "value_drain", "residual_peak")
+        name: partial(_series, history, name)
+        for name in ("sink_mass", "sink_weight", "value_drain", "residual_peak", "excess_loss")
     }
     about = {"model": "bigram-backcopy", "task": repr(task), "steps": steps, "seeds": seeds}
     return StudyReport("emergence", asked(__doc__), table, verdict, said, about, pictures)
@@ -106,31 +120,29 @@ def emerges(run: pd.DataFrame) -> float:
 
 
 def _say(value: Mapping[tuple[str, str], Estimate], of: str, history: pd.DataFrame) -> tuple[str, str]:
-    """Say what was found, and what was not."""
-    mass = {attention: value[attention, "sink_mass"] for attention in ATTENTIONS}
+    """Say what was found, and what was not: a sink has grown where the interval of its mass lies above uniform attention."""
+    mass = {case: value[case, "sink_mass"] for case in CASES}
     null = mass["softmax"].null
-    grown = [attention for attention in ATTENTIONS if mass[attention].value - null > MARGIN]
-    none = [attention for attention in ATTENTIONS if attention not in grown]
-    verdict = f"A sink grows with {' and '.join(grown) or 'no attention'}"
-    verdict += f", none with {' or '.join(none)}." if none else "."
-    last = history[history["step"] == history["step"].max()].groupby("attention")
+    grown = [case for case in CASES if mass[case].low > null]
+    none = [case for case in CASES if case not in grown]
+    verdict = f"A sink grows with: {'; '.join(grown) or 'nothing'}. None is shown with: {'; '.join(none) or 'nothing'}."
     said = (
-        f"After {of}, the most sinking head pays the first token "
-        + ", ".join(f"{mass[attention]} ({attention})" for attention in ATTENTIONS)
-        + f"; uniform attention would pay {null:.3g}. "
+        f"After {of}, the first token's share of a row in the most sinking head is "
+        + ", ".join(f"{mass[case]} ({case})" for case in CASES)
+        + f"; uniform attention would give {null:.3g}. Its weight, as it is, is "
+        + ", ".join(f"{value[case, 'sink_weight'].value:.2g} ({case})" for case in CASES)
+        + ". "
     )
     if ("softmax", "emergence_step") in value:
-        trigger, other = (float(last[c].mean()["softmax"]) for c in ("sink_mass_trigger", "sink_mass_other"))
+        last = history[(history["step"] == history["step"].max()) & (history["case"] == "softmax")]
+        trigger, other = (float(last[c].mean()) for c in ("sink_mass_trigger", "sink_mass_other"))
         step, drain, peak = (value["softmax", name] for name in ("emergence_step", "value_drain", "residual_peak"))
         said += (
             f"With softmax the sink has emerged at step {step}; queries that are triggers pay it {trigger:.2g}, the others "
             f"{other:.2g}. The norm of its value is then {drain} of the median, and its largest activation {peak} times the "
             "median. "
         )
-    said += (
-        "For sigmoid and ReLU, whose rows need not sum to one, the mass is each row's share, however little it weighs. A toy "
-        "on one task: it shows which attention is enough for a sink here, not why language models have one."
-    )
+    said += "A toy on one task: it shows which attention is enough for a sink here, not why language models have one."
     return verdict, said
 
 
@@ -161,7 +173,7 @@ def _checkpoints(
     table = tabulate("emergence", name, rows)
     history = pd.DataFrame(series)
     null = next(estimate.null for _, quantity, estimate, _ in rows if quantity == "sink_mass")
-    history = history.assign(attention=name, seed=0, null=null)
+    history = history.assign(case=name, seed=0, null=null)
     at = emerges(history)
     first, last = history.iloc[0], history.iloc[-1]
     verdict = f"The sink has emerged by step {at:.0f}." if not math.isnan(at) else "No sink has emerged at these checkpoints."
@@ -177,14 +189,14 @@ def _checkpoints(
 
 
 def _series(history: pd.DataFrame, quantity: str, *, ax: Axes | None = None) -> Axes:
-    """Draw a quantity by step: the mean of the seeds and their range, one colour per attention, chance dashed."""
+    """Draw a quantity by step: the mean of the seeds and their range, one colour per case, chance dashed."""
     import matplotlib.pyplot as plt
 
     ax = plt.figure(**WIDE).add_subplot() if ax is None else ax
-    for attention, run in history.groupby("attention", sort=False):
+    for case, run in history.groupby("case", sort=False):
         by_step = run.groupby("step")[quantity]
-        mean, colour = by_step.mean(), COLOURS.get(str(attention), COLOURS["softmax"])
-        ax.plot(mean.index, mean, "o-", color=colour, markersize=2.5, linewidth=1.2, label=str(attention))
+        mean, colour = by_step.mean(), COLOURS.get(str(case), COLOURS["softmax"])
+        ax.plot(mean.index, mean, "o-", color=colour, markersize=2.5, linewidth=1.2, label=str(case))
         if run["seed"].nunique() > 1:
             ax.fill_between(mean.index, by_step.min(), by_step.max(), color=colour, alpha=0.2, linewidth=0)
     if quantity == "sink_mass":

@@ -19,7 +19,7 @@ from sinkscope.studies.report import COLUMNS, Estimate, StudyReport, published, 
 from sinkscope.studies.start import bos as run_bos
 from sinkscope.studies.streaming import PLACEBO, _say
 from sinkscope.studies.texts import long_text, pieces
-from sinkscope.studies.training import emerges
+from sinkscope.studies.training import CASES, emerges
 from sinkscope.testing import planted_sink, tiny_hf_model
 from tests.model.compare import novel
 
@@ -489,14 +489,28 @@ def test_conflict_where_words_can_not_matter():
 def test_emergence_says_what_training_said():
     """A few steps, to see that the table is the history's last row; what grows in longer runs is the next test's."""
     report = studies.emergence(steps=12, seeds=2)
-    for attention in toy.ATTENTIONS:
-        runs = [toy.train(toy.BigramBackcopy(), attention, steps=12, seed=seed, every=1).iloc[-1] for seed in range(2)]
-        got = report.estimate(attention, "sink_mass")
+    for case, how in CASES.items():
+        runs = [toy.train(toy.BigramBackcopy(), steps=12, seed=seed, every=1, **how).iloc[-1] for seed in range(2)]
+        got = report.estimate(case, "sink_mass")
         assert got[:3] == pytest.approx(Estimate.of([run["sink_mass"] for run in runs])[:3], abs=1e-4)
         assert got.null == pytest.approx(sum(1 / i for i in range(2, 65)) / 63)
-        assert report.estimate(attention, "value_drain").value == pytest.approx(
+        assert report.estimate(case, "value_drain").value == pytest.approx(
             np.mean([r["value_drain"] for r in runs]), abs=1e-4
         )
+
+
+def test_a_sink_grows_with_softmax_and_not_in_the_controls():
+    """The first token gets most of every row where rows must sum to one; its weight stays small where they need not."""
+    last = {
+        case: toy.train(toy.BigramBackcopy(), steps=300, every=300, **CASES[case]).iloc[-1]
+        for case in ("softmax", "learned sink", "sigmoid", "relu")
+    }
+    assert last["softmax"]["sink_mass"] > 0.5
+    assert last["softmax"]["sink_mass_other"] > 10 * last["softmax"]["sink_mass_trigger"]  # active at triggers, else dormant
+    assert last["softmax"]["value_drain"] < 0.5
+    for control in ("learned sink", "sigmoid", "relu"):
+        assert last[control]["sink_weight"] < 0.2
+        assert last[control]["value_drain"] > last["softmax"]["value_drain"]
 
 
 def test_when_a_sink_emerges():
@@ -519,6 +533,32 @@ def test_checkpoints_are_measured_one_by_one():
     assert report.verdict == "The sink has emerged by step 100."
     with pytest.raises(ss.SinkscopeError, match="checkpoints are loaded by name"):
         studies.emergence(planted_sink(SCORES), checkpoints=[1, 2])
+
+
+def test_checkpoints_by_step_are_revisions_of_the_name(monkeypatch):
+    asked = []
+    models = {"step0": planted_sink(((0.0, 0.0),)), "step8": planted_sink(((4.0, 6.0),))}
+    load = lambda name: asked.append(name) or models[name.partition("@")[2]]  # noqa: E731
+    monkeypatch.setattr("sinkscope.studies.training.load_model", load)
+    report = studies.emergence("lab/toy", words(3000), checkpoints=[8, 0], sequences=3, tokens=24)
+    assert asked == ["lab/toy@step0", "lab/toy@step8"]
+    assert set(report.ours["model"]) == {"lab/toy"}
+
+
+def test_a_revision_reaches_the_loaders(monkeypatch):
+    from transformers import AutoConfig
+
+    asked = []
+
+    def give(name, **how):
+        asked.append((name, how))
+        raise OSError("not here")
+
+    monkeypatch.setattr("sinkscope.models.load._hub_can_answer", lambda name: True)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", give)
+    with pytest.raises(ss.SinkscopeError, match="lab/toy@step8"):
+        ss.load_model("lab/toy@step8")
+    assert asked == [("lab/toy", {"revision": "step8"})]
 
 
 # --- architectures -------------------------------------------------------------------------------------------------------

@@ -49,9 +49,25 @@ def test_a_study_refuses_what_it_does_not_take(saved_model, tmp_path):
     (tmp_path / "t.txt").write_text("so it goes, on and on", encoding="utf-8")
     fails("takes no --budget", "study", "massive-activations", saved_model, "--file", tmp_path / "t.txt", "--budget", 8)
     fails("takes no --ratio", "study", "streaming-llm", saved_model, "--file", tmp_path / "t.txt", "--ratio", 8)
+    fails("takes no --checkpoint", "study", "bos", saved_model, "--checkpoint", 8)
+    fails("did you mean 'bos'", "study", "boss", saved_model)
+    fails("give it, --out DIR", "study", "all", saved_model)
     result = run("study", "massive-activations", saved_model, "--file", tmp_path / "t.txt")
     assert result.exit_code == 0, result.output
     assert "has no massive activation" in result.stdout
+
+
+def test_a_study_prints_and_writes_what_python_gives(saved_model, model, tmp_path):
+    (tmp_path / "t.txt").write_text("so it goes, on and on. " * 40, encoding="utf-8")
+    given = ("study", "non-first", saved_model, "--file", tmp_path / "t.txt", "--sequences", 4, "--tokens", 40)
+    result = run(*given, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    expected = ss.studies.non_first(model, {"t.txt": (tmp_path / "t.txt").read_text()}, sequences=4, tokens=40)
+    assert expected.said in result.stdout
+    assert result.stdout.splitlines()[-1].endswith("study.html")
+    same(pd.read_csv(tmp_path / "out" / "study.csv", keep_default_na=False, na_values=[""]), expected.table.replace("", None))
+    printed = json.loads(run(*given, "--json").stdout)
+    assert [row["value"] for row in printed] == pytest.approx(expected.table["value"].tolist(), abs=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Every example and every Python block of the README runs as a reader would run it."""
+"""Every example and every Python block of the README and the documentation runs as a reader would run it."""
 
 import re
 import runpy
@@ -8,7 +8,16 @@ import matplotlib as mpl
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    """Python blocks of a page; a study takes minutes, and has tests of its own."""
+    found = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return ["".join(line for line in block.splitlines(True) if "ss.studies." not in line) for block in found]
+
+
+README = blocks("README.md")
+DOCS = [block for page in sorted((ROOT / "docs").glob("*.md")) for block in blocks(page)]
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +33,7 @@ def test_an_example_runs_and_prints(path, capsys):
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("block", README, ids=lambda b: b.splitlines()[-1][:30])
+@pytest.mark.parametrize("block", README + DOCS, ids=lambda b: b.splitlines()[-1][:30])
 @pytest.mark.model
 def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
     exec(compile(block, "README.md", "exec"), {})
@@ -33,4 +42,9 @@ def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
 
 
 def test_the_readme_has_its_blocks():
-    assert len(README) == 4
+    assert (len(README), len(DOCS)) == (4, 2)
+
+
+def test_every_example_is_a_tutorial_of_the_documentation():
+    conf = (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
+    assert set(re.findall(r'"(plot_\w+)"', conf)) == {path.stem for path in (ROOT / "examples").glob("plot_*.py")}

@@ -258,6 +258,38 @@ class TestFigures:
             figure.savefig(tmp_path / f"{stem}.png")
 
 
+def study_table():
+    rows = [
+        ("m", "with", "loss", 2.0, 1.5, 2.5, np.nan, "measured"),
+        ("m", "without", "loss", 3.0, 2.0, 4.0, 1.0, "measured"),
+    ]
+    rows += [("other", "with", "loss", 9.0, np.nan, np.nan, np.nan, "code"), ("m", "with", "rate", 0.1, 0, 1, 0, "measured")]
+    return pd.DataFrame(rows, columns=["model", "case", "quantity", "value", "low", "high", "null", "evidence"])
+
+
+def test_estimates_show_ours_chance_and_what_was_published(ax):
+    plots.estimates(study_table(), "loss", unit="nats", ax=ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["with", "without"]
+    assert ax.get_xlabel() == "loss (nats)"
+    ours, theirs = (next(line for line in ax.lines if line.get_marker() == m) for m in ("o", "s"))
+    chance = next(line for line in ax.lines if line.get_label() == "chance")
+    assert ours.get_xdata().tolist() == [2.0, 3.0]
+    assert theirs.get_xdata().tolist() == [9.0]
+    assert chance.get_xdata()[1] == 1.0
+    (bars,) = ax.collections
+    assert [sorted(path[:, 0]) for path in bars.get_segments()] == [[1.5, 2.5], [2.0, 4.0]]
+    named = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert sorted(named) == ["chance", "m, 95% interval", "other (published)"]
+
+
+def test_estimates_of_several_models_name_them(ax):
+    table = pd.concat([study_table(), study_table().assign(model="n")])
+    plots.estimates(table, "rate", ax=ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["m, with", "n, with"]
+    with pytest.raises(SinkscopeError, match="did you mean 'rate'"):
+        plots.estimates(table, "rat", ax=ax)
+
+
 def test_a_unit_belongs_to_a_threshold_and_a_key():
     assert plots.labelled("sink_rate@0.3") == "sink_rate@0.3 (share of heads)"
     assert plots.labelled("sink_mass[key=[SEP]]") == "sink_mass[key=[SEP]] (share of attention)"
