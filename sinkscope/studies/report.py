@@ -162,7 +162,8 @@ class StudyReport:
 
 def asked(doc: str | None) -> str:
     """Take a study's question from the first line of its module."""
-    return str(doc).partition(": ")[2].partition("\n")[0]
+    question = str(doc).partition(": ")[2].partition("\n")[0]
+    return question[:1].upper() + question[1:]
 
 
 def published(study: str) -> pd.DataFrame:

@@ -14,6 +14,8 @@ Losses are in nats. Sinks are measured over the queries from 1 on, for query 0 h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -202,8 +204,8 @@ def train(
     """Train from scratch on the CPU, and measure at checkpoints.
 
     One seed means the same initial weights and the same sequences for every attention. Held-out sequences depend on the
-    task alone. On one machine the result depends on nothing else, but for the number of threads, which is left alone, as
-    are torch's own random numbers.
+    task alone. On one machine the result depends on nothing else: it runs on one thread, and puts torch's number of threads
+    back. torch's own random numbers are left alone.
 
     Args:
         task: what to learn.
@@ -232,7 +234,7 @@ def train(
     if width % heads:
         raise SinkscopeError(f"width={width} is no multiple of heads={heads}")
     marks, rows = {*range(0, steps // 5, max(1, every // 4)), *range(0, steps, every), steps}, []
-    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+    with _one_thread(), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = Toy(task, attention, layers=layers, width=width, heads=heads, logit=logit)
@@ -252,6 +254,17 @@ def train(
                     schedule.step()
                     done(1)
     return pd.DataFrame(rows)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: such small tensors gain nothing from more, which on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def losses(logits: Float[Tensor, "n length token"], ids: Int[Tensor, "n length"]) -> Float[Tensor, "n length-1"]:

@@ -145,11 +145,11 @@ class Played(Toy):
         return self.run
 
 
-def played(attention, weights, ids, values=None, residual=None):
+def played(attention, weights, ids, values=None, residual=None, logits=None):
     n, length = ids.shape
     values = torch.ones(n, 2, length, 4) if values is None else values
     residual = torch.ones(n, length, 8) if residual is None else residual
-    logits = torch.zeros(n, length, TASK.vocabulary + 1)
+    logits = torch.zeros(n, length, TASK.vocabulary + 1) if logits is None else logits
     return look(Played(attention, Run(logits, [weights], [values], [residual])), TASK, ids)
 
 
@@ -178,13 +178,16 @@ def test_a_dormant_head_that_wakes_at_triggers():
     values, residual = torch.ones(n, 2, length, 4), torch.ones(n, length, 8)
     values[:, 1, 0] = 0.25
     residual[:, 0, 3] = -50.0
-    got = played("softmax", weights, ids, values=values, residual=residual)
+    copied = torch.zeros(n, length, TASK.vocabulary + 1)
+    copied[:, 1:] = 50.0 * trigger[:, 1:, None] * torch.nn.functional.one_hot(ids[:, :-1], TASK.vocabulary + 1)
+    got = played("softmax", weights, ids, values=values, residual=residual, logits=copied)
     per_sequence = (~trigger[:, 1:]).double().mean(1)
     assert (got["layer"], got["head"]) == (0, 1)
     assert got["sink_mass"] == pytest.approx(float(per_sequence.mean()))
     assert got["sink_mass_se"] == pytest.approx(float(per_sequence.std()) / math.sqrt(n))
     assert got["sink_mass_low"] < got["sink_mass"] < got["sink_mass_high"]
     assert (got["sink_mass_trigger"], got["sink_mass_other"]) == (0.0, 1.0)
+    assert got["loss_trigger"] == pytest.approx(0.0, abs=1e-6)
     assert got["sink_mass_mean"] == pytest.approx(got["sink_mass"] / 2)
     assert (got["value_drain"], got["value_drain_min"]) == pytest.approx((0.25, 0.25))
     assert got["residual_peak"] == pytest.approx(50.0)
