@@ -13,7 +13,7 @@ from sinkscope.interventions import EditActivation, Intervention
 from sinkscope.models import adapt
 from sinkscope.observe import measure
 from sinkscope.plots import estimates
-from sinkscope.studies.report import Estimate, Row, StudyReport, asked, losses, tabulate
+from sinkscope.studies.report import Estimate, StudyReport, asked, losses, tabulate
 from sinkscope.studies.texts import pieces, setting
 from sinkscope.tokens import Tokens
 
@@ -45,8 +45,8 @@ def massive_activations(
         progress: show a progress bar on stderr.
 
     Returns:
-        A report with perplexity, difference of loss, sink rate and sink mass under each edit; intervals are across pieces.
-        Where nothing is massive, it holds the unedited run alone, and says what is largest.
+        A report with perplexity, difference of loss, sink rate, its change, and sink mass under each edit; intervals are
+        across pieces. Where nothing is massive, it holds the unedited run alone, and says what is largest.
 
     Raises:
         SinkscopeError: as :func:`sinkscope.evaluate`.
@@ -67,8 +67,12 @@ def massive_activations(
     effect = evaluate(model, sample, edits, score_from=score_from, progress=progress)
     of = setting(sample)
     rows = losses(effect, {case: "none" if edit is None else str(edit) for case, edit in cases.items()}, of)
-    for case, edit in cases.items():
-        rows += _sinks(model, sample, case, edit)
+    sinks = {case: _sinks(model, sample, edit) for case, edit in cases.items()}
+    for case, each in sinks.items():
+        rows += [(case, metric, Estimate.of(values), of) for metric, values in each.items()]
+        if case != "unedited":
+            pairs = zip(each["sink_rate@0.3"], sinks["unedited"]["sink_rate@0.3"], strict=True)
+            rows.append((case, "sink_rate_change", Estimate.of([a - b for a, b in pairs]), of))
     table = tabulate("massive-activations", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(adapter.name, sample, value, found, largest)
@@ -92,7 +96,7 @@ def _locate(model: Any, sample: Tokens, edit: Intervention) -> tuple[list[Any], 
     return found, largest
 
 
-def _sinks(model: Any, sample: Tokens, case: str, edit: Intervention | None) -> list[Row]:
+def _sinks(model: Any, sample: Tokens, edit: Intervention | None) -> dict[str, list[float]]:
     """Measure the sink under an edit of the residual stream, which the engines leave in place; each text has its own."""
     each: dict[str, list[float]] = {m: [] for m in METRICS}
     for s in sample.sequences:
@@ -104,7 +108,7 @@ def _sinks(model: Any, sample: Tokens, case: str, edit: Intervention | None) -> 
                 report = measure(model, one, list(METRICS))
         for name, value in report.summary("all").set_index("metric")["value"].items():
             each[str(name)].append(float(value))
-    return [(case, metric, Estimate.of(values), setting(sample)) for metric, values in each.items()]
+    return each
 
 
 def _say(
@@ -123,14 +127,15 @@ def _say(
     (layer, positions, dims), times = Counter(edits).most_common(1)[0]
     places = ", ".join(f"dimension {dim} of token {at}" for at, dim in zip(positions, dims, strict=True))
     lost, kept, other = (value[case, "delta_loss"] for case in ("set to zero", "set to mean", PLACEBO))
+    change = value["set to zero", "sink_rate_change"]
     rates = {case: value[case, "sink_rate@0.3"] for case in ("unedited", "set to zero", "set to mean")}
     said = (
         f"{start}{model} has massive activations; in {times} of them after layer {layer}: {places}. Set to zero there, "
         f"the loss changes by {lost} nats; set to their mean, by {kept}; as many other dimensions set to zero, by {other}. "
         f"The share of heads with a sink (0.3) is {rates['unedited']} unedited, {rates['set to zero']} zeroed and "
-        f"{rates['set to mean']} at the mean. "
+        f"{rates['set to mean']} at the mean; zeroing changes it by {change}, text by text. "
     )
-    hurts, fewer = lost.low > max(0.0, other.high), rates["set to zero"].high < rates["unedited"].low
+    hurts, fewer = lost.low > max(0.0, other.high), change.high < 0
     if not hurts:
         said += "Zeroing them costs no more than its interval or the placebo: a null result. "
     verdict = f"Set to zero, {len(dims)} of them cost {lost.value:.3g} nats" if hurts else "Set to zero, they cost nothing"

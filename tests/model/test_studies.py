@@ -266,6 +266,8 @@ def test_massive_activations_planted(tmp_path):
     plain = ss.measure(model, [ids, other], ["sink_mass"]).intervals().iloc[0]
     assert report.estimate("unedited", "sink_mass")[:3] == pytest.approx(plain[["value", "low", "high"]].tolist(), abs=1e-6)
     assert abs(report.estimate("set to zero", "sink_mass").value - plain["value"]) > 1e-6
+    rates = [report.estimate(case, "sink_rate@0.3").value for case in ("set to zero", "unedited")]
+    assert report.estimate("set to zero", "sink_rate_change").value == pytest.approx(rates[0] - rates[1])
     report.save(tmp_path)
     assert (tmp_path / "study.txt").read_text().strip() == report.said
 
@@ -294,7 +296,9 @@ def test_words_of_massive_activations_follow_the_numbers():
         cases = ("unedited", "set to zero", "set to mean", "placebo: other dimensions zeroed")
         rows = {(case, "delta_loss"): Estimate(0.0, -0.1, 0.1) for case in cases}
         rows |= {(case, "sink_rate@0.3"): Estimate(0.5, 0.45, 0.55) for case in cases}
-        return rows | {("set to zero", "delta_loss"): lost, ("set to zero", "sink_rate@0.3"): rate}
+        change = Estimate(rate.value - 0.5, rate.low - 0.5, rate.high - 0.5)
+        rows |= {("set to zero", "sink_rate@0.3"): rate, ("set to zero", "sink_rate_change"): change}
+        return rows | {("set to zero", "delta_loss"): lost}
 
     sample = ss.tokenize(None, [[1, 2, 3]])
     found = [ss.interventions.EditActivation(0.0, layers=1, positions=0, dims=4)]
@@ -310,7 +314,7 @@ def test_words_of_massive_activations_follow_the_numbers():
 def test_smollm2_hangs_on_its_massive_activation(smollm2):
     report = studies.massive_activations(smollm2, {"a novel": novel(2000)}, sequences=4, tokens=128)
     assert report.estimate("set to zero", "delta_loss").low > 5
-    assert report.estimate("set to zero", "sink_rate@0.3").high < report.estimate("unedited", "sink_rate@0.3").low
+    assert report.estimate("set to zero", "sink_rate_change").high < 0
     assert abs(report.estimate("set to mean", "delta_loss").value) < 0.1
     assert abs(report.estimate("placebo: other dimensions zeroed", "delta_loss").value) < 0.1
     assert "dimension 507 of token 0" in report.said
