@@ -25,10 +25,10 @@ lint: $(ENV)/ready
 	$(ENV)/bin/lint-imports
 
 test43: $(ENV)/ready
-	$(ENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(ENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test39: $(ENV39)/ready
-	$(ENV39)/bin/python -m pytest -n 2 --dist loadfile -m classes tests
+	$(ENV39)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m classes tests
 
 # The documentation, warnings as errors. `pages` leaves the tutorials unrun (tests run them), `docs` runs them for their
 # output and pictures (about ten minutes): docs/build/html/index.html.
