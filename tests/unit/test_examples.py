@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +25,8 @@ DOCS = [block for page in sorted((ROOT / "docs").glob("*.md")) for block in bloc
 def quietly(monkeypatch, tmp_path):
     mpl.use("Agg")
     monkeypatch.chdir(tmp_path)
+    yield
+    plt.close("all")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("plot_*.py")), ids=lambda p: p.stem)
