@@ -99,7 +99,7 @@ def heatmap(frame: DataFrame, metric: str = "sink_mass", *, text: str = "all", a
     ticks = _every(len(cells), 16), _every(cells.shape[1], 10)
     ax.set_yticks(ticks[0], labels=[str(cells.index[i]) for i in ticks[0]])
     ax.set_xticks(ticks[1], labels=[str(cells.columns[i]) for i in ticks[1]])
-    return _finish(ax, _title(metric, text, rows["key"].iloc[0]), "head", "layer")
+    return finish(ax, _title(metric, text, rows["key"].iloc[0]), "head", "layer")
 
 
 def progression(frame: DataFrame, metric: str = "sink_mass", *, ax: Axes | None = None) -> Axes:
@@ -122,7 +122,7 @@ def progression(frame: DataFrame, metric: str = "sink_mass", *, ax: Axes | None 
         ax.fill_between(layers, series["low"], series["high"], **band)
     _null_line(ax, series)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finish(ax, f"{metric} by layer", "layer", labelled(metric), legend=True)
+    return finish(ax, f"{metric} by layer", "layer", labelled(metric), legend=True)
 
 
 def positions(frame: DataFrame, *, text: str | None = None, metric: str = "position_profile", ax: Axes | None = None) -> Axes:
@@ -156,7 +156,7 @@ def positions(frame: DataFrame, *, text: str | None = None, metric: str = "posit
         ax.set_yscale("log", nonpositive="mask")
     else:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finish(ax, _title(metric, text), "key position", labelled(metric), legend=True)
+    return finish(ax, _title(metric, text), "key position", labelled(metric), legend=True)
 
 
 def distribution(frame: DataFrame, metric: str = "sink_mass", *, text: str = "all", ax: Axes | None = None) -> Axes:
@@ -181,7 +181,7 @@ def distribution(frame: DataFrame, metric: str = "sink_mass", *, text: str = "al
     elif len(nulls):
         ax.axvspan(nulls.min(), nulls.max(), color=NULL, alpha=0.3, linewidth=0, label="uniform attention")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finish(ax, _title(metric, text, rows["key"].iloc[0]), labelled(metric), "heads", legend=True)
+    return finish(ax, _title(metric, text, rows["key"].iloc[0]), labelled(metric), "heads", legend=True)
 
 
 def attention(attention_frame: DataFrame, tokens: Sequence[str] | None = None, *, ax: Axes | None = None) -> Axes:
@@ -207,7 +207,7 @@ def attention(attention_frame: DataFrame, tokens: Sequence[str] | None = None, *
     labels = [_short(tokens[i].replace(" ", "·")) for i in ticks]
     ax.set_xticks(ticks, labels=labels, rotation=90, **PLAIN)
     ax.set_yticks(ticks, labels=labels, **PLAIN)
-    return _finish(ax, "attention, mean of heads and layers", "key", "query")
+    return finish(ax, "attention, mean of heads and layers", "key", "query")
 
 
 def loss_curve(curves: DataFrame, *, text: str | None = None, ax: Axes | None = None) -> Axes:
@@ -234,7 +234,7 @@ def loss_curve(curves: DataFrame, *, text: str | None = None, ax: Axes | None = 
         style: dict[str, Any] = {"color": NULL, "linestyle": "--", "zorder": 3} if name == "none" else {}
         ax.plot(run["position"], loss, linewidth=1, label=_short(str(name), 48), **style)
     ylabel = f"loss (nats), mean of {size} tokens" if size > 1 else "loss (nats)"
-    _finish(ax, f"loss by position, {_short(text, 24)}", "position", ylabel)
+    finish(ax, f"loss by position, {_short(text, 24)}", "position", ylabel)
     ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)  # it would cover curves
     return ax
 
@@ -276,7 +276,7 @@ def estimates(table: DataFrame, quantity: str, *, unit: str = "", log: bool = Fa
     ax.grid(axis="x", alpha=0.3)
     if log:
         ax.set_xscale("log")
-    _finish(ax, "", f"{quantity} ({unit})" if unit else quantity, "")
+    finish(ax, "", f"{quantity} ({unit})" if unit else quantity, "")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=2, frameon=False)
     return ax
@@ -340,7 +340,8 @@ def _null_line(ax: Axes, series: DataFrame) -> None:
         ax.plot(x, series["null"], "--", color=NULL, linewidth=1, label="uniform attention")
 
 
-def _finish(ax: Axes, title: str, xlabel: str, ylabel: str, *, legend: bool = False) -> Axes:
+def finish(ax: Axes, title: str, xlabel: str, ylabel: str, *, legend: bool = False) -> Axes:
+    """Give a picture its words, in the sizes that all have."""
     ax.set_title(title, fontsize=8, **PLAIN)
     ax.set_xlabel(xlabel, fontsize=8, **PLAIN)
     ax.set_ylabel(ylabel, fontsize=8, **PLAIN)

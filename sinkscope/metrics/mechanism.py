@@ -135,9 +135,9 @@ def _magnitudes(block: Block) -> Tensor:
     return _real(block, block.residual.float().abs()).flatten(1)
 
 
-def _largest(block: Block) -> tuple[Tensor, Tensor]:
+def _largest(size: Tensor) -> tuple[Tensor, Tensor]:
     """The largest magnitude of each text, and where it is in `_magnitudes`."""
-    found = _magnitudes(block).nan_to_num(-1.0).max(dim=1)
+    found = size.nan_to_num(-1.0).max(dim=1)
     return found.values, found.indices
 
 
@@ -148,25 +148,25 @@ def massive_activation(block: Block) -> Tensor:
     max |h| / median |h| over tokens and dimensions. Source: Sun et al. 2024, arXiv 2402.17762.
     """
     size = _magnitudes(block)
-    return _every_row(block, (_largest(block)[0] / size.nanmedian(dim=1).values)[:, None])
+    return _every_row(block, (_largest(size)[0] / size.nanmedian(dim=1).values)[:, None])
 
 
 @metric(needs="residual", unit="magnitude")
 def massive_magnitude(block: Block) -> Tensor:
     """Largest magnitude in the residual stream after a layer; 0 and up. Source: Sun et al. 2024, arXiv 2402.17762."""
-    return _every_row(block, _largest(block)[0][:, None])
+    return _every_row(block, _largest(_magnitudes(block))[0][:, None])
 
 
 @metric(needs="residual", unit="position")
 def massive_position(block: Block) -> Tensor:
     """Position of the token with the largest magnitude after a layer; means over texts say something only if they agree."""
-    return _every_row(block, (_largest(block)[1] // block.residual.shape[-1]).float()[:, None])
+    return _every_row(block, (_largest(_magnitudes(block))[1] // block.residual.shape[-1]).float()[:, None])
 
 
 @metric(needs="residual", unit="dimension")
 def massive_dimension(block: Block) -> Tensor:
     """Dimension with the largest magnitude after a layer; means over texts say something only if they agree."""
-    return _every_row(block, (_largest(block)[1] % block.residual.shape[-1]).float()[:, None])
+    return _every_row(block, (_largest(_magnitudes(block))[1] % block.residual.shape[-1]).float()[:, None])
 
 
 @derived(

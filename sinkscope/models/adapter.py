@@ -84,7 +84,7 @@ class Adapter:
             SinkscopeError: there is none; lists those of a block.
         """
         prefix = f"blocks.{layer}."
-        if prefix + name not in self.points and "hook_rot_" in name:
+        if prefix + name not in self.points and "hook_rot_" in name and not self.rotations:
             name = name.replace("hook_rot_", "hook_")
         if prefix + name not in self.points:
             raise unknown("hook point", name, [p.removeprefix(prefix) for p in self.points if p.startswith(prefix)])

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 
 from sinkscope.models import Adapter, adapt
 from sinkscope.observe import measure
-from sinkscope.plots import WIDE
+from sinkscope.plots import WIDE, finish
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, tabulate
 from sinkscope.tokens import TextTokens, Tokens
 
@@ -127,13 +126,10 @@ def _matched(adapter: Adapter) -> Tokens:
     for at in range(0, len(tokens), len(LEVELS)):
         group = tokens.sequences[at : at + len(LEVELS)]
         shortest = min(len(s) for s in group)
-        made += [TextTokens(s.label, _cut(s.ids, shortest, adapter.causal), s.strings[:shortest]) for s in group]
+        for s in group:  # an encoder's last special token stays last
+            kept = range(shortest) if adapter.causal else [*range(shortest - 1), len(s) - 1]
+            made.append(TextTokens(s.label, s.ids[list(kept)], tuple(s.strings[i] for i in kept)))
     return Tokens(tuple(made), tokens.bos)
-
-
-def _cut(ids: torch.Tensor, length: int, causal: bool) -> torch.Tensor:
-    """Shorten a row of ids; an encoder's last special token stays last."""
-    return ids[:length] if causal else torch.cat([ids[: length - 1], ids[-1:]])
 
 
 def _levels(mass: np.ndarray, *, ax: Axes | None = None) -> Axes:
@@ -141,15 +137,11 @@ def _levels(mass: np.ndarray, *, ax: Axes | None = None) -> Axes:
     import matplotlib.pyplot as plt
 
     ax = plt.figure(**WIDE).add_subplot() if ax is None else ax
-    ax.plot(range(len(LEVELS)), (mass - mass.mean(1, keepdims=True)).T, color="#595959", alpha=0.4, linewidth=0.8)
-    points = [Estimate.of(column) for column in (mass - mass.mean(1, keepdims=True)).T]
+    by_level = (mass - mass.mean(1, keepdims=True)).T
+    ax.plot(range(len(LEVELS)), by_level, color="#595959", alpha=0.4, linewidth=0.8)
+    points = [Estimate.of(column) for column in by_level]
     error = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
     ax.errorbar(range(len(LEVELS)), [p.value for p in points], yerr=error, fmt="o-", color="#0072B2", capsize=3, label="mean")
     ax.axhline(0, color="#595959", linewidth=0.6, linestyle="--")
     ax.set_xticks(range(len(LEVELS)), labels=list(LEVELS))
-    ax.set_xlabel("conflict", fontsize=8)
-    ax.set_ylabel("sink_mass_excess, minus the group's mean", fontsize=8)
-    ax.tick_params(labelsize=7)
-    ax.legend(fontsize=7, frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return finish(ax, "", "conflict", "sink_mass_excess, minus the group's mean", legend=True)

@@ -51,6 +51,7 @@ def run_all(
             folder = path / name
             known = folder / RUN
             if not ((folder / SEAL).is_file() and known.is_file() and known.read_text(encoding="utf-8") == run):
+                known.unlink(missing_ok=True)  # first: a kill must not leave another run's mark beside this one's results
                 try:
                     study(model, text).save(folder)
                     write(known, partial(Path.write_text, data=run, encoding="utf-8"))

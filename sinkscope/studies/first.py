@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from sinkscope.observe import measure
@@ -46,9 +45,5 @@ def first_token(model: Any, text: Any = None, *, max_tokens: int | None = None, 
         f"From the first third of the layers to the last, the share changes by {late}. All of it depends on the length of "
         "the texts, as chance does: compare with other models on the same texts alone."
     )
-    pictures: Pictures = {"progression": partial(_progression, report), "heatmap": report.heatmap}
+    pictures: Pictures = {"progression": report.progression, "heatmap": report.heatmap}
     return StudyReport("first-token", asked(__doc__), table, verdict, said, report.about, pictures, {"": report})
-
-
-def _progression(report: Any, *, ax: Any = None) -> Any:
-    return report.progression(ax=ax)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -67,7 +69,11 @@ def massive_activations(
     effect = evaluate(model, sample, edits, score_from=score_from, progress=progress)
     of = setting(sample)
     rows = losses(effect, {case: "none" if edit is None else str(edit) for case, edit in cases.items()}, of)
-    sinks = {case: _sinks(model, sample, edit) for case, edit in cases.items()}
+    located: dict[str, list[Any]] = {"unedited": [None] * len(sample)}
+    if "set to mean" in cases:
+        means = [replace(e, to="mean").located(model, t) for e, t in zip(found, _one_by_one(sample), strict=True)]
+        located |= {"set to zero": found, "set to mean": means, PLACEBO: [e.placebo(seed) for e in found]}
+    sinks = {case: _sinks(model, sample, edits) for case, edits in located.items()}
     for case, each in sinks.items():
         rows += [(case, metric, Estimate.of(values), of) for metric, values in each.items()]
         if case != "unedited":
@@ -83,12 +89,16 @@ def massive_activations(
     return StudyReport("massive-activations", asked(__doc__), table, verdict, said, effect.about, pictures, {"": effect})
 
 
-def _locate(model: Any, sample: Tokens, edit: Intervention) -> tuple[list[Any], str]:
+def _one_by_one(sample: Tokens) -> list[Tokens]:
+    return [Tokens((s,), sample.bos) for s in sample.sequences]
+
+
+def _locate(model: Any, sample: Tokens, edit: EditActivation) -> tuple[list[Any], str]:
     """Find the massive activations of each text; where there are none, say what is largest."""
     found, largest = [], ""
-    for s in sample.sequences:
+    for one in _one_by_one(sample):
         try:
-            found.append(edit.located(model, Tokens((s,), sample.bos)))  # type: ignore[attr-defined]
+            found.append(edit.located(model, one))
         except SinkscopeError as error:
             if "no activation is at least" not in str(error):
                 raise
@@ -96,16 +106,12 @@ def _locate(model: Any, sample: Tokens, edit: Intervention) -> tuple[list[Any], 
     return found, largest
 
 
-def _sinks(model: Any, sample: Tokens, edit: Intervention | None) -> dict[str, list[float]]:
+def _sinks(model: Any, sample: Tokens, edits: list[Any]) -> dict[str, list[float]]:
     """Measure the sink under an edit of the residual stream, which the engines leave in place; each text has its own."""
     each: dict[str, list[float]] = {m: [] for m in METRICS}
-    for s in sample.sequences:
-        one = Tokens((s,), sample.bos)
-        if edit is None:
+    for one, edit in zip(_one_by_one(sample), edits, strict=True):
+        with nullcontext() if edit is None else edit.on(model):
             report = measure(model, one, list(METRICS))
-        else:
-            with edit.located(model, one).on(model):  # type: ignore[attr-defined]
-                report = measure(model, one, list(METRICS))
         for name, value in report.summary("all").set_index("metric")["value"].items():
             each[str(name)].append(float(value))
     return each

@@ -15,7 +15,7 @@ from sinkscope.capture.residuals import editing_residuals
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, MaskKeys
 from sinkscope.models import Adapter, adapt
-from sinkscope.plots import WIDE, estimates
+from sinkscope.plots import WIDE, estimates, finish
 from sinkscope.progress import bar
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, tabulate
 from sinkscope.studies.texts import pieces, setting
@@ -163,12 +163,7 @@ def _layers(spread: dict[str, list[Tensor]], *, ax: Axes | None = None) -> Axes:
         layers = range(len(points))
         ax.plot(layers, [p.value for p in points], color=colour, linewidth=1.2, label=case)
         ax.fill_between(layers, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0)
-    ax.set_xlabel("layer", fontsize=8)
-    ax.set_ylabel("relative change of later tokens", fontsize=8)
-    ax.tick_params(labelsize=7)
-    ax.legend(fontsize=7, frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return finish(ax, "", "layer", "relative change of later tokens", legend=True)
 
 
 def _heatmap(grid: Tensor, title: str, *, ax: Axes | None = None) -> Axes:
@@ -179,8 +174,4 @@ def _heatmap(grid: Tensor, title: str, *, ax: Axes | None = None) -> Axes:
     extent = (0.5, grid.shape[1] + 0.5, len(grid) - 0.5, -0.5)
     image = ax.imshow(grid.numpy(), aspect="auto", interpolation="nearest", extent=extent)
     ax.figure.colorbar(image, ax=ax).set_label("relative change", fontsize=8)
-    ax.set_title(title, fontsize=8)
-    ax.set_xlabel("tokens after the changed one", fontsize=8)
-    ax.set_ylabel("layer", fontsize=8)
-    ax.tick_params(labelsize=7)
-    return ax
+    return finish(ax, title, "tokens after the changed one", "layer")

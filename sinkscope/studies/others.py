@@ -48,9 +48,10 @@ def non_first(
         SinkscopeError: as :func:`sinkscope.measure`; texts too short.
     """
     adapter = adapt(model)
-    if tokens <= QUERIES:
-        raise SinkscopeError(f"tokens={tokens}: more than {QUERIES} are needed")
     sample = pieces(adapter, text, count=sequences, size=tokens)
+    lengths = {s.label: len(s) for s in sample.sequences}
+    if min(lengths.values()) <= QUERIES:
+        raise SinkscopeError(f"a text of {min(lengths.values())} tokens: more than {QUERIES} are needed")
     special = set(adapter.tokenizer.all_special_tokens) if adapter.tokenizer is not None else set()
     name = f"sink_positions@{eps:g}"
     report = measure(model, sample, [name, "received_profile", "position_profile"], progress=progress)
@@ -64,7 +65,7 @@ def non_first(
                 values, nulls = zip(*each, strict=True)
                 rows.append((of, quantity, Estimate.of(values, float(np.mean(nulls))), about))
     if not adapter.causal:
-        n, sep = adapter.n_layers, {k: [t if t == "[SEP]" else "" for t in s.strings] for k, s in _labelled(sample)}
+        n, sep = adapter.n_layers, {s.label: [t if t == "[SEP]" else "" for t in s.strings] for s in sample.sequences}
         middle = [layer for layer in adapter.layers if n // 2 - 1 <= layer < n * 5 // 6]
         each = _by_text(report, "position_profile", sep, "[SEP]", causal=False, layers=middle)
         if each:
@@ -73,8 +74,8 @@ def non_first(
             rows.append(("[SEP], middle layers", "attention_to_class", Estimate.of(values, float(np.mean(nulls))), where))
     found = report.frame[(report.frame["metric"] == name) & (report.frame["text"] != "all") & (report.frame["key"] > 0)]
     if adapter.causal:
-        found = found[found["key"] < tokens - QUERIES]
-    per_text = found.groupby("text").size().reindex([s.label for s in sample.sequences], fill_value=0)
+        found = found[found["key"] < found["text"].map(lengths) - QUERIES]
+    per_text = found.groupby("text").size().reindex(list(lengths), fill_value=0)
     rows.append(("secondary sinks", "positions_per_text", Estimate.of(per_text.astype(float)), about))
     table = tabulate("non-first", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
@@ -106,10 +107,6 @@ def kind(position: int, token: str, special: set[str] | frozenset[str] = frozens
     if token in special:
         return "special tokens"
     return "delimiters" if "\n" in token or not any(c.isalnum() for c in token) else "other tokens"
-
-
-def _labelled(sample: Any) -> list[tuple[str, Any]]:
-    return [(s.label, s) for s in sample.sequences]
 
 
 def _by_text(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.capture.residuals import residuals
+from sinkscope.errors import SinkscopeError
 from sinkscope.models import adapt
 from sinkscope.observe import measure
 from sinkscope.plots import estimates
@@ -47,16 +48,21 @@ def sink_rate(
         largest norm(h_t - h_0) / norm(h_0) of the residual stream over positions and layers, of the first eight sequences.
 
     Raises:
-        SinkscopeError: as :func:`sinkscope.measure`; a text too short.
+        SinkscopeError: as :func:`sinkscope.measure`; texts that begin with BOS.
     """
     adapter = adapt(model)
     natural = pieces(adapter, text, count=sequences, size=tokens, bos=False)
+    first = getattr(adapter.tokenizer, "bos_token_id", None)
+    if adapter.causal and first is not None and any(int(s.ids[0]) == first for s in natural.sequences):
+        raise SinkscopeError("these texts begin with BOS, and are to be run without: pass strings, or ids without it")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(adapter.vocabulary, (len(natural), len(natural.sequences[0])), generator=generator)
     repeated = torch.randint(adapter.vocabulary, (len(natural), 1), generator=generator).expand_as(ids)
     kinds = {"natural": natural, "random tokens": same(natural, list(ids)), "repeated token": same(natural, list(repeated))}
-    if adapter.tokenizer is not None and (adapter.tokenizer.bos_token_id is not None or not adapter.causal):
-        kinds["natural, BOS first"] = pieces(adapter, text, count=sequences, size=tokens, bos=True)
+    if first is not None or (adapter.tokenizer is not None and not adapter.causal):
+        begun = pieces(adapter, text, count=sequences, size=tokens, bos=True)
+        if not torch.equal(begun.sequences[0].ids, natural.sequences[0].ids):  # ids that were given get no BOS
+            kinds["natural, BOS first"] = begun
     rate, of = f"sink_rate@{eps:g}", setting(natural, "sequences")
     rows: list[Row] = []
     reports = {}

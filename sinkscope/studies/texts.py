@@ -75,13 +75,9 @@ def pieces(adapter: Adapter, text: Any, *, count: int, size: int, bos: bool | No
     else:
         return adapter.tokenize(text, bos=bos, max_tokens=size)
     kept = [cut[i * len(cut) // count] for i in range(count)] if len(cut) > count else cut
-    tokens = adapter.tokenize({f"{label} {i}": piece for i, piece in enumerate(kept)}, bos=bos, **_limit(kept, size))
+    tokens = adapter.tokenize({f"{label} {i}": piece for i, piece in enumerate(kept)}, bos=bos, max_tokens=size)
     whole = tuple(s for s in tokens.sequences if len(s) == size)
     return Tokens(whole, tokens.bos) if len(whole) >= FEWEST else adapter.tokenize({label: text}, bos=bos, max_tokens=size)
-
-
-def _limit(pieces: list[Any], size: int) -> dict[str, int]:
-    return {"max_tokens": size} if pieces and isinstance(pieces[0], str) else {}
 
 
 def setting(tokens: Tokens, what: str = "pieces") -> str:

@@ -15,7 +15,7 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention
 from sinkscope.models import adapt, load_model
 from sinkscope.observe import measure
-from sinkscope.plots import NULL, WIDE
+from sinkscope.plots import NULL, WIDE, finish
 from sinkscope.progress import bar
 from sinkscope.studies.report import Estimate, Pictures, Row, StudyReport, asked, losses, sinks, tabulate
 from sinkscope.studies.texts import pieces, setting
@@ -84,7 +84,7 @@ def emergence(
                 runs.append(run.assign(case=case))
                 tick(1)
     history = pd.concat(runs, ignore_index=True)
-    of = f"{steps} steps, {seeds} seed{'s' * (seeds > 1)}"
+    of = f"{steps} steps, {seeds} seeds"
     rows: list[Row] = []
     for case in CASES:
         here = history[history["case"] == case]
@@ -203,12 +203,5 @@ def _series(history: pd.DataFrame, quantity: str, *, ax: Axes | None = None) -> 
         ax.axhline(float(history["null"].iloc[0]), color=NULL, linestyle="--", linewidth=1, label="uniform attention")
     if quantity in ("residual_peak", "massive_activation", "perplexity"):
         ax.set_yscale("log")
-    ax.set_xlabel("step of training", fontsize=8)
-    ax.set_ylabel(
-        {"sink_mass": "attention to the first token", "excess_loss": "loss above the best (nats)"}.get(quantity, quantity),
-        fontsize=8,
-    )
-    ax.tick_params(labelsize=7)
-    ax.legend(fontsize=7, frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    names = {"sink_mass": "attention to the first token", "excess_loss": "loss above the best (nats)"}
+    return finish(ax, "", "step of training", names.get(quantity, quantity), legend=True)

@@ -394,7 +394,7 @@ def test_bad_calls(tiny):
         studies.streaming_llm(tiny("llama"), [IDS, IDS], budget=12)
     with pytest.raises(ss.SinkscopeError, match="at least 24 are needed"):
         studies.over_mixing(tiny("llama"), [IDS[:20]])
-    with pytest.raises(ss.SinkscopeError, match="more than 32 are needed"):
+    with pytest.raises(ss.SinkscopeError, match="a text of 32 tokens: more than 32 are needed"):
         studies.non_first(tiny("llama"), [IDS], tokens=32)
 
 
@@ -599,3 +599,25 @@ def test_every_study_in_one_directory_and_only_once(tiny, tmp_path, monkeypatch)
     (tmp_path / "non-first" / "study.json").unlink()  # as a killed run leaves it
     studies.run_all(model, {"t": words(3001)}, tmp_path, only=["non-first"])
     assert ran == ["non-first"] * 2
+
+
+def test_a_kill_leaves_no_mark_of_another_run(tiny, tmp_path, monkeypatch):
+    """Killed between a study's last file and its mark: the folder must not pass for the run that was there before."""
+    before = {"t": words(3000)}
+    studies.run_all(tiny("bert"), before, tmp_path, only=["non-first"])
+
+    def killed(path, fill):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sinkscope.studies.everything.write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        studies.run_all(tiny("bert"), {"t": words(3001)}, tmp_path, only=["non-first"])
+    assert (tmp_path / "non-first" / "study.json").is_file()
+    assert not (tmp_path / "non-first" / "run.txt").exists()
+
+
+def test_ids_without_bos_are_not_called_bos_first(tiny):
+    report = studies.sink_rate(tiny("llama"), IDS, sequences=4, tokens=20)
+    assert "natural, BOS first" not in set(report.ours["case"])
+    with pytest.raises(ss.SinkscopeError, match="these texts begin with BOS"):
+        studies.sink_rate(tiny("llama"), [[1, 5, 6, 7], [1, 8, 9, 4]])
