@@ -74,7 +74,7 @@ def non_first(
             rows.append(("[SEP], middle layers", "attention_to_class", Estimate.of(values, float(np.mean(nulls))), where))
     found = report.frame[(report.frame["metric"] == name) & (report.frame["text"] != "all") & (report.frame["key"] > 0)]
     if adapter.causal:
-        found = found[found["key"] < found["text"].map(lengths) - QUERIES]
+        found = found[found["key"] + QUERIES < np.array([lengths[text] for text in found["text"]])]
     per_text = found.groupby("text").size().reindex(list(lengths), fill_value=0)
     rows.append(("secondary sinks", "positions_per_text", Estimate.of(per_text.astype(float)), about))
     table = tabulate("non-first", adapter.name, rows)

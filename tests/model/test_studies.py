@@ -187,6 +187,12 @@ def test_a_planted_sink_is_found_where_it_is():
     assert report.estimate("first token", "received").value == pytest.approx(np.mean(first), abs=1e-5)
 
 
+def test_no_secondary_sink_is_a_finding():
+    report = studies.non_first(planted_sink(SCORES), words(3000), sequences=4, tokens=48)
+    assert report.estimate("secondary sinks", "positions_per_text").value == 0
+    assert "No position after the first is a sink" in report.said
+
+
 def test_sep_in_an_encoder(tiny):
     report = studies.non_first(tiny("bert"), {"t": words(2000)}, sequences=4, tokens=40)
     frame = ss.measure(
