@@ -11,6 +11,7 @@ from sinkscope.block import Block
 from sinkscope.capture import choose
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import adapt
+from sinkscope.undo import surely
 
 #: Longest text that is drawn whole.
 LONGEST = 64
@@ -61,7 +62,7 @@ def attention_map(
             total[block.start : block.start + block.n_queries, : pattern.shape[-1]] += pattern.mean(0).double().cpu().numpy()
             count += block.start == 0
 
-    with choose("auto", adapter, frozenset({frozenset({"pattern"})}), None, tokens) as capture:
+    with surely(choose("auto", adapter, frozenset({frozenset({"pattern"})}), None, tokens)) as capture:
         capture.run(next(tokens.batches(1, adapter.device)), add, lambda: None)
     query, key = (axis.reshape(-1) for axis in np.indices((t, t)))
     words = np.array(sequence.strings, dtype=object)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +17,22 @@ from torch import Tensor
 
 from sinkscope.capture.attend import NONE
 from sinkscope.capture.edited import Edited, plan, streams
+from sinkscope.capture.hooks import dropping_patterns
 from sinkscope.capture.proof import WRONG, WRONG_IN_HALF
 from sinkscope.capture.residuals import residuals
 from sinkscope.effect import NONE as NO_EDIT
-from sinkscope.effect import EffectReport, Run, mean
+from sinkscope.effect import EffectReport, Effects, Run, mean
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, parse
 from sinkscope.models import Adapter, adapt
 from sinkscope.progress import bar
-from sinkscope.tokens import TextTokens, Tokens
+from sinkscope.resume import Store, claimed, keep_runs, kept_runs
+from sinkscope.share import Share
+from sinkscope.tokens import TextTokens, Tokens, as_stream, portions
+from sinkscope.undo import surely
 
+#: Texts whose tokens' losses are kept if nothing is said, and texts of a stream that are read at a time.
+PER_TEXT, PORTION = 100, 128
 #: Logits at a time, in numbers: tokens x vocabulary is never whole.
 LOGITS = 4 << 20
 NOTHING = torch.zeros(0, 0)
@@ -38,7 +46,10 @@ def evaluate(
     score_from: int = 1,
     bos: bool | None = None,
     max_tokens: int | None = None,
+    per_text: bool | None = None,
     progress: bool = False,
+    resume: str | Path | None = None,
+    distributed: bool = False,
 ) -> EffectReport:
     """Edit the forward pass and see what happens to the loss, on the same tokens as the unedited pass.
 
@@ -50,7 +61,11 @@ def evaluate(
         score_from: score the predictions of tokens at this position (0-based) and later ones.
         bos: as for :func:`sinkscope.measure`.
         max_tokens: keep at most this many tokens of each text, BOS included.
+        per_text: keep every token's loss of every text in `.curves`? None: of up to 100 texts; of more, means over texts by
+            position, so that memory does not grow with the texts.
         progress: show a progress bar on stderr.
+        resume: as for :func:`sinkscope.measure`, text by text.
+        distributed: as for :func:`sinkscope.measure`, text by text.
 
     Returns:
         An :class:`EffectReport`. Losses are in nats per token. Intervals are of the difference to the unedited run, paired
@@ -68,35 +83,73 @@ def evaluate(
             raise SinkscopeError(f"expected an intervention or its text form, got a {type(edit).__name__}")
     if not edits or len({str(e) for e in edits}) < len(edits):
         raise SinkscopeError("give at least one intervention, and each once")
-    tokens = adapter.tokenize(texts, bos=bos, max_tokens=max_tokens)
-    long = [s for s in tokens.sequences if not _fits(adapter, s)]
-    adapter.check(tokens, bounded=not all(streams(adapter, e, len(s)) for e in edits for s in long))
-    _check(adapter, tokens, edits, score_from)
-    names = [str(e) for e in edits]
-    capture = plan(adapter, tokens, edits)
-    runs: list[Run] = []
-    settled = [[e.settle(s.ids, partial(residuals, adapter)) for e in edits] for s in tokens.sequences]
-    passes = len(tokens) * (1 + len(edits)) - len(long)
-    rows = max(1, LOGITS // _check_logits(adapter, tokens))
-    with capture, bar(progress, passes * len(adapter.layers), "evaluate") as tick:
-        for sequence, here in zip(tokens.sequences, settled, strict=True):
-            runs += _runs(adapter, capture, sequence, [*zip(names, here, strict=True)], score_from, rows, partial(tick, 1))
+    names, share = [str(e) for e in edits], Share.of(distributed)
+
+    def prepare() -> Iterator[tuple[Tokens, Edited]]:
+        for first, some in portions(texts, PORTION):
+            tokens = adapter.tokenize(some, bos=bos, max_tokens=max_tokens, first=first)
+            long = [s for s in tokens.sequences if not _fits(adapter, s)]
+            adapter.check(tokens, bounded=not all(streams(adapter, e, len(s)) for e in edits for s in long))
+            _check(adapter, tokens, edits, score_from)
+            yield tokens, plan(adapter, tokens, edits)
+
+    ready = prepare()
+    head = next(ready, None)
+    if head is None:
+        raise SinkscopeError("no texts given: the stream is empty")
+    tokens, capture = head
     about = adapter.describe() | {
         "engine": capture.name,
         "engine_why": capture.why,
         "bos": tokens.bos,
         "arguments": {"interventions": names, "score_from": score_from, "max_tokens": max_tokens},
-        "texts": [{"label": s.label, "n_tokens": len(s)} for s in tokens.sequences],
     }
-    located = {
-        s.label: {name: str(edit) for name, edit in zip(names, here, strict=True) if name != str(edit)}
-        for s, here in zip(tokens.sequences, settled, strict=True)
-    }
-    if any(located.values()):
+    store = Store.of(resume, about | {"weights": adapter.checksum()} if resume else {})
+    effects = Effects(len(tokens) <= PER_TEXT if per_text is None else per_text)
+    total = len(tokens) if as_stream(texts) is None else getattr(texts, "__len__", lambda: None)()
+    rows = max(1, LOGITS // _check_logits(adapter, tokens))
+    labels: dict[str, int] = {}
+    located: dict[str, dict[str, str]] = {}
+    numbers = count()
+    long = False
+    layers = len(adapter.layers)
+    with (
+        claimed(resume if share.rank == 0 else None),
+        bar(progress and share.rank == 0, total and total * (1 + len(edits)) * layers, "evaluate") as tick,
+    ):
+        for tokens, capture in chain([head], ready):
+            for sequence in tokens.sequences:
+                if sequence.label in labels:
+                    raise SinkscopeError(f"text labels must be distinct; {sequence.label!r} comes twice")
+                labels[sequence.label] = len(sequence)
+            here = [[e.settle(s.ids, partial(residuals, adapter)) for e in edits] for s in tokens.sequences]
+            for s, settled in zip(tokens.sequences, here, strict=True):
+                found = {name: str(edit) for name, edit in zip(names, settled, strict=True) if name != str(edit)}
+                located |= {s.label: found} if found else {}
+            with surely(capture):
+                for sequence, settled in zip(tokens.sequences, here, strict=True):
+                    fits = _fits(adapter, sequence)
+                    long = long or not fits
+                    runs = kept_runs(store, sequence) if share.mine(next(numbers)) else []
+                    if runs is None:
+                        made = zip(names, settled, strict=True)
+                        runs = list(_runs(adapter, capture, sequence, [*made], score_from, rows, partial(tick, 1)))
+                        keep_runs(store, sequence, runs)
+                        tick(0 if fits else layers)
+                    else:
+                        tick((1 + len(edits)) * layers)
+                    effects.add(runs)
+        effects, *others = share.gather(effects)
+    for other in others:
+        effects.merge(other)
+    place = {label: i for i, label in enumerate(labels)}
+    effects.runs.sort(key=lambda run: place[run.text])
+    about["texts"] = [{"label": label, "n_tokens": n} for label, n in labels.items()]
+    if located:
         about["located"] = located
     if long:
         about["no_clean_run"] = f"texts of more than {adapter.n_ctx} tokens have no unedited run to compare with"
-    return EffectReport.assemble(runs, about)
+    return EffectReport.assemble(effects, about)
 
 
 def _fits(adapter: Adapter, sequence: TextTokens) -> bool:
@@ -120,7 +173,7 @@ def _check(adapter: Adapter, tokens: Tokens, edits: Sequence[Intervention], scor
 def _check_logits(adapter: Adapter, tokens: Tokens) -> int:
     """Prove on a few tokens that unembedding the last hidden state gives the model's own logits; give how many there are."""
     ids = tokens.sequences[0].ids[None, :8].to(adapter.device)
-    with adapter.quiet():
+    with adapter.quiet(), dropping_patterns(adapter):
         own = adapter.own_logits(ids)
         ours = adapter.logits(adapter.body(ids, torch.ones_like(ids, dtype=torch.bool))[0])
     gap = float((own - ours).abs().max())
@@ -192,13 +245,12 @@ def _runs(
 
 def _run(sequence: TextTokens, name: str, made: _Pass, scores: _Scores) -> Run:
     positions, (clean, loss, kl, same) = scores.arrays()
-    return Run(
-        text=sequence.label,
-        intervention=name,
-        tokens=len(positions),
-        positions=positions,
-        loss=loss,
-        clean_loss=clean,
+    return Run.of(
+        sequence.label,
+        name,
+        positions,
+        loss,
+        clean,
         kl=mean(kl),
         agreement=mean(same),
         sink_mass=made.mass,

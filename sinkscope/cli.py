@@ -28,7 +28,13 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="smollm2-135m, a hub name such as gpt2, a directory, or a .gguf file.")]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="A text; repeat for more.")]
-Files = Annotated[list[Path] | None, typer.Option("--file", help="A UTF-8 text file; repeat for more.")]
+Files = Annotated[
+    list[Path] | None,
+    typer.Option("--file", help="A UTF-8 text file; repeat for more. Or one directory of .txt files, or one .jsonl file."),
+]
+PerText = Annotated[
+    bool | None, typer.Option("--per-text/--no-per-text", help="Keep every text's finest rows. Default: of up to 100 texts.")
+]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")]
 Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="BOS first? Default: the model's convention.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Directory for tables, pictures and report.html.")]
@@ -36,6 +42,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; default: the GPU when there is one.")]
 #: Options that are called otherwise than the argument that they give.
 NAMES = {"checkpoints": "checkpoint"}
+DeviceMap = Annotated[
+    str | None, typer.Option("--device-map", help="auto: spread a model that is too large for one device over all.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")]
 
 
@@ -55,8 +64,10 @@ def measure(
     ] = None,
     chunk: Annotated[str, typer.Option("--chunk", help="Query rows per step: auto, none, or a number.")] = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts per forward pass.")] = 8,
+    per_text: PerText = None,
     backend: Annotated[str, typer.Option("--backend", help="bridge or hooked_transformer.")] = "bridge",
     device: Device = None,
+    device_map: DeviceMap = None,
     out: Out = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -69,17 +80,18 @@ def measure(
             texts,
             metric or None,
             out,
-            backend=backend,
-            device=device,
+            {"backend": backend, "device": device, "device_map": device_map},
             key=[_key(k) for k in key] if key else 0,
             bos=bos,
             max_tokens=max_tokens,
             engine=engine,
             chunk=_chunk(chunk),
             batch_size=batch_size,
+            per_text=per_text,
         )
-        _show(report, as_json)
-        _say_where(out, as_json)
+        if report is not None:
+            _show(report, as_json)
+            _say_where(out, as_json)
 
 
 @app.command(
@@ -97,7 +109,9 @@ def evaluate(
     max_tokens: MaxTokens = None,
     score_from: Annotated[int, typer.Option("--score-from", help="Score predictions from this position on (0-based).")] = 1,
     bos: Bos = None,
+    per_text: PerText = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     out: Out = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -108,16 +122,22 @@ def evaluate(
         from sinkscope.files import check_writable
         from sinkscope.interventions import parse
         from sinkscope.models import load_model
+        from sinkscope.resume import claimed
+        from sinkscope.share import joined
 
         edits = [parse(i) for i in intervention or ["window(size=256)", "sink_window(size=256, sinks=4)"]]
         texts = _texts(text or [], file or [])
         if out is not None:
             check_writable(out)
-        loaded = load_model(model, device=device)
-        report = run(loaded, texts, edits, score_from=score_from, bos=bos, max_tokens=max_tokens, progress=True)
+        how: dict[str, Any] = {"score_from": score_from, "bos": bos, "max_tokens": max_tokens, "per_text": per_text}
+        with joined() as share, claimed(out if share.rank == 0 else None):
+            loaded = load_model(model, device=device, device_map=device_map)
+            report = run(loaded, texts, edits, progress=True, resume=out, distributed=share.world > 1, **how)
+            if share.rank > 0:
+                return
+            if out is not None:
+                report.save(out)
         _show_effects(report, as_json)
-        if out is not None:
-            report.save(out)
         _say_where(out, as_json)
 
 
@@ -203,7 +223,9 @@ def demo(
         from sinkscope.models import SMOLLM2
         from sinkscope.samples import samples
 
-        report = _measure(SMOLLM2, samples(), None, out, device=device, backend="bridge")
+        report = _measure(SMOLLM2, samples(), None, out, {"device": device})
+        if report is None:
+            return
         _show(report, as_json)
         if not as_json:
             typer.echo("\nWhat this means")
@@ -264,15 +286,16 @@ def _version(
 
 def _measure(
     name: str,
-    texts: dict[str, str],
+    texts: dict[str, str] | Path,
     metric: list[str] | None,
     out: Path | None,
-    *,
-    backend: str,
-    device: str | None,
+    load: dict[str, Any],
     **how: Any,
-) -> SinkReport:
-    """Check what can be checked before the model is loaded; then load, measure and write."""
+) -> SinkReport | None:
+    """Check what can be checked before the model is loaded; then load, measure and write.
+
+    Of several processes that `torchrun` started, the first gives the report.
+    """
     from dataclasses import replace
 
     from sinkscope.attention import attention_map
@@ -280,27 +303,38 @@ def _measure(
     from sinkscope.metrics import resolve
     from sinkscope.models import load_model
     from sinkscope.observe import measure as run
+    from sinkscope.resume import claimed
+    from sinkscope.share import joined
 
     resolve(metric)
     if out is not None:
         check_writable(out)
     if sys.stderr.isatty():
         typer.echo(f"loading {name} ...", err=True)
-    model = load_model(name, backend=backend, device=device)  # type: ignore[arg-type]
-    report = run(model, texts, metric, progress=True, resume=out, **how)
-    if out is not None:
-        short = min(texts.values(), key=len)
-        report = replace(report, attention=attention_map(model, short, bos=how.get("bos")))
-        report.save(out)
+    with joined() as share, claimed(out if share.rank == 0 else None):
+        model = load_model(name, **load)
+        report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)
+        if share.rank > 0:
+            return None
+        if out is not None:
+            if isinstance(texts, dict):
+                short = min(texts.values(), key=len)
+                report = replace(report, attention=attention_map(model, short, bos=how.get("bos")))
+            report.save(out)
     return report
 
 
-def _texts(texts: list[str], files: list[Path]) -> dict[str, str]:
+def _texts(texts: list[str], files: list[Path]) -> dict[str, str] | Path:
     from sinkscope.errors import SinkscopeError
-    from sinkscope.tokens import read_text
+    from sinkscope.tokens import as_stream, read_text
 
     if not texts and not files:
         raise SinkscopeError("no text: give --text 'some words' or --file PATH (each may be repeated)")
+    for path in files:
+        if as_stream(path) is not None:
+            if texts or len(files) > 1:
+                raise SinkscopeError(f"{str(path)!r} is a whole corpus, which is read as a stream: give it alone")
+            return path
     found = {f"text {i}": text for i, text in enumerate(texts)}
     for path in files:
         label = path.name if path.name not in found else str(path)

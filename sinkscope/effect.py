@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +25,15 @@ COLUMNS += ["sink_mass", "sink_position"]
 #: Consecutive blocks that one text's tokens are cut into for an interval, where there are enough of them.
 BLOCKS, FEWEST = 16, 4
 ALL, NONE = "all", "none"
+NOTHING = np.zeros(0)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One text under one intervention: per-token losses in nats of the clean and the edited pass, at `positions`."""
+    """One text under one intervention: per-token losses in nats of the clean and the edited pass, at `positions`.
+
+    `mean_loss` and `delta` are means over the tokens scored, `error` the standard error of `delta` over `blocks` of them.
+    """
 
     text: str
     intervention: str
@@ -43,6 +46,86 @@ class Run:
     sink_mass: float
     sink_position: int
     sink_token: str
+    mean_loss: float
+    delta: float
+    error: float
+    blocks: int
+
+    @classmethod
+    def of(
+        cls,
+        text: str,
+        intervention: str,
+        positions: np.ndarray,
+        loss: np.ndarray,
+        clean_loss: np.ndarray,
+        **rest: Any,
+    ) -> Run:
+        """Average over the tokens."""
+        delta = loss - clean_loss
+        error, blocks = _block_error(delta)
+        numbers = (mean(loss), mean(delta), error, blocks)
+        given = {"positions": positions, "loss": loss, "clean_loss": clean_loss} | rest
+        given |= dict(zip(("mean_loss", "delta", "error", "blocks"), numbers, strict=True))
+        return cls(text, intervention, len(positions), **given)
+
+    def slim(self) -> Run:
+        """Let the tokens go."""
+        return replace(self, positions=NOTHING, loss=NOTHING, clean_loss=NOTHING)
+
+
+@dataclass
+class Curve:
+    """Mean loss by position, over many texts."""
+
+    total: np.ndarray = field(default_factory=lambda: NOTHING)
+    count: np.ndarray = field(default_factory=lambda: NOTHING)
+
+    def add(self, positions: np.ndarray, losses: np.ndarray, counts: np.ndarray | float = 1.0) -> None:
+        """Add summed losses, and how many of them, at some positions."""
+        short = int(positions.max(initial=-1)) + 1 - len(self.total)
+        if short > 0:
+            self.total, self.count = (np.pad(x, (0, short)) for x in (self.total, self.count))
+        self.total[positions] += losses
+        self.count[positions] += counts
+
+    def merge(self, other: Curve) -> None:
+        """Add another's."""
+        self.add(np.arange(len(other.total)), other.total, other.count)
+
+
+@dataclass
+class Effects:
+    """Runs of many texts; where `per_text` is off, their tokens are averaged by position as they come."""
+
+    per_text: bool
+    runs: list[Run] = field(default_factory=list)
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+    def add(self, runs: Sequence[Run]) -> None:
+        """Add a text's runs."""
+        for run in runs:
+            if not self.per_text:
+                self.curves.setdefault(run.intervention, Curve()).add(run.positions, run.loss)
+            self.runs.append(run if self.per_text else run.slim())
+
+    def merge(self, other: Effects) -> None:
+        """Add another's runs."""
+        self.runs += other.runs
+        for name, curve in other.curves.items():
+            self.curves.setdefault(name, Curve()).merge(curve)
+
+    def table(self) -> pd.DataFrame:
+        """Give loss by position: of every text, or the mean over `all`."""
+        if self.per_text:
+            found = [(r.text, r.intervention, r.positions, r.loss) for r in self.runs]
+        else:
+            found = []
+            for name, curve in self.curves.items():
+                at = curve.count.nonzero()[0]
+                found.append((ALL, name, at, curve.total[at] / curve.count[at]))
+        pieces = [pd.DataFrame({"text": t, "intervention": i, "position": p, "loss": v}) for t, i, p, v in found]
+        return pd.concat(pieces, ignore_index=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +139,7 @@ class EffectReport:
             KL(clean || edited) in nats; `sink_mass` is the mean attention to the first token, over layers, heads and
             queries (NaN where it was dropped), and `sink_position` the position that receives most attention in all.
         details: the same rows: 95% interval of `delta_loss`, share of top-1 predictions that stay, the sink's token.
-        curves: loss by position: columns `text, intervention, position, loss`.
+        curves: loss by position: columns `text, intervention, position, loss`; of many texts the mean over `all`.
         about: model, versions, engine and why, how intervals were made, arguments.
     """
 
@@ -66,39 +149,29 @@ class EffectReport:
     about: dict[str, Any] = field(repr=False)
 
     @classmethod
-    def assemble(cls, runs: Sequence[Run], about: dict[str, Any]) -> EffectReport:
+    def assemble(cls, effects: Effects, about: dict[str, Any]) -> EffectReport:
         """Build the tables."""
+        runs = effects.runs
         texts = list(dict.fromkeys(r.text for r in runs))
         rows: list[tuple[Any, ...]] = []
         more: list[tuple[Any, ...]] = []
         for run in runs:
-            delta = run.loss - run.clean_loss
-            error, n = _block_error(delta)
-            _add(rows, more, run, run.text, run.tokens, mean(run.loss), mean(delta), error, n)
+            _add(rows, more, run, run.text, run.tokens, run.mean_loss, run.delta, run.error, run.blocks)
         for name in dict.fromkeys(r.intervention for r in runs):
             group = [r for r in runs if r.intervention == name]
-            losses = np.array([mean(r.loss) for r in group])
-            deltas = np.array([mean(r.loss - r.clean_loss) for r in group])
+            losses, deltas = np.array([r.mean_loss for r in group]), np.array([r.delta for r in group])
             if len(group) > 1:
                 error, n = float(deltas.std(ddof=1) / math.sqrt(len(group))), len(group)
             else:
-                error, n = _block_error(group[0].loss - group[0].clean_loss)
+                error, n = group[0].error, group[0].blocks
             tokens = sum(r.tokens for r in group)
             _add(rows, more, _pooled(group), ALL, tokens, float(losses.mean()), float(deltas.mean()), error, n)
         frame = pd.DataFrame(rows, columns=COLUMNS[1:])
         frame.insert(0, "model", about["model"])
         frame["sink_position"] = frame["sink_position"].astype("Int64")
         details = pd.DataFrame(more, columns=["text", "intervention", "low", "high", "top1_agreement", "sink_token"])
-        curves = pd.concat(
-            [
-                pd.DataFrame({"text": r.text, "intervention": r.intervention, "position": r.positions, "loss": r.loss})
-                for r in runs
-            ],
-            ignore_index=True,
-        )
         how = "across texts" if len(texts) > 1 else f"across up to {BLOCKS} consecutive blocks of the one text"
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return cls(frame, details, curves, about | {"interval": f"95%, Student's t, paired, {how}", "created": now})
+        return cls(frame, details, effects.table(), about | {"interval": f"95%, Student's t, paired, {how}"})
 
     @property
     def interventions(self) -> list[str]:
@@ -165,19 +238,9 @@ def _pooled(group: Sequence[Run]) -> Run:
     first = group[0]
     same = all(r.sink_position == first.sink_position for r in group)
     kl, agreement, mass = (float(np.mean([getattr(r, k) for r in group])) for k in ("kl", "agreement", "sink_mass"))
-    return Run(
-        ALL,
-        first.intervention,
-        first.tokens,
-        first.positions,
-        first.loss,
-        first.clean_loss,
-        kl,
-        agreement,
-        mass,
-        first.sink_position if same else -1,
-        first.sink_token if same else "(varies)",
-    )
+    place, token = (first.sink_position, first.sink_token) if same else (-1, "(varies)")
+    numbers = {"kl": kl, "agreement": agreement, "sink_mass": mass, "sink_position": place, "sink_token": token}
+    return replace(first, text=ALL, **numbers)  # type: ignore[arg-type]
 
 
 def _add(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pandas as pd
 from sinkscope.effect import EffectReport
 from sinkscope.errors import SinkscopeError
 from sinkscope.report import SinkReport
-from sinkscope.resume import forget
+from sinkscope.resume import claimed, forget
 
 #: Written last: a directory without it holds no whole report.
 SEAL = "summary.json"
@@ -54,18 +54,16 @@ def save(report: SinkReport, directory: str | Path) -> Path:
         SinkscopeError: the directory can't be written.
     """
     path = check_writable(directory)
-    for name in (SEAL, "report.html", "attention.csv", "attention.parquet", *(f"{p}.png" for p in PICTURES)):
-        (path / name).unlink(missing_ok=True)
     tables = {"measurements": report.frame, "summary": report.summary()}
     if report.attention is not None:
         tables["attention"] = report.attention
-    for name, table in tables.items():
-        write(path / f"{name}.csv", partial(table.to_csv, index=False))
-        write(path / f"{name}.parquet", partial(table.to_parquet, index=False))
-    for name, figure in report.figures().items():
-        write(path / f"{name}.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
-    _seal(report, path)
-    forget(path)
+    with claimed(path):
+        _unseal(path, "attention.csv", "attention.parquet", *(f"{p}.png" for p in PICTURES))
+        _write_tables(tables, path)
+        for name, figure in report.figures().items():
+            write(path / f"{name}.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
+        _seal(report, path)
+        forget(path)
     return path
 
 
@@ -84,16 +82,27 @@ def save_effects(report: EffectReport, directory: str | Path) -> Path:
     from sinkscope.plots import WIDE
 
     path = check_writable(directory)
-    for name in (SEAL, "report.html"):
+    with claimed(path):
+        _unseal(path)
+        _write_tables({"effects": report.frame, "details": report.details, "curves": report.curves}, path)
+        figure = Figure(**WIDE)
+        report.loss_curve(ax=figure.add_subplot())
+        write(path / "loss.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
+        _seal(report, path)
+        forget(path)
+    return path
+
+
+def _unseal(path: Path, *others: str) -> None:
+    """Take away what says that a directory holds a whole report, and what an earlier one may leave behind."""
+    for name in (SEAL, "report.html", *others):
         (path / name).unlink(missing_ok=True)
-    for name, table in {"effects": report.frame, "details": report.details, "curves": report.curves}.items():
+
+
+def _write_tables(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
+    for name, table in tables.items():
         write(path / f"{name}.csv", partial(table.to_csv, index=False))
         write(path / f"{name}.parquet", partial(table.to_parquet, index=False))
-    figure = Figure(**WIDE)
-    report.loss_curve(ax=figure.add_subplot())
-    write(path / "loss.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
-    _seal(report, path)
-    return path
 
 
 def _seal(report: SinkReport | EffectReport, path: Path) -> None:

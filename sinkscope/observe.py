@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,16 @@ from sinkscope.metrics.null import uniform_mean
 from sinkscope.models import Adapter, adapt
 from sinkscope.progress import bar
 from sinkscope.report import SinkReport, TextResult, Value
-from sinkscope.resume import Finished
-from sinkscope.tokens import TextTokens, key_positions
+from sinkscope.resume import Finished, Running, Store, claimed
+from sinkscope.share import Share
+from sinkscope.tokens import TextTokens, Tokens, as_stream, key_positions, portions
+from sinkscope.undo import surely
 
 Key = int | str
+#: Texts whose finest rows are kept if nothing is said, and batches of a stream that are read and sorted at a time.
+PER_TEXT, PORTION = 100, 32
+#: Numbers of nulls that are kept to be used again: 64 MB.
+MOST_NULLS = 8 << 20
 
 
 def measure(
@@ -38,15 +45,19 @@ def measure(
     engine: str = "auto",
     chunk: int | str | None = "auto",
     batch_size: int = 8,
+    per_text: bool | None = None,
     progress: bool = False,
     resume: str | Path | None = None,
+    distributed: bool = False,
 ) -> SinkReport:
     """Measure attention sinks, streaming: no full attention tensor is stored, no logits are computed.
 
     Args:
         model: a TransformerLens model (TransformerBridge, HookedTransformer, HookedEncoder), from
             :func:`sinkscope.load_model` or your own, or a plain Hugging Face model. It is left exactly as it was.
-        texts: a string, a path, token ids, a list of these, or a mapping from label to one of these.
+        texts: a string, a path, token ids, a list of these, or a mapping from label to one of these; or a stream, which is
+            never whole in memory: an iterator or a dataset (its rows' field `text`), the path of a directory (its `.txt`
+            files) or of a `.jsonl` file (the field `text` of its lines).
         metrics: names (see `sinkscope metrics`), metrics, or functions of a block; None for all built-in ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
         bos: put BOS first? None takes the model's own convention; the report says which it was.
@@ -56,9 +67,13 @@ def measure(
         chunk: query rows per step of a chunked prefill, which keeps memory low on long texts; None for one shot;
             `"auto"` chunks long texts where the model's KV cache has been proved right.
         batch_size: texts per forward pass, at most.
+        per_text: keep the finest rows of every text, beside the means over texts? None: of up to 100 texts. Without them
+            memory does not grow with the texts; their model-level numbers are kept in any case.
         progress: show a progress bar over texts and layers on stderr.
         resume: a directory (the one that the report will be saved in). Finished batches are kept there, and the same call
             goes on after the last of them when it was interrupted or killed. `report.save` drops them.
+        distributed: share the batches among the processes of torch.distributed. Every process makes the same call, and gets
+            the whole report.
 
     Returns:
         A :class:`SinkReport`; every number is per sequence first, means and standard errors are across sequences.
@@ -69,31 +84,53 @@ def measure(
     adapter = adapt(model)
     asked = resolve(metrics)
     base = _base(asked)
-    tokens = adapter.tokenize(texts, bos=bos, max_tokens=max_tokens, attention_mask=attention_mask)
-    adapter.check(tokens)
     keys: list[Key] = [key] if isinstance(key, int | str) else list(dict.fromkeys(key))
     if not keys or batch_size < 1:
         raise SinkscopeError(f"key={key!r}, batch_size={batch_size}: at least one key and one text per batch are needed")
-    for k in keys:
-        key_positions(k, tokens.sequences)
-    capture = choose(engine, adapter, frozenset(m.group for m in base), chunk, tokens)
+    share = Share.of(distributed)
+
+    def prepare() -> Iterator[tuple[Tokens, Capture]]:
+        for first, some in portions(texts, max(PORTION * batch_size, 2 * PER_TEXT)):
+            tokens = adapter.tokenize(some, bos=bos, max_tokens=max_tokens, attention_mask=attention_mask, first=first)
+            adapter.check(tokens)
+            for k in keys:
+                key_positions(k, tokens.sequences)
+            yield tokens, choose(engine, adapter, frozenset(m.group for m in base), chunk, tokens)
+
+    ready = prepare()
+    head = next(ready, None)
+    if head is None:
+        raise SinkscopeError("no texts given: the stream is empty")
+    tokens, capture = head
     finish = _Finish(asked, base, keys, adapter)
     about = adapter.describe() | _how(capture, tokens.bos, asked, keys, max_tokens, batch_size)
     run = about | {"weights": adapter.checksum(), "metrics": [repr(_code(m)) for m in asked]} if resume else {}
-    finished = Finished(resume, run)
-    done: dict[str, TextResult] = {}
-    with capture, bar(progress, len(tokens) * len(adapter.layers), "measure") as tick:
-        for batch in tokens.batches(batch_size, adapter.device):
-            results = finished.load(batch)
-            if results is None:
-                observer = _Observer(base, [key_positions(k, batch.sequences) for k in keys])
-                capture.run(batch, observer, partial(tick, len(batch.sequences)))
-                results = [finish(observer, row, sequence) for row, sequence in enumerate(batch.sequences)]
-                finished.store(batch, results)
-            else:
-                tick(len(batch.sequences) * len(adapter.layers))
-            done |= {result.sequence.label: result for result in results}
-    return SinkReport.assemble([done[s.label] for s in tokens.sequences], asked, about)
+    store = Store.of(resume, run)
+    whole = len(tokens) <= PER_TEXT if per_text is None else per_text
+    kept = Finished(store) if whole else Running(store, share)
+    total = len(tokens) if as_stream(texts) is None else getattr(texts, "__len__", lambda: None)()
+    labels: dict[str, None] = {}
+    numbers = count()
+    with (
+        claimed(resume if share.rank == 0 else None),
+        bar(progress and share.rank == 0, total and total * len(adapter.layers), "measure") as tick,
+    ):
+        for tokens, capture in chain([head], ready):
+            for s in tokens.sequences:
+                if s.label in labels:
+                    raise SinkscopeError(f"text labels must be distinct; {s.label!r} comes twice")
+                labels[s.label] = None
+            with surely(capture):
+                for batch in tokens.batches(batch_size, adapter.device):
+                    n = len(batch.sequences)
+                    if not share.mine(next(numbers)) or kept.has(batch.sequences):
+                        tick(n * len(adapter.layers))
+                        continue
+                    observer = _Observer(base, [key_positions(k, batch.sequences) for k in keys])
+                    capture.run(batch, observer, partial(tick, n))
+                    kept.add([finish(observer, row, sequence) for row, sequence in enumerate(batch.sequences)])
+        tally, results = kept.end(share, list(labels))
+    return SinkReport.assemble(tally, asked, about, results)
 
 
 def _base(asked: Sequence[AnyMetric]) -> list[Metric]:
@@ -141,6 +178,7 @@ class _Finish:
     def __init__(self, asked: Sequence[AnyMetric], base: Sequence[Metric], keys: Sequence[Key], adapter: Adapter) -> None:
         self.asked, self.base, self.keys, self.adapter = asked, base, keys, adapter
         self._nulls: dict[tuple[str, str, int, int, int | None], Array] = {}
+        self._room = MOST_NULLS
 
     def __call__(self, observer: _Observer, row: int, sequence: TextTokens) -> TextResult:
         values = []
@@ -172,7 +210,11 @@ class _Finish:
             window = self.adapter.windows.get(layer) if m.null == "visible" else None
             at = (m.name, text, len(sequence), position, window)
             if at not in self._nulls:
-                self._nulls[at] = uniform_mean(m, len(sequence), position, causal=causal, window=window, tokens=sequence.ids)
+                null = uniform_mean(m, len(sequence), position, causal=causal, window=window, tokens=sequence.ids)
+                self._room -= null.size
+                if self._room < 0:
+                    self._nulls, self._room = {}, MOST_NULLS - null.size
+                self._nulls[at] = null
             rows.append(self._nulls[at])
         return np.broadcast_to(np.stack(rows)[:, None], like.shape)
 

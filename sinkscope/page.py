@@ -30,7 +30,7 @@ MOST_TEXTS = 8  # to be looked into one by one
 MOST_NUMBERS = 400_000  # about 3 MB; large models and long texts leave room for fewer texts
 MOST_PAIRS = 64  # queries and keys of the attention picture
 PROFILES = {"position_profile": "share of all attention", "received_profile": "mean attention of queries that see it"}
-TITLES = {"bos": "first token (BOS)", "causal": "causal attention", "created": "made on", "dtype": "number type"}
+TITLES = {"bos": "first token (BOS)", "causal": "causal attention", "dtype": "number type"}
 TITLES |= {"engine_why": "why this engine", "n_layers": "number of layers", "n_heads": "heads per layer"}
 
 
@@ -51,14 +51,14 @@ def render(
         tokens: that text's tokens; by default the column `key_token`, else numbers.
     """
     texts = meta.get("texts", [])
-    data = _data(frame, texts) | {"attention": None if attention is None else _pairs(attention, tokens)}
+    looked_into = [text for text in texts if "tokens" in text]
+    data = _data(frame, looked_into) | {"attention": None if attention is None else _pairs(attention, tokens)}
     overall = "all" if "all" in set(summary["text"]) or not texts else texts[0]["label"]
     template = _environment().get_template("page.html.j2")
     return template.render(
         data=data,
         model=meta.get("model", "a model"),
         texts=texts,
-        created=meta.get("created"),
         sentences=list(meta.get("sentences", {}).values()),
         numbers=_numbers(summary[summary["text"] == overall], len(texts)),
         by_text=_by_text(summary, [text["label"] for text in data["texts"]]),

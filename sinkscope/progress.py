@@ -11,8 +11,8 @@ DELAY, QUIET = 2.0, 10.0
 
 
 @contextmanager
-def bar(show: bool, total: int, what: str, unit: str = "layer") -> Iterator[Callable[[int], None]]:
-    """Show how much of `total` is done and how long the rest will take; yields a function that adds to it."""
+def bar(show: bool, total: int | None, what: str, unit: str = "layer") -> Iterator[Callable[[int], None]]:
+    """Show how much of `total` (None: unknown) is done and how long the rest will take; yields a function that adds to it."""
     if not show:
         yield lambda n: None
         return

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,6 +63,71 @@ class TextResult:
     values: tuple[Value, ...]
 
 
+@dataclass(frozen=True)
+class Group:
+    """One metric over many texts: moments of its numbers, of their null and of the model-level number.
+
+    Attributes are those of :class:`Value`; `key` is None where texts differ in it.
+    """
+
+    name: str
+    tag: str
+    key: int | None
+    axes: tuple[str, ...]
+    value: Moments
+    null: Moments
+    total: Moments | None
+    total_null: Moments | None
+
+    @classmethod
+    def of(cls, v: Value) -> Group:
+        """One text's."""
+        total, null = (None if t is None else Moments.of(np.asarray(t, dtype=float)) for t in (v.total, v.total_null))
+        return cls(v.name, v.tag, v.key, v.axes, Moments.of(v.value), Moments.of(v.null), total, null)
+
+    def merge(self, other: Group) -> Group:
+        """Combine with the same metric over other texts."""
+        return replace(
+            self,
+            key=self.key if self.key == other.key else None,
+            value=self.value.merge(other.value),
+            null=self.null.merge(other.null),
+            total=self.total and other.total and self.total.merge(other.total),
+            total_null=self.total_null and other.total_null and self.total_null.merge(other.total_null),
+        )
+
+
+@dataclass
+class Tally:
+    """What is kept of texts whose numbers are not: groups by (metric, tag), model-level numbers by text, and the texts.
+
+    `totals` are (label, metric, value, null), `texts` (label, tokens): a few numbers per text; nothing else grows.
+    """
+
+    groups: dict[tuple[str, str], Group] = field(default_factory=dict)
+    totals: list[tuple[str, str, float, float]] = field(default_factory=list)
+    texts: list[tuple[str, int]] = field(default_factory=list)
+
+    def add(self, result: TextResult) -> None:
+        """Add a text."""
+        label = result.sequence.label
+        self.texts.append((label, len(result.sequence)))
+        for v in result.values:
+            self._add((v.name, v.tag), Group.of(v))
+            if v.total is not None and v.total_null is not None:
+                self.totals.append((label, v.name + v.tag, v.total, v.total_null))
+
+    def merge(self, other: Tally) -> None:
+        """Add another's texts."""
+        self.texts += other.texts
+        self.totals += other.totals
+        for name, group in other.groups.items():
+            self._add(name, group)
+
+    def _add(self, name: tuple[str, str], group: Group) -> None:
+        self.groups[name] = self.groups[name].merge(group) if name in self.groups else group
+
+
 @dataclass(frozen=True, eq=False)
 class SinkReport:
     """Attention-sink statistics of one model on some texts.
@@ -82,49 +146,46 @@ class SinkReport:
     attention: pd.DataFrame | None = field(default=None, repr=False)
 
     @classmethod
-    def assemble(cls, results: Sequence[TextResult], asked: Iterable[AnyMetric], about: dict[str, Any]) -> SinkReport:
-        """Build the tables from every text's values; `about` gets the texts added."""
+    def assemble(
+        cls, tally: Tally, asked: Iterable[AnyMetric], about: dict[str, Any], results: Sequence[TextResult] = ()
+    ) -> SinkReport:
+        """Build the tables.
+
+        Args:
+            tally: of all texts.
+            asked: the metrics.
+            about: gets the texts added.
+            results: the texts whose finest rows go into the frame: all of them, or none.
+        """
         layers = list(about["layers"])
         pieces = [_rows(v, layers, r.sequence.label, len(r.sequence)) for r in results for v in r.values]
-        totals = [
-            (r.sequence.label, v.name + v.tag, v.total, np.nan, v.total_null)
-            for r in results
-            for v in r.values
-            if v.total is not None
-        ]
-        for group in _by_metric(results):
-            mean, null = _merge([v.value for v in group]), _merge([v.null for v in group])
-            first = group[0]
-            key = first.key if all(v.key == first.key for v in group) else None
-            pieces.append(
-                _rows(
-                    Value(first.name, first.tag, key, first.axes, _present(mean), _present(null), None, None),
-                    layers,
-                    ALL,
-                    sum(len(r.sequence) for r in results),
-                    mean.std_error,
-                )
-            )
-            if first.total is not None:
-                over = _merge([np.asarray(v.total, dtype=float) for v in group])
-                nulls = np.array([v.total_null for v in group], dtype=float)
-                name = first.name + first.tag
-                totals.append((ALL, name, float(over.mean), float(over.std_error), float(nulls.mean())))
+        totals = [(label, name, value, np.nan, null) for label, name, value, null in tally.totals]
+        tokens = sum(n for _, n in tally.texts)
+        for g in tally.groups.values():
+            mean = Value(g.name, g.tag, g.key, g.axes, g.value.present, g.null.present, None, None)
+            pieces.append(_rows(mean, layers, ALL, tokens, g.value.std_error))
+            if g.total is not None and g.total_null is not None:
+                value, error, null = (float(x) for x in (g.total.present, g.total.std_error, g.total_null.present))
+                totals.append((ALL, g.name + g.tag, value, error, null))
         summary = pd.DataFrame(totals, columns=SUMMARY_COLUMNS)
         summary = pd.concat([summary, _across(summary, asked)], ignore_index=True)
         frame = pd.concat(pieces, ignore_index=True) if pieces else pd.DataFrame(columns=COLUMNS[1:])
         frame.insert(0, "model", about["model"])
-        texts = [
-            {"label": r.sequence.label, "n_tokens": len(r.sequence), "tokens": list(r.sequence.strings)} for r in results
-        ]
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        texts: list[dict[str, Any]] = [{"label": label, "n_tokens": n} for label, n in tally.texts]
+        for text, r in zip(texts, results, strict=False):
+            text["tokens"] = list(r.sequence.strings)
         said = sentences(summary[summary["text"] == ALL], about["arguments"]["key"])
-        return cls(frame[COLUMNS], summary, about | {"texts": texts, "sentences": said, "created": now})
+        return cls(frame[COLUMNS], summary, about | {"texts": texts, "sentences": said})
 
     @property
     def texts(self) -> list[str]:
         """Labels of the texts."""
         return [t["label"] for t in self.about["texts"]]
+
+    @property
+    def per_text(self) -> bool:
+        """Whether the frame has rows of single texts, beside those of all."""
+        return all("tokens" in t for t in self.about["texts"])
 
     @property
     def metrics(self) -> list[str]:
@@ -157,7 +218,7 @@ class SinkReport:
         Raises:
             SinkscopeError: no such metric or text in this report.
         """
-        rows = self.frame[(self.frame["metric"] == self._metric(metric)) & (self.frame["text"] == self._text(text))]
+        rows = self.frame[(self.frame["metric"] == self._metric(metric)) & (self.frame["text"] == self._fine(text))]
         return rows.nlargest(n, "value").reset_index(drop=True)
 
     def compare(self, other: SinkReport) -> pd.DataFrame:
@@ -180,8 +241,8 @@ class SinkReport:
         if "sink_positions" not in self.about["arguments"]["metrics"]:
             raise unknown("metric in this report", "sink_positions", self.metrics)
         rows = self.frame[(self.frame["metric"] == "sink_positions") & (self.frame["text"] != ALL)]
-        if text is not None:
-            rows = rows[rows["text"] == self._text(text)]
+        if text is not None or not self.per_text:
+            rows = rows[rows["text"] == self._fine(text or self.texts[0])]
         tokens = {t["label"]: t["tokens"] for t in self.about["texts"]}
         found = [tokens[label][key] for label, key in zip(rows["text"], rows["key"], strict=True)]
         listed = rows[["text", "key"]].assign(token=found, share_of_heads=rows["value"])
@@ -261,30 +322,18 @@ class SinkReport:
             raise unknown("metric in this report", name, self.metrics)
         return name
 
+    def _fine(self, label: str) -> str:
+        """Take a text that the frame has rows of."""
+        if label != ALL and not self.per_text:
+            raise SinkscopeError(
+                f"this report keeps no rows of single texts ({len(self.texts)} texts): measure(..., per_text=True) keeps them"
+            )
+        return self._text(label)
+
     def _text(self, label: str) -> str:
         if label != ALL and label not in self.texts:
             raise unknown("text in this report", label, [ALL, *self.texts])
         return label
-
-
-def _by_metric(results: Sequence[TextResult]) -> list[list[Value]]:
-    """Group the texts' values by metric and sink position, in the order of the first text."""
-    groups: dict[tuple[str, str], list[Value]] = {}
-    for result in results:
-        for value in result.values:
-            groups.setdefault((value.name, value.tag), []).append(value)
-    return list(groups.values())
-
-
-def _merge(values: Sequence[Array]) -> Moments:
-    merged = Moments.of(values[0])
-    for value in values[1:]:
-        merged = merged.merge(Moments.of(value))
-    return merged
-
-
-def _present(moments: Moments) -> Array:
-    return np.where(moments.count > 0, moments.mean, np.nan)
 
 
 def _rows(value: Value, layers: Sequence[int], label: str, tokens: int, std_error: Array | None = None) -> pd.DataFrame:

@@ -11,85 +11,272 @@ import json
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sinkscope.report import TextResult, Value
-from sinkscope.tokens import Batch
+from sinkscope.effect import Run
+from sinkscope.errors import SinkscopeError
+from sinkscope.metrics.accumulate import Moments
+from sinkscope.report import Group, Tally, TextResult, Value
+from sinkscope.share import Share
+from sinkscope.tokens import TextTokens
 
 #: Folder in the output directory; there only while a run is unfinished.
-FOLDER = "unfinished"
+FOLDER, LOCK = "unfinished", "lock"
+Arrays = dict[str, Any]
 
 
-class Finished:
-    """The finished batches of a run, or nothing at all where no directory is given."""
+@contextmanager
+def claimed(directory: str | Path | None) -> Iterator[None]:
+    """Have a directory to oneself: a second run in it is refused. The lock of a killed run is gone with it.
 
-    def __init__(self, directory: str | Path | None, run: Mapping[str, Any]) -> None:
-        """Take up a run.
+    Raises:
+        SinkscopeError: another process works there, or it can't be written.
+    """
+    if directory is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
 
-        Args:
-            directory: where to keep batches; None keeps none.
-            run: everything that the numbers depend on besides the texts; another run's batches are not taken up.
-        """
-        self.folder = None if directory is None else Path(directory).expanduser() / FOLDER
-        self.run = json.dumps(run, sort_keys=True, default=str)
+    folder = Path(directory).expanduser() / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
+        lock.acquire()
+    except Timeout:
+        raise SinkscopeError(
+            f"another run is writing to {str(directory)!r}: wait for it, or give another directory"
+        ) from None
+    except OSError as error:
+        raise SinkscopeError(f"can't write to the directory {str(directory)!r}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if not lock.is_locked and folder.is_dir() and {p.name for p in folder.iterdir()} <= {LOCK}:
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def load(self, batch: Batch) -> list[TextResult] | None:
-        """Give a batch's results if it was finished before."""
-        path = self._path(batch)
+
+def forget(directory: str | Path) -> None:
+    """Drop what is finished: the report has been written."""
+    for path in (Path(directory).expanduser() / FOLDER).glob("*.npz"):
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where a run keeps what is finished: files named by all that the numbers in them depend on.
+
+    Attributes:
+        folder: where; None keeps nothing.
+        run: everything that the numbers depend on besides the texts.
+    """
+
+    folder: Path | None
+    run: str
+
+    @classmethod
+    def of(cls, directory: str | Path | None, run: Mapping[str, Any]) -> Store:
+        """Take up a run in a directory, or in none."""
+        folder = None if directory is None else Path(directory).expanduser() / FOLDER
+        return cls(folder, json.dumps(run, sort_keys=True, default=str))
+
+    def name(self, sequences: Sequence[TextTokens]) -> str:
+        """Give the name that stands for these texts in this run."""
+        digest = hashlib.sha256(self.run.encode())
+        for s in sequences:
+            digest.update(s.label.encode() + b"\0" + s.ids.numpy().tobytes() + b"\0")
+        return digest.hexdigest()[:32]
+
+    def read(self, name: str) -> tuple[Any, Arrays] | None:
+        """Give what was kept under a name; None where there is nothing whole."""
+        path = None if self.folder is None else self.folder / f"{name}.npz"
         if path is None or not path.is_file():
             return None
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                about = json.loads(str(arrays["about"]))
-                return [
-                    TextResult(
-                        sequence,
-                        tuple(
-                            Value(**fields, value=arrays[f"{row}-{i}-value"], null=arrays[f"{row}-{i}-null"])
-                            for i, fields in enumerate(map(_with_tuple, about[row]))
-                        ),
-                    )
-                    for row, sequence in enumerate(batch.sequences)
-                ]
+                found = dict(arrays)
+            return json.loads(str(found.pop("about"))), found
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
-            return None  # not whole, or not ours: the batch is simply run again
+            return None  # not whole, or not ours: it is simply run again
 
-    def store(self, batch: Batch, results: Sequence[TextResult]) -> None:
-        """Keep a batch's results."""
-        path = self._path(batch)
-        if path is None:
-            return
-        arrays: dict[str, Any] = {"about": np.array(json.dumps([[_fields(v) for v in r.values] for r in results]))}
-        for row, result in enumerate(results):
-            for i, value in enumerate(result.values):
-                arrays[f"{row}-{i}-value"], arrays[f"{row}-{i}-null"] = value.value, value.null
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(".half")
-        with half.open("wb") as file:
-            np.savez(file, **arrays)
-        half.replace(path)
+    def write(self, name: str, about: Any, arrays: Arrays) -> None:
+        """Keep arrays, and what JSON can hold, under a name.
 
-    def _path(self, batch: Batch) -> Path | None:
+        Raises:
+            SinkscopeError: they can't be written; what was kept before is still there.
+        """
         if self.folder is None:
-            return None
-        digest = hashlib.sha256(self.run.encode())
-        for s in batch.sequences:
-            digest.update(s.label.encode() + b"\0" + s.ids.numpy().tobytes() + b"\0")
-        return self.folder / f"{digest.hexdigest()[:32]}.npz"
+            return
+        path = self.folder / f"{name}.npz"
+        half = path.with_suffix(".half")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with half.open("wb") as file:
+                np.savez(file, about=np.array(json.dumps(about)), **arrays)
+            half.replace(path)
+        except OSError as error:
+            half.unlink(missing_ok=True)
+            raise SinkscopeError(
+                f"can't write to {str(self.folder)!r}: {error.strerror}. What is finished stays there: the same call goes on"
+            ) from None
+
+
+# --- measure: texts whose numbers are all kept, or running means of them -----------------------------------------------
+
+
+class Finished:
+    """Texts each of whose numbers are kept: a file per batch."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.results: list[TextResult] = []
+
+    def has(self, sequences: Sequence[TextTokens]) -> bool:
+        """Take up a batch if it was finished before."""
+        about, arrays = self.store.read(self.store.name(sequences)) or ([], {})
+        if len(about) != len(sequences):
+            return False
+        self.results += [
+            TextResult(s, tuple(_value(v, arrays, f"{row}-{i}") for i, v in enumerate(values)))
+            for row, (s, values) in enumerate(zip(sequences, about, strict=True))
+        ]
+        return True
+
+    def add(self, results: Sequence[TextResult]) -> None:
+        """Keep a batch's results."""
+        arrays = {
+            f"{row}-{i}-{what}": getattr(value, what)
+            for row, result in enumerate(results)
+            for i, value in enumerate(result.values)
+            for what in ("value", "null")
+        }
+        about = [[_fields(v) for v in r.values] for r in results]
+        self.store.write(self.store.name([r.sequence for r in results]), about, arrays)
+        self.results += results
+
+    def end(self, share: Share, labels: Sequence[str]) -> tuple[Tally, list[TextResult]]:
+        """Give all texts of all processes, in order."""
+        found = {r.sequence.label: r for part in share.gather(self.results) for r in part}
+        results = [found[label] for label in labels]
+        tally = Tally()
+        for result in results:
+            tally.add(result)
+        return tally, results
+
+
+class Running:
+    """Running means over texts, for as many of them as there are: one file, whose size does not grow with the texts."""
+
+    def __init__(self, store: Store, share: Share) -> None:
+        """Take up what was finished before.
+
+        Args:
+            store: where.
+            share: each process has a file of its own.
+        """
+        self.store = store
+        self.file = f"{store.name([])}-{share.rank}-of-{share.world}"
+        self.tally = Tally()
+        self.batches: list[str] = []
+        about, arrays = store.read(self.file) or ({}, {})
+        if about:
+            self.batches = about["batches"]
+            self.tally.texts = [(label, n) for label, n in about["texts"]]
+            self.tally.totals = [(label, name, value, null) for label, name, value, null in about["totals"]]
+            groups = [_group(g, arrays, str(i)) for i, g in enumerate(about["groups"])]
+            self.tally.groups = {(g.name, g.tag): g for g in groups}
+        self._taken, self._seen = len(self.batches), 0
+
+    def has(self, sequences: Sequence[TextTokens]) -> bool:
+        """Tell whether a batch is among those taken up.
+
+        Raises:
+            SinkscopeError: the texts are not those of the run that was interrupted.
+        """
+        if self._seen == self._taken:
+            return False
+        if self.batches[self._seen] != self.store.name(sequences):
+            raise self._other_texts()
+        self._seen += 1
+        return True
+
+    def add(self, results: Sequence[TextResult]) -> None:
+        """Add a batch's results."""
+        for result in results:
+            self.tally.add(result)
+        if self.store.folder is None:
+            return
+        self.batches.append(self.store.name([r.sequence for r in results]))
+        arrays: Arrays = {}
+        groups = [_kept_group(g, arrays, str(i)) for i, g in enumerate(self.tally.groups.values())]
+        about = {"batches": self.batches, "texts": self.tally.texts, "totals": self.tally.totals, "groups": groups}
+        self.store.write(self.file, about, arrays)
+
+    def end(self, share: Share, labels: Sequence[str]) -> tuple[Tally, list[TextResult]]:
+        """Give the means over the texts of all processes, and no single text."""
+        if self._seen < self._taken:
+            raise self._other_texts()
+        tally, *others = share.gather(self.tally)
+        for other in others:
+            tally.merge(other)
+        place = dict(zip(labels, count()))
+        tally.texts.sort(key=lambda text: place[text[0]])
+        tally.totals.sort(key=lambda total: place[total[0]])
+        return tally, []
+
+    def _other_texts(self) -> SinkscopeError:
+        return SinkscopeError(
+            f"{str(self.store.folder)!r} holds the beginning of this run on other texts: give the same texts in the same "
+            "order, or delete it to begin anew"
+        )
 
 
 def _fields(value: Value) -> dict[str, Any]:
     return {name: getattr(value, name) for name in ("name", "tag", "key", "axes", "total", "total_null")}
 
 
-def _with_tuple(fields: dict[str, Any]) -> dict[str, Any]:
-    return fields | {"axes": tuple(fields["axes"])}
+def _value(fields: dict[str, Any], arrays: Arrays, at: str) -> Value:
+    return Value(**fields | {"axes": tuple(fields["axes"])}, value=arrays[f"{at}-value"], null=arrays[f"{at}-null"])
 
 
-def forget(directory: str | Path) -> None:
-    """Drop the finished batches: the report has been written."""
-    shutil.rmtree(Path(directory).expanduser() / FOLDER, ignore_errors=True)
+#: The moments of a group, and the arrays of moments.
+MOMENTS, ARRAYS = ("value", "null", "total", "total_null"), ("count", "mean", "m2")
+
+
+def _kept_group(group: Group, arrays: Arrays, at: str) -> dict[str, Any]:
+    """Put a group's moments among the arrays; the rest JSON can hold."""
+    held = [name for name in MOMENTS if getattr(group, name) is not None]
+    arrays.update({f"{at}-{name}-{of}": getattr(getattr(group, name), of) for name in held for of in ARRAYS})
+    return {"name": group.name, "tag": group.tag, "key": group.key, "axes": group.axes, "held": held}
+
+
+def _group(about: dict[str, Any], arrays: Arrays, at: str) -> Group:
+    held: dict[str, Any] = dict.fromkeys(MOMENTS)
+    held |= {name: Moments(*(arrays[f"{at}-{name}-{of}"] for of in ARRAYS)) for name in about["held"]}
+    return Group(about["name"], about["tag"], about["key"], tuple(about["axes"]), **held)
+
+
+# --- evaluate -------------------------------------------------------------------------------------------------------
+
+
+def kept_runs(store: Store, sequence: TextTokens) -> list[Run] | None:
+    """Give a text's runs if they were finished before."""
+    about, arrays = store.read(store.name([sequence])) or ([], {})
+    return [Run(**r, **{of: arrays[f"{i}-{of}"] for of in CURVES}) for i, r in enumerate(about)] or None
+
+
+def keep_runs(store: Store, sequence: TextTokens, runs: Sequence[Run]) -> None:
+    """Keep a text's runs."""
+    arrays = {f"{i}-{of}": getattr(run, of) for i, run in enumerate(runs) for of in CURVES}
+    about = [{f.name: getattr(run, f.name) for f in fields(run) if f.name not in CURVES} for run in runs]
+    store.write(store.name([sequence]), about, arrays)
+
+
+CURVES = ("positions", "loss", "clean_loss")

@@ -6,8 +6,10 @@ from the lengths, never from the ids, since ids do not tell a pad from BOS or EO
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,7 @@ def tokenize(
     causal: bool = True,
     max_tokens: int | None = None,
     attention_mask: Tensor | None = None,
+    first: int = 0,
 ) -> Tokens:
     """Turn whatever the caller has into token sequences.
 
@@ -122,6 +125,7 @@ def tokenize(
         causal: False for an encoder, whose [CLS] and [SEP] take the place of BOS.
         max_tokens: keep at most this many tokens of each text, BOS included.
         attention_mask: `[batch, position]`, for a tensor of ids: 0 marks pads, on either side.
+        first: number of the first text, in labels and errors: these may be a part of a stream.
 
     Raises:
         SinkscopeError: empty text, fewer than two tokens, no tokenizer for a text, no BOS token to put first.
@@ -137,12 +141,12 @@ def tokenize(
         return texts
     if max_tokens is not None and max_tokens < 2:
         raise SinkscopeError(f"max_tokens={max_tokens}: at least 2 tokens are needed to look at attention")
-    items = _items(texts, attention_mask)
+    items = _items(texts, attention_mask, first)
     if not items:
         raise SinkscopeError("no texts given: pass at least one string, file or list of token ids")
     decide = _Specials(tokenizer, bos, bos_by_default, causal)
     sequences = []
-    for index, (label, item) in enumerate(items):
+    for index, (label, item) in enumerate(items, first):
         where = f"text {index}" + (f" ({label!r})" if label != f"text {index}" else "")
         ids = decide.encode(item, where, max_tokens) if isinstance(item, str) else _ids(item, where)
         ids = ids[:max_tokens]
@@ -193,7 +197,54 @@ class _Specials:
         return f"no BOS ({who})"
 
 
-def _items(texts: Any, attention_mask: Tensor | None) -> list[tuple[str, Any]]:
+def portions(texts: Any, size: int) -> Iterator[tuple[int, Any]]:
+    """Give texts with the number of the first of them: all at once, or, of a stream, `size` at a time.
+
+    A stream is an iterator, a generator, a dataset of `datasets`, a directory (its `.txt` files by name) or a `.jsonl` file
+    (the field `text` of its lines): it is never whole in memory.
+    """
+    stream = as_stream(texts)
+    if stream is None:
+        yield 0, texts
+        return
+    first, waiting = 0, iter(stream)
+    while some := list(islice(waiting, size)):
+        yield first, some
+        first += len(some)
+
+
+def as_stream(texts: Any) -> Iterable[Any] | None:
+    """Give the texts of a stream one by one; None for texts that are there already."""
+    if isinstance(texts, Path):
+        if texts.is_dir():
+            return sorted(texts.glob("*.txt"))
+        return _lines(texts) if texts.suffix == ".jsonl" else None
+    there = isinstance(texts, str | bytes | Mapping | Sequence | Tensor | np.ndarray | Tokens)
+    return None if there or not isinstance(texts, Iterable) else texts
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    """Read a `.jsonl` file line by line; an error names the line."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError):
+                    raise SinkscopeError(f"line {number} of {str(path)!r} is not JSON in UTF-8") from None
+    except OSError as error:
+        raise SinkscopeError(f"can't read {str(path)!r}: {error.strerror}") from None
+
+
+def _field(row: Mapping[str, Any], where: str) -> Any:
+    """Take the text out of a row of a dataset: its field `text`, or its only string."""
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if "text" in row or len(strings) == 1:
+        return row["text" if "text" in row else strings[0]]
+    raise SinkscopeError(f"{where} has no field 'text', and not one string alone; its fields: {', '.join(map(str, row))}")
+
+
+def _items(texts: Any, attention_mask: Tensor | None, first: int = 0) -> list[tuple[str, Any]]:
     """Normalise the input to (label, str | ids) pairs."""
     if isinstance(texts, np.ndarray):
         texts = torch.as_tensor(texts)
@@ -206,11 +257,11 @@ def _items(texts: Any, attention_mask: Tensor | None) -> list[tuple[str, Any]]:
     elif isinstance(texts, str | Path) or (isinstance(texts, Sequence) and texts and isinstance(texts[0], int)):
         texts = [texts]
     items = []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts, first):
         if isinstance(text, Path):
             items.append((_label(text.name), read_text(text)))
         else:
-            items.append((f"text {i}", text))
+            items.append((f"text {i}", _field(text, f"text {i}") if isinstance(text, Mapping) else text))
     return items
 
 

@@ -231,12 +231,12 @@ def fingerprint(model: nn.Module) -> dict:
     """
     from transformers import AttentionInterface
 
-    config = getattr(getattr(model, "original_model", None), "config", None)
+    config, cfg = getattr(getattr(model, "original_model", model), "config", None), getattr(model, "cfg", None)
     found = {
         "interface": sorted(AttentionInterface._global_mapping),
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "config": config and (repr(config.to_dict()), config._attn_implementation),
-        "cfg": repr(vars(model.cfg)),
+        "cfg": cfg and repr(vars(cfg)),
     }
     for name, module in model.named_modules():
         own = vars(module)

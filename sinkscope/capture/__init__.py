@@ -36,6 +36,10 @@ class Capture(Protocol):
         """Restore the model."""
         ...
 
+    def close(self) -> None:
+        """Restore the model, if it is not."""
+        ...
+
     def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
         """Run the model's body once and hand every block to `on_block`, calling `tick` after each layer.
 

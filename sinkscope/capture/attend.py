@@ -103,7 +103,7 @@ def attend(
 
 def turn(x: Float[Tensor, "batch head position d"], by: Int[Tensor, " position"], frequencies: Tensor) -> Tensor:
     """Turn rotary queries or keys by some positions: the pairs are (j, j + d/2) of the first 2 x `frequencies` numbers."""
-    angles = by[:, None].double() * frequencies.double()
+    angles = by[:, None].double() * frequencies.to(by.device).double()
     cos, sin = (torch.cat([f(angles)] * 2, -1).to(x.dtype) for f in (torch.cos, torch.sin))
     d = cos.shape[-1]
     rotary, rest = x[..., :d], x[..., d:]

@@ -10,6 +10,7 @@ from sinkscope.capture.hooks import ATTENTION, HooksCapture
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch, TextTokens, Tokens
+from sinkscope.undo import surely
 
 #: A cache is wrong when patterns differ by this much: broken ones miss by 0.1 and more, float32 rounding by 1e-5.
 WRONG = 5e-3
@@ -80,7 +81,7 @@ def _patterns(adapter: Adapter, batch: Batch, chunk: int | None) -> list[Tensor]
         into[:, :, block.start : block.start + block.n_queries, : pattern.shape[3]] = pattern
 
     try:
-        with HooksCapture(adapter, frozenset({frozenset({"pattern"})}), chunk, "proof") as capture:
+        with surely(HooksCapture(adapter, frozenset({frozenset({"pattern"})}), chunk, "proof")) as capture:
             capture.run(batch, keep, lambda: None)
     except InertHookError:
         raise

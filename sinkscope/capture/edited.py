@@ -23,6 +23,7 @@ from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.interventions import Intervention
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch, Tokens
+from sinkscope.undo import surely
 
 #: Tokens per forward pass: where a model is run anew for every token, and of a streaming window.
 TOKENS, PIECE = 4096, 256
@@ -48,6 +49,10 @@ class Edited(Protocol):
         """Restore the model."""
         ...
 
+    def close(self) -> None:
+        """Restore the model, if it is not."""
+        ...
+
     def pieces(self, batch: Batch, edit: Intervention, tick: Tick) -> Iterator[Float[Tensor, "position d_model"]]:
         """Run the body over one text under an edit; yields its last hidden states, piece by piece, in order."""
         ...
@@ -69,7 +74,7 @@ class EditedCapture(FlashCapture):
     def __enter__(self) -> EditedCapture:
         """Swap attention, and stand by the residual stream."""
         super().__enter__()
-        self._stack.enter_context(editing_residuals(self.adapter, self._residual))
+        self._undo.enter_context(editing_residuals(self.adapter, self._residual))
         return self
 
     def pieces(self, batch: Batch, edit: Intervention, tick: Tick) -> Iterator[Float[Tensor, "position d_model"]]:
@@ -258,6 +263,6 @@ def _queries(adapter: Adapter, ids: Tensor, start: int) -> list[Tensor]:
             seen.append(query.float())
             return super()._compute(layer, query, key, value, given)
 
-    with Look(adapter, frozenset(), None, "positions"):
+    with surely(Look(adapter, frozenset(), None, "positions")):
         adapter.body(ids, torch.ones_like(ids, dtype=torch.bool), first=start)
     return seen

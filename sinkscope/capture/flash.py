@@ -11,7 +11,7 @@ A metric's rows are then recomputed from queries, keys and log-sum-exps, as few 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,6 +26,7 @@ from sinkscope.capture.rows import Scores, Scratch
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch
+from sinkscope.undo import Undo, uninterrupted
 
 if TYPE_CHECKING:
     from sinkscope.capture import OnBlock
@@ -56,12 +57,12 @@ class FlashCapture(HooksCapture):
     def __enter__(self) -> FlashCapture:
         """Swap attention, and hook what else was asked for."""
         others = frozenset().union(*self.groups) - ATTENTION - SUPPLIED
-        with ExitStack() as stack:
-            stack.enter_context(self.adapter.quiet())
+        with Undo() as undo:
+            undo.enter_context(self.adapter.quiet())
             if others:
-                stack.enter_context(_hooked(self.adapter, others, self._on_activation))
-            stack.enter_context(swapped(self.adapter, self._attend, Masks(self.adapter.causal)))
-            self._stack = stack.pop_all()
+                undo.enter_context(_hooked(self.adapter, others, self._on_activation))
+            undo.enter_context(swapped(self.adapter, self._attend, Masks(self.adapter.causal)))
+            self._undo = undo.pop_all()
         return self
 
     def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
@@ -201,11 +202,7 @@ class Masks:
 def swapped(adapter: Adapter, attend: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
     """Have a model call `attend` for attention, and `mask` for its masks; put everything back, whatever happens."""
     name = f"sinkscope-{uuid4().hex}"
-    with ExitStack() as stack:
-        stack.enter_context(_registered(name, attend, mask))
-        stack.enter_context(chosen(adapter.network, name))
-        stack.enter_context(_unwrapped(adapter))
-        stack.enter_context(_lean_norms(adapter))
+    with _registered(name, attend, mask), chosen(adapter.network, name), _unwrapped(adapter), _lean_norms(adapter):
         yield
 
 
@@ -213,13 +210,11 @@ def swapped(adapter: Adapter, attend: Callable[..., Any], mask: Callable[..., An
 def _registered(name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    try:
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, mask)
+    with Undo() as undo:
+        for interface, function in ((AttentionInterface, attend), (AttentionMaskInterface, mask)):
+            undo.callback(interface._global_mapping.pop, name, None)  # there is no public way to take a name back
+            interface.register(name, function)
         yield
-    finally:  # there is no public way to take a name back
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 @contextmanager
@@ -233,13 +228,11 @@ def chosen(network: nn.Module, name: str) -> Iterator[None]:
             configs[id(config)] = config
             waiting += [getattr(config, key, None) for key in config.sub_configs]
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    try:
-        for config, _ in before:
+    with Undo() as undo:
+        for config, kept in before:
+            undo.callback(setattr, config, "_attn_implementation_internal", kept)
             config._attn_implementation_internal = name
         yield
-    finally:
-        for config, kept in before:
-            config._attn_implementation_internal = kept
 
 
 @contextmanager
@@ -252,13 +245,11 @@ def _unwrapped(adapter: Adapter) -> Iterator[None]:
         for name, child in parent._modules.items()
         if child is not None and id(child) in bridges
     ]
-    try:
+    with Undo() as undo:
         for parent, name, child in places:
+            undo.callback(parent._modules.__setitem__, name, child)
             parent._modules[name] = child.original_component
         yield
-    finally:
-        for parent, name, child in places:
-            parent._modules[name] = child
 
 
 @contextmanager
@@ -271,13 +262,11 @@ def _lean_norms(adapter: Adapter) -> Iterator[None]:
         and hasattr(type(module), NORM)
         and not any(p._forward_hooks or p._forward_pre_hooks for p in (module.hook_scale, module.hook_normalized))
     ]
-    try:
+    with Undo() as undo:
         for module in norms:
+            undo.callback(vars(module).pop, NORM, None)
             vars(module)[NORM] = partial(_norm, module.original_component)
         yield
-    finally:
-        for module in norms:
-            vars(module).pop(NORM, None)
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -308,10 +297,9 @@ def _first_bad_module(adapter: Adapter, batch: Batch) -> str:
             bad.append(f"in {name}")
 
     modules = [(name, module) for name, module in adapter.network.named_modules() if name]
-    handles = [m.register_forward_hook(lambda _, __, output, name=name: look(name, output)) for name, m in modules]
-    try:
+    with Undo() as undo:
+        with uninterrupted():
+            for name, m in modules:
+                undo.callback(m.register_forward_hook(lambda _, __, output, name=name: look(name, output)).remove)
         adapter.body(batch.ids, batch.valid)
-    finally:
-        for handle in handles:
-            handle.remove()
     return bad[0] if bad else "after the last layer"

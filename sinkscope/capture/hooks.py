@@ -24,6 +24,7 @@ from sinkscope.capture.rows import MassAlone, NoRows, Source, StoredPattern
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch
+from sinkscope.undo import Undo, uninterrupted
 
 if TYPE_CHECKING:
     from sinkscope.capture import OnBlock
@@ -48,22 +49,26 @@ class HooksCapture:
     chunk: int | None
     why: str
     name: str = "hooks"
-    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
+    _undo: ExitStack = field(default_factory=Undo, repr=False)
     _pass: _Pass | None = field(default=None, repr=False)
 
     def __enter__(self) -> HooksCapture:
         """Hook the model."""
-        with ExitStack() as stack:
-            stack.enter_context(self.adapter.quiet())
-            stack.enter_context(dropping_patterns(self.adapter))
-            stack.enter_context(_hooked(self.adapter, frozenset().union(*self.groups), self._on_activation))
-            self._stack = stack.pop_all()
+        with Undo() as undo:
+            undo.enter_context(self.adapter.quiet())
+            undo.enter_context(dropping_patterns(self.adapter))
+            undo.enter_context(_hooked(self.adapter, frozenset().union(*self.groups), self._on_activation))
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Unhook it."""
+        self.close()
+
+    def close(self) -> None:
+        """Unhook it, if it is hooked."""
         self._pass = None
-        self._stack.close()
+        self._undo.close()
 
     def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
         """Run the body over one batch, in one shot or chunk by chunk.
@@ -178,7 +183,7 @@ class _Pass:
         if isinstance(value, Tensor):
             self.held[need] = value
         else:
-            if not value.finite(self.batch.valid[:, self.start : self.start + value.n]):
+            if not value.finite(self.batch.valid[:, self.start : self.start + value.n].to(value.device)):
                 raise _NotFiniteError
             self.held |= dict.fromkeys(ATTENTION, value)
         for group in [g for g in self.waiting if g <= self.held.keys()]:
@@ -192,10 +197,11 @@ class _Pass:
 
     def _blocks(self, group: frozenset[str]) -> Iterator[Block]:
         """Cut a layer's rows where a metric looks at whole ones and nothing else; otherwise give them all at once."""
-        batch, lengths = self.batch, self.batch.lengths
         source: Source | None = next((self.held[name] for name in group & ATTENTION), None)
         rest = {name: self.held[name] for name in group - ATTENTION}
         n = source.n if source is not None else min(value.shape[1] for value in rest.values())
+        device = next(iter(rest.values())).device if source is None else source.device
+        lengths = self.batch.lengths.to(device)
         for start, stop in source.cuts() if source is not None and group == {"pattern"} else [(0, n)]:
             rows: Rows = NoRows() if source is None else source.rows(start, stop)
             yield Block(
@@ -207,7 +213,7 @@ class _Pass:
                 keys=torch.zeros_like(lengths),
                 causal=self.adapter.causal,
                 window=self.adapter.windows.get(self.layer),
-                tokens=batch.ids,
+                tokens=self.batch.ids.to(device),
                 activations=rest,
             )
 
@@ -224,18 +230,19 @@ def _hooked(adapter: Adapter, needs: frozenset[str], on_activation: Callable[[in
 @contextmanager
 def hooked(adapter: Adapter, names: Mapping[str, str], make: Callable[[int, str], Callable[..., Any]]) -> Iterator[None]:
     """Add the function `make(layer, what)` at hook point `names[what]` of every layer; take away those alone."""
-    added = []
-    try:
-        for layer in adapter.layers:
-            for what, name in names.items():
-                point = adapter.hook_point(layer, name)
-                point.add_hook(make(layer, what))
-                added.append((point, point.fwd_hooks[-1]))
+    with Undo() as undo:
+        with uninterrupted():
+            for layer in adapter.layers:
+                for what, name in names.items():
+                    point = adapter.hook_point(layer, name)
+                    point.add_hook(make(layer, what))
+                    undo.callback(_unhook, point, point.fwd_hooks[-1])
         yield
-    finally:
-        for point, handle in added:
-            handle.hook.remove()
-            point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
+
+
+def _unhook(point: Any, handle: Any) -> None:
+    handle.hook.remove()
+    point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
 
 
 def _observe(value: Tensor, hook: Any, *, on_activation: Callable[[int, str, Tensor], None], layer: int, need: str) -> None:
@@ -245,17 +252,13 @@ def _observe(value: Tensor, hook: Any, *, on_activation: Callable[[int, str, Ten
 @contextmanager
 def dropping_patterns(adapter: Adapter) -> Iterator[None]:
     """Make attention modules drop the pattern that they keep for later, as soon as they return."""
-    modules = list(adapter.attention_modules())
-    kept = [module._pattern for module in modules]
 
     def drop(module: Any, args: Any, output: Any) -> None:
         module._pattern = None
 
-    handles = [module.register_forward_hook(drop) for module in modules]
-    try:
+    with Undo() as undo:
+        with uninterrupted():
+            for module in adapter.attention_modules():
+                undo.callback(setattr, module, "_pattern", module._pattern)
+                undo.callback(module.register_forward_hook(drop).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, pattern in zip(modules, kept, strict=True):
-            module._pattern = pattern

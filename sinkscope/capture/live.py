@@ -20,6 +20,7 @@ from sinkscope.interventions import Intervention, MeanValue, ReplaceToken
 from sinkscope.models import Adapter, adapt
 from sinkscope.models.adapter import EDITED
 from sinkscope.tokens import TextTokens, Tokens
+from sinkscope.undo import Undo, surely, uninterrupted
 
 #: Stands for the length of a text whose end is not known.
 ENDLESS = 1 << 40
@@ -69,15 +70,13 @@ def _attention(adapter: Adapter, edit: Intervention, where: _Where) -> Iterator[
     edited: AbstractContextManager[Any]
     if isinstance(capture, EditedCapture):
         rotation = None if capture.frequencies is None else Rotation(capture.frequencies)
-        edited = LiveCapture(adapter, GROUPS, None, "live", edit=edit, rotation=rotation)
+        edited = surely(LiveCapture(adapter, GROUPS, None, "live", edit=edit, rotation=rotation))
     else:
         edited = editing_points(adapter, edit.touches, lambda: edit, lambda: ENDLESS, where=where)
-    with edited:
+    with edited, Undo() as undo:
+        undo.callback(EDITED.discard, mark)
         EDITED.add(mark)
-        try:
-            yield
-        finally:
-            EDITED.discard(mark)
+        yield
 
 
 class _Where:
@@ -91,19 +90,20 @@ class _Where:
         return torch.arange(self.start, self.start + n)
 
     def __enter__(self) -> _Where:
-        with ExitStack() as stack:
-            if self.adapter.kind == "hooked_transformer":  # which calls its own forward past the hooks of torch
-                stack.enter_context(_wrapped(self.adapter.model, self._before))
-            else:
-                for module in self.adapter.trunks:
-                    stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            if self.swaps:
-                stack.callback(self.adapter.embedding.register_forward_pre_hook(self._swap).remove)
-            self._stack = stack.pop_all()
+        with Undo() as undo:
+            with uninterrupted():
+                if self.adapter.kind == "hooked_transformer":  # which calls its own forward past the hooks of torch
+                    undo.enter_context(_wrapped(self.adapter.model, self._before))
+                else:
+                    for module in self.adapter.trunks:
+                        undo.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                if self.swaps:
+                    undo.callback(self.adapter.embedding.register_forward_pre_hook(self._swap).remove)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *how: Any) -> None:
-        self._stack.close()
+        self._undo.close()
 
     def _before(self, module: nn.Module, args: Any, given: dict[str, Any]) -> None:
         self.start = self.adapter.cached(given)
@@ -131,13 +131,13 @@ def _wrapped(model: nn.Module, before: Callable[..., None]) -> Iterator[None]:
         before(model, args, given)
         return forward(*args, **given)
 
-    vars(model)["forward"] = told
-    try:
+    with Undo() as undo:
+        if kept is None:
+            undo.callback(vars(model).pop, "forward", None)
+        else:
+            undo.callback(vars(model).__setitem__, "forward", kept)
+        vars(model)["forward"] = told
         yield
-    finally:
-        vars(model).pop("forward")
-        if kept is not None:
-            vars(model)["forward"] = kept
 
 
 @dataclass
@@ -152,7 +152,7 @@ class LiveCapture(FlashCapture):
 
     def __enter__(self) -> LiveCapture:
         """Swap attention; gradients, modes and everything else are the user's."""
-        self._stack.enter_context(swapped(self.adapter, self._attend, Masks(self.adapter.causal, self._told)))
+        self._undo.enter_context(swapped(self.adapter, self._attend, Masks(self.adapter.causal, self._told)))
         return self
 
     def _told(self, first: int, held: int, window: int | None) -> None:

@@ -25,6 +25,7 @@ from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.interventions import Intervention, MaskKeys, ZeroAttention, ZeroValue
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch, TextTokens, Tokens
+from sinkscope.undo import Undo, surely
 
 #: What an intervention touches -> the hook point that carries it.
 POINTS = {"scores": "attn.hook_attn_scores", "pattern": "attn.hook_pattern", "values": "attn.hook_v"}
@@ -50,23 +51,27 @@ class PointsCapture:
     received: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
     _edit: Intervention = field(default=NONE, repr=False)
     _tick: Callable[[], None] = field(default=lambda: None, repr=False)
-    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
+    _undo: ExitStack = field(default_factory=Undo, repr=False)
 
     def __enter__(self) -> PointsCapture:
         """Hook the model."""
-        with ExitStack() as stack:
-            stack.enter_context(self.adapter.quiet())
-            stack.enter_context(dropping_patterns(self.adapter))
-            stack.enter_context(
+        with Undo() as undo:
+            undo.enter_context(self.adapter.quiet())
+            undo.enter_context(dropping_patterns(self.adapter))
+            undo.enter_context(
                 editing_points(self.adapter, self.touches | {"pattern"}, lambda: self._edit, self._length, self._seen)
             )
-            stack.enter_context(editing_residuals(self.adapter, self._residual))
-            self._stack = stack.pop_all()
+            undo.enter_context(editing_residuals(self.adapter, self._residual))
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *how: Any) -> None:
         """Unhook it."""
-        self._stack.close()
+        self.close()
+
+    def close(self) -> None:
+        """Unhook it, if it is hooked."""
+        self._undo.close()
 
     def pieces(
         self, batch: Batch, edit: Intervention, tick: Callable[[], None]
@@ -190,7 +195,7 @@ def is_live(adapter: Adapter, what: str) -> bool:
     (batch,) = Tokens((TextTokens("proof", ids, ("",) * len(ids)),), "").batches(1, adapter.device)
     if POINTS[what] not in {p.removeprefix(f"blocks.{adapter.layers[0]}.") for p in adapter.points}:
         return False
-    with warnings.catch_warnings(), PointsCapture(adapter, frozenset({what}), "proof") as capture:
+    with warnings.catch_warnings(), surely(PointsCapture(adapter, frozenset({what}), "proof")) as capture:
         warnings.simplefilter("ignore")  # what TransformerLens says of a discarded edit, where it says so
         (before,), whole = list(capture.pieces(batch, NONE, lambda: None)), capture.received
         (after,), edited = list(capture.pieces(batch, PROBES[what], lambda: None)), capture.received

@@ -6,7 +6,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from sinkscope.block import Block
@@ -15,6 +14,7 @@ from sinkscope.capture.hooks import ATTENTION, HooksCapture
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch, TextTokens, Tokens
+from sinkscope.undo import surely
 
 #: Tokens of the proof: enough to pass a short sliding window, where a model has one.
 TOKENS, PAST_A_WINDOW = 16, 48
@@ -51,7 +51,7 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
     batch = _first_tokens(adapter, tokens)
     try:
         expected = _reference(adapter, batch)
-        with FlashCapture(adapter, groups | {WHOLE}, None, "proof") as capture:
+        with surely(FlashCapture(adapter, groups | {WHOLE}, None, "proof")) as capture:
             found = _look(capture, batch)
     except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         kind = "" if isinstance(error, SinkscopeError) else f"{type(error).__name__}: "
@@ -111,11 +111,12 @@ def _look(capture: HooksCapture, batch: Batch) -> _Look:
 
     def keep(block: Block, group: frozenset[str]) -> None:
         if group == WHOLE:
-            mass.append(block.mass.transpose(1, 2)[batch.valid])
-            gaps.append((block.pattern.sum(-1) - block.row_sum).transpose(1, 2)[batch.valid].abs().max())
+            real = batch.valid.to(block.lengths.device)
+            mass.append(block.mass.transpose(1, 2)[real])
+            gaps.append(float((block.pattern.sum(-1) - block.row_sum).transpose(1, 2)[real].abs().max()))
 
     hidden = capture.run(batch, keep, lambda: None)
-    return _Look(hidden[batch.valid].float(), mass, float(torch.stack(gaps).max()))
+    return _Look(hidden[batch.valid].float(), mass, max(gaps))
 
 
 def _reference(adapter: Adapter, batch: Batch) -> _Look:
@@ -124,7 +125,7 @@ def _reference(adapter: Adapter, batch: Batch) -> _Look:
     (Asked for attentions, Hugging Face would put hooks of its own on the model, and leave them there.)
     """
     if adapter.kind == "bridge":
-        with HooksCapture(adapter, frozenset({WHOLE}), None, "reference") as capture:
+        with surely(HooksCapture(adapter, frozenset({WHOLE}), None, "reference")) as capture:
             return _look(capture, batch)
     with adapter.quiet(), chosen(adapter.network, "eager"):
         return _Look(adapter.body(batch.ids, batch.valid)[batch.valid].float(), [])

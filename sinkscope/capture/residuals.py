@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkscope.capture.hooks import dropping_patterns
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention
 from sinkscope.models import Adapter, adapt
+from sinkscope.undo import Undo, uninterrupted
 
 T = TypeVar("T")
 
@@ -27,12 +29,11 @@ def editing_residuals(adapter: Adapter, edit: Callable[[int, Tensor], Tensor]) -
         edited = edit(layer, first)
         return output if edited is first else (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    handles = [block.register_forward_hook(partial(after, layer=layer)) for layer, block in enumerate(adapter.blocks)]
-    try:
+    with Undo() as undo:
+        with uninterrupted():
+            for layer, block in enumerate(adapter.blocks):
+                undo.callback(block.register_forward_hook(partial(after, layer=layer)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def residuals(
@@ -46,7 +47,7 @@ def residuals(
         return residual
 
     batch = ids[None].to(adapter.device)
-    with adapter.quiet(), editing_residuals(adapter, keep):
+    with adapter.quiet(), dropping_patterns(adapter), editing_residuals(adapter, keep):
         adapter.body(batch, torch.ones_like(batch, dtype=torch.bool))
     return seen
 

@@ -33,6 +33,11 @@ class Source(Protocol):
         """Give the number of rows."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Tell where the layer is."""
+        ...
+
     def rows(self, start: int, stop: int) -> Rows:
         """Give some of them, counted from the first of this pass."""
         ...
@@ -58,6 +63,11 @@ class StoredPattern:
     def n(self) -> int:
         """Give the number of rows."""
         return self.values.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Tell where the layer is."""
+        return self.values.device
 
     def rows(self, start: int, stop: int) -> PatternRows:
         """Give some rows, and the keys up to the last of them."""
@@ -111,6 +121,11 @@ class Scores:
     def n(self) -> int:
         """Give the number of rows."""
         return self.q.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Tell where the layer is."""
+        return self.q.device
 
     def rows(self, start: int, stop: int) -> ScoredRows:
         """Give some rows; nothing is computed before it is asked for."""

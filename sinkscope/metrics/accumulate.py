@@ -124,6 +124,11 @@ class Moments:
         return Moments(*(np.pad(x, pad) for x in (self.count, self.mean, self.m2)))
 
     @property
+    def present(self) -> Array:
+        """The mean; NaN where nothing was counted."""
+        return np.where(self.count > 0, self.mean, np.nan)
+
+    @property
     def std_error(self) -> Array:
         """Standard error of the mean, ddof 1; NaN with fewer than two sequences."""
         n = np.where(self.count > 1, self.count, np.nan)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.tokens import Tokens, tokenize
+from sinkscope.undo import Undo
 
 SMOLLM2 = "smollm2-135m"
 #: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network.
@@ -63,8 +64,8 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids must go."""
-        return next(self.network.parameters()).device
+        """Where token ids must go: where the first weights are, if they are anywhere (offloaded ones are not)."""
+        return next((p.device for p in self.network.parameters() if not p.is_meta), torch.device("cpu"))
 
     @property
     def dtype(self) -> str:
@@ -160,7 +161,7 @@ class Adapter:
                 input_ids=ids, use_cache=cache is not None, output_attentions=False, return_dict=True, **extra
             )
             hidden: Tensor = output.last_hidden_state
-            return hidden
+            return hidden.to(ids.device)  # of a model on several devices it comes from the last
         if self.kind == "hooked_encoder":
             encoded: Tensor = self.model.encoder_output(ids, one_zero_attention_mask=valid.long())
             return encoded
@@ -227,18 +228,15 @@ class Adapter:
     def quiet(self) -> Iterator[None]:
         """Inference for the time of a run: no gradients, no dropout; every module's mode is put back."""
         training = [module for module in {*self.model.modules(), *self.network.modules()} if module.training]
-        try:
+        with Undo() as undo, torch.no_grad():
             for module in training:  # not eval(): on a bridge it takes as long as a short text
+                undo.callback(setattr, module, "training", True)
                 module.training = False
-            with torch.no_grad():
-                yield
-        finally:
-            for module in training:
-                module.training = True
+            yield
 
     def checksum(self) -> str:
         """Tell models of one name apart by their weights: a sum per parameter."""
-        sums = [float(p.detach().double().sum()) for p in self.network.parameters()]
+        sums = [tuple(p.shape) if p.is_meta else float(p.detach().double().sum()) for p in self.network.parameters()]
         return hashlib.sha256(repr(sums).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -253,7 +251,7 @@ class Adapter:
             "windows": {str(layer): size for layer, size in self.windows.items()},
             "causal": self.causal,
             "dtype": self.dtype,
-            "device": str(self.device),
+            "device": ", ".join(sorted({str(p.device) for p in self.network.parameters() if not p.is_meta})),
             "transformer_lens": importlib.metadata.version("transformer-lens"),
             **versions,
         }

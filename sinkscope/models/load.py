@@ -20,6 +20,7 @@ import torch
 
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapter import SMOLLM2
+from sinkscope.undo import Undo
 
 Backend = Literal["bridge", "hooked_transformer"]
 
@@ -30,6 +31,8 @@ def load_model(
     backend: Backend = "bridge",
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Any:
     """Load a model with hooks on its attention patterns.
 
@@ -42,6 +45,9 @@ def load_model(
             HookedEncoder, which TransformerLens 4 no longer has.
         device: where to put it; None takes the GPU when there is one.
         dtype: of the weights.
+        device_map: for a model that is too large for one device: `"auto"`, or module -> device, as accelerate takes it.
+            Layers are spread over the devices, and what does not fit is kept in memory or on disk until it is used.
+        offload_folder: where `device_map` may put weights on disk.
 
     Returns:
         A TransformerLens model in eval mode, with its tokenizer.
@@ -57,16 +63,25 @@ def load_model(
             f"backend='hooked_transformer' needs transformer-lens 3.9; this is {version}, which has TransformerBridge "
             "only. Leave backend out, or pip install 'transformer-lens<4'"
         )
+    spread: dict[str, Any] = {}
+    if device_map is not None:
+        if device is not None or backend != "bridge":
+            raise SinkscopeError("device_map= says where every layer goes, on a bridge: leave out device= and backend=")
+        spread = {"device_map": device_map, "offload_folder": None if offload_folder is None else str(offload_folder)}
     place = _device(device)
     source = _locate(str(name))
     with _less_noise():
-        network, tokenizer = _load_hugging_face(source, dtype)
-        network = network.to(place).eval()
+        network, tokenizer = _load_hugging_face(source, dtype, spread)
+        network = (network if spread else network.to(place)).eval()
         if backend == "hooked_transformer":
             from sinkscope.models.legacy import convert
 
             return convert(network, tokenizer, source.label)
-        return bridge(network, tokenizer, source.label, source.location)
+        try:
+            return bridge(network, tokenizer, source.label, source.location)
+        except ValueError as error:  # TransformerLens 3.9 takes no weights that are not in memory
+            how = f" with device_map={device_map!r}" if spread else ""
+            raise SinkscopeError(f"can't load {source.label!r}{how}: {error}") from error
 
 
 def bridge(network: Any, tokenizer: Any, name: str, location: str | None = None) -> Any:
@@ -135,7 +150,7 @@ def _locate(name: str) -> _Source:
     return _Source(name, hub, revision=revision or None)
 
 
-def _load_hugging_face(source: _Source, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     where = {"gguf_file": source.gguf, "revision": source.revision}
@@ -148,7 +163,7 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype) -> tuple[Any, Any]:
         auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
         safe = {} if source.gguf else {"use_safetensors": True}
         network = auto.from_pretrained(
-            source.location, config=config, dtype=dtype, attn_implementation="eager", **given, **safe
+            source.location, config=config, dtype=dtype, attn_implementation="eager", **given, **safe, **spread
         )
         network.config.architectures = [type(network).__name__]
     except Exception as error:  # whatever the loaders raise, of which there is no list
@@ -217,14 +232,12 @@ def _less_noise() -> Iterator[None]:
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     root = logging.root.level
-    try:
+    with Undo() as undo, redirect_stderr(io.StringIO()):
+        undo.callback(transformers.logging.set_verbosity, level)
+        undo.callback(logging.root.setLevel, root)
+        if bars:
+            undo.callback(transformers.logging.enable_progress_bar)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         logging.root.setLevel(logging.ERROR)
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        logging.root.setLevel(root)
-        if bars:
-            transformers.logging.enable_progress_bar()
+        yield

@@ -54,7 +54,7 @@ def non_first(
         raise SinkscopeError(f"a text of {min(lengths.values())} tokens: more than {QUERIES} are needed")
     special = set(adapter.tokenizer.all_special_tokens) if adapter.tokenizer is not None else set()
     name = f"sink_positions@{eps:g}"
-    report = measure(model, sample, [name, "received_profile", "position_profile"], progress=progress)
+    report = measure(model, sample, [name, "received_profile", "position_profile"], per_text=True, progress=progress)
     about = setting(sample)
     kinds = {s.label: [kind(i, t, special) for i, t in enumerate(s.strings)] for s in sample.sequences}
     rows: list[Row] = []

@@ -1,0 +1,63 @@
+"""What a run changes on a model is put back: after an error, and after Ctrl-C at whatever moment it comes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until a few changes that belong together are made."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """A context manager that can be closed as well, any number of times."""
+
+    def __enter__(self) -> Any:
+        """Enter it."""
+
+    def __exit__(self, *how: Any) -> bool | None:
+        """Leave it."""
+
+    def close(self) -> None:
+        """Do what leaving it does, if it is not done."""
+
+
+C = TypeVar("C", bound=Closable)
+
+
+@contextmanager
+def surely(thing: C) -> Iterator[C]:
+    """Enter something, and see to it that it is left, should an interrupt come just when it is."""
+    with closing(thing), thing:
+        yield thing
+
+
+class Undo(ExitStack):
+    """An exit stack that an interrupt can't keep from its work: hit before it begins, it does it when it is let go of."""
+
+    def __exit__(self, *details: Any) -> bool:
+        """Undo, the latest change first."""
+        with uninterrupted():
+            return bool(super().__exit__(*details))
+
+    def __del__(self) -> None:
+        if self._exit_callbacks:  # type: ignore[attr-defined]
+            self.close()
