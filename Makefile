@@ -11,7 +11,7 @@ ENV    := .venv
 ENV39  := .venv-tl39
 PIP    := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint test43 test39 pages docs bench clean
+.PHONY: demo test lint test43 test39 pages docs bench fuzz clean
 
 demo: $(ENV)/ready
 	$(ENV)/bin/sinkscope demo --out sinkscope-demo
@@ -41,6 +41,10 @@ docs: $(ENV)/ready
 
 bench: $(ENV)/ready
 	$(ENV)/bin/python tests/benchmarks/bench.py
+
+# Over ten thousand generated calls of the command line, the public functions and the readers of files.
+fuzz: $(ENV)/ready
+	SINKSCOPE_FUZZ=12 $(ENV)/bin/python -m pytest -n 2 tests/robust/test_fuzz.py
 
 # torch first and alone: an unpinned torch may pull a CUDA build of several GB. The environment variable, unlike -c,
 # pins the build backend as well.

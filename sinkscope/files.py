@@ -13,7 +13,7 @@ import pandas as pd
 
 from sinkscope.effect import EffectReport
 from sinkscope.errors import SinkscopeError
-from sinkscope.report import SinkReport
+from sinkscope.report import COLUMNS, SUMMARY_COLUMNS, SinkReport
 from sinkscope.resume import claimed, forget
 
 #: Written last: a directory without it holds no whole report.
@@ -141,6 +141,8 @@ def load_report(directory: str | Path) -> SinkReport | EffectReport:
         frame, summary = (pd.read_parquet(path / f"{name}.parquet") for name in ("measurements", "summary"))
         attention = path / "attention.parquet"
         shown = pd.read_parquet(attention) if attention.is_file() else None
+        if list(frame.columns) != COLUMNS or list(summary.columns) != SUMMARY_COLUMNS:
+            raise ValueError("its tables have other columns")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SinkscopeError(f"the report in {str(path)!r} can't be read: {error}") from None
     return SinkReport(frame, summary, about, shown)

@@ -139,8 +139,8 @@ def tokenize(
                 "these texts are tokenised already: give bos=, max_tokens= or attention_mask= to ss.tokenize"
             )
         return texts
-    if max_tokens is not None and max_tokens < 2:
-        raise SinkscopeError(f"max_tokens={max_tokens}: at least 2 tokens are needed to look at attention")
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 2):
+        raise SinkscopeError(f"max_tokens={max_tokens!r}: give a whole number; at least 2 tokens are needed to attend")
     items = _items(texts, attention_mask, first)
     if not items:
         raise SinkscopeError("no texts given: pass at least one string, file or list of token ids")
@@ -256,6 +256,8 @@ def _items(texts: Any, attention_mask: Tensor | None, first: int = 0) -> list[tu
         texts = list(texts) if texts.ndim == 2 else [texts]
     elif isinstance(texts, str | Path) or (isinstance(texts, Sequence) and texts and isinstance(texts[0], int)):
         texts = [texts]
+    if not isinstance(texts, Iterable):
+        raise SinkscopeError(f"texts is a {type(texts).__name__}: expected a string, a path, token ids, or several of these")
     items = []
     for i, text in enumerate(texts, first):
         if isinstance(text, Path):

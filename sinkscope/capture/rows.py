@@ -162,7 +162,8 @@ class ScoredRows:
         key = of.k[torch.arange(len(keys), device=keys.device), :, keys][:, :, None]
         logs = scores_of(of.q[:, :, self.start : self.stop], key, of.scale, of.softcap)[..., 0]
         seen = self._seen(keys[:, None])[:, None]
-        return torch.where(seen, (logs - of.lse[:, :, self.start : self.stop]).exp(), 0)
+        shares = (logs - of.lse[:, :, self.start : self.stop]).clamp(max=0).exp()  # rounding must not give more than all
+        return torch.where(seen, shares, 0)
 
     def row_sum(self) -> Float[Tensor, "batch head query"]:
         """Give 1, less what the learned sink takes: exp(sink - lse)."""

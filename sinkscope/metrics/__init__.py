@@ -70,6 +70,8 @@ def resolve(asked: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None)
     """
     if isinstance(asked, str):
         asked = [asked]
+    if asked is not None and not isinstance(asked, Iterable):
+        raise SinkscopeError(f"metrics is a {type(asked).__name__}: expected names, metrics, or functions of a block")
     chosen = [_by_name(a) if isinstance(a, str) else _as_metric(a) for a in (DEFAULT if asked is None else asked)]
     merged: dict[str, AnyMetric] = {}
     for m in chosen:

@@ -58,6 +58,8 @@ def pieces(adapter: Adapter, text: Any, *, count: int, size: int, bos: bool | No
     """
     if isinstance(text, Tokens):
         return text
+    if size < 2 or count < 1:
+        raise SinkscopeError(f"{count} pieces of {size} tokens: at least one piece of two tokens is needed")
     size = min(size, adapter.n_ctx or size)
     text = long_text() if text is None else text
     if isinstance(text, Mapping) and len(text) == 1:

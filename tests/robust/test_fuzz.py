@@ -1,0 +1,255 @@
+"""Generated calls: each ends in a result or in a SinkscopeError, never in a traceback, a hang or a half-written file.
+
+`make fuzz` runs over ten thousand of them, the suite about a thousand.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import sinkscope as ss
+from sinkscope.cli import app
+from sinkscope.files import SEAL
+from sinkscope.interventions import Intervention, parse
+from sinkscope.metrics import available
+from sinkscope.resume import Store
+from sinkscope.testing import tiny_model
+from sinkscope.tokens import read_text
+
+TIMES = int(os.environ.get("SINKSCOPE_FUZZ", "1"))
+
+
+def fuzz(examples):
+    return settings(
+        max_examples=examples * TIMES, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+def tried(call):
+    """A result, or the one kind of error that may come."""
+    with contextlib.suppress(ss.SinkscopeError):
+        return call()
+    return None
+
+
+# --- what is generated -----------------------------------------------------------------------------------------------
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2) | st.tuples(inner, inner)
+    ),
+    max_leaves=5,
+)
+small = st.integers(-3, 40)
+numbers = small | st.sampled_from([0, -1, 2**31, 2**63, 10**30, -(10**30)]) | st.floats()
+literal = st.recursive(
+    numbers.map(repr) | st.text(max_size=5).map(repr) | st.just("None"),
+    lambda i: st.lists(i, max_size=3).map(lambda parts: f"[{', '.join(parts)}]"),
+    max_leaves=4,
+)
+fields = st.sampled_from(
+    ["size", "sinks", "keys", "positions", "position", "token", "layers", "heads", "to", "at", "seed", "x"]
+)
+arguments = st.lists(st.one_of(literal, st.tuples(fields, literal).map("=".join)), max_size=3).map(", ".join)
+edits = st.tuples(st.sampled_from([*Intervention.registry, "nothing"]), arguments).map(lambda pair: f"{pair[0]}({pair[1]})")
+written = st.lists(edits, min_size=1, max_size=3).map(" & ".join) | st.text(max_size=40) | edits
+sane = st.builds("{}({})".format, st.sampled_from(["window", "sink_window", "mask_keys", "zero_value"]), small.map(str))
+words = st.text(alphabet="abcdef .,\n\u00e9\U0001f600\x00\x1b<&=", max_size=30)
+ids = st.lists(st.integers(-2, 70), max_size=12)
+fine = st.text(alphabet="abcdef .,", min_size=6, max_size=30).map("a".__add__)
+texts = (
+    fine
+    | st.lists(fine, min_size=1, max_size=3)
+    | words
+    | ids
+    | st.lists(words | ids, max_size=4)
+    | st.dictionaries(words, words | ids, max_size=3)
+    | anything
+)
+names = st.sampled_from([*sorted(available()), "sink_rate@0.5", "sink_rate@", "sink_mass@2", "nothing", ""])
+some_metrics = st.just(["sink_mass", "row_entropy"]) | st.none() | st.lists(names, max_size=3) | anything
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+
+@fuzz(400)
+@given(text=written)
+def test_interventions_in_words(text):
+    edit = tried(lambda: parse(text))
+    if edit is not None:
+        assert str(parse(str(edit))) == str(edit)
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "report"
+    ss.measure(model, ["so it goes", "and on"], ["sink_mass", "sink_positions"]).save(folder)
+    return folder
+
+
+@fuzz(120)
+@given(data=st.data(), name=st.sampled_from(["measurements.parquet", "summary.parquet", SEAL]))
+def test_a_damaged_report(saved, tmp_path_factory, data, name):
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved, folder)
+    damage(folder / name, data)
+    report = tried(lambda: ss.load_report(folder))
+    if report is not None and name != SEAL:
+        assert list(report.frame.columns) == list(ss.load_report(saved).frame.columns) or name != "measurements.parquet"
+
+
+def damage(path, data):
+    """Cut a file, or change some bytes of it, or put something else in its place."""
+    whole = bytearray(path.read_bytes())
+    how = data.draw(st.sampled_from(["cut", "change", "replace"]))
+    if how == "cut":
+        whole = whole[: data.draw(st.integers(0, len(whole)))]
+    elif how == "change":
+        for at in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=4)):
+            whole[at] = data.draw(st.integers(0, 255))
+    else:
+        whole = data.draw(st.binary(max_size=60) | anything.map(lambda x: json.dumps(x, default=str).encode()))
+    path.write_bytes(bytes(whole))
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_damaged_batches_of_an_unfinished_run(tmp_path_factory, data):
+    store = Store.of(tmp_path_factory.getbasetemp() / "kept", {})
+    store.write("a", [{"x": 1}], {"b": np.arange(9.0)})
+    damage(store.folder / "a.npz", data)
+    store.read("a")  # something or None
+
+
+@fuzz(100)
+@given(content=st.binary(max_size=80) | words.map(str.encode) | anything.map(lambda x: json.dumps(x, default=str).encode()))
+def test_files_of_texts(model, tmp_path_factory, content):
+    for name in ("t.txt", "t.jsonl"):
+        path = tmp_path_factory.getbasetemp() / name
+        path.write_bytes(content)
+        tried(lambda path=path: read_text(path))
+        tried(lambda path=path: ss.measure(model, path, ["sink_mass"]))
+
+
+@fuzz(20)
+@given(data=st.data())
+def test_damaged_weights(saved_model, tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "weights"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved_model, folder)
+    damage(folder / data.draw(st.sampled_from(["config.json", "model.safetensors", "tokenizer.json"])), data)
+    tried(lambda: ss.measure(ss.load_model(folder), [[1, 5, 9]], ["sink_mass"]))
+
+
+# --- functions -------------------------------------------------------------------------------------------------------
+
+
+@fuzz(60)
+@given(
+    texts=texts,
+    metrics=some_metrics,
+    how=st.fixed_dictionaries(
+        {},
+        optional={
+            "key": small | words | st.lists(small | words, max_size=2),
+            "bos": st.none() | st.booleans(),
+            "max_tokens": small,
+            "engine": st.sampled_from(["auto", "flash", "hooks", "x"]),
+            "chunk": small | st.sampled_from(["auto", None, "x"]),
+            "batch_size": small,
+            "per_text": st.none() | st.booleans(),
+        },
+    ),
+)
+def test_measure(model, texts, metrics, how):
+    report = tried(lambda: ss.measure(model, texts, metrics, **how))
+    if report is not None:
+        assert not report.frame.empty or not metrics
+        report.page()
+
+
+@fuzz(50)
+@given(
+    texts=texts,
+    edits=sane | written | st.lists(sane | written, max_size=2),
+    how=st.fixed_dictionaries(
+        {},
+        optional={
+            "score_from": small,
+            "bos": st.none() | st.booleans(),
+            "max_tokens": small,
+        },
+    ),
+)
+def test_evaluate(model, texts, edits, how):
+    report = tried(lambda: ss.evaluate(model, texts, edits, **how))
+    if report is not None:
+        assert np.isfinite(report.frame["loss"]).all()
+
+
+@fuzz(80)
+@given(texts=texts, how=st.fixed_dictionaries({}, optional={"bos": st.booleans(), "max_tokens": numbers}))
+def test_tokenize(model, texts, how):
+    tried(lambda: ss.tokenize(model.tokenizer, texts, **how))
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+options = {
+    "--text": words,
+    "--metric": names,
+    "--max-tokens": numbers.map(str),
+    "--engine": st.sampled_from(["auto", "hooks", "y"]),
+    "--key": small.map(str) | words,
+    "--chunk": small.map(str) | words,
+    "--batch-size": small.map(str),
+    "--intervention": sane | written,
+    "--score-from": small.map(str),
+    "--file": words,
+    "--device": st.sampled_from(["cpu", "gpu"]),
+    "--sequences": small.map(str),
+    "--tokens": small.map(str),
+    "--ratio": numbers.map(str),
+    "--budget": small.map(str),
+}
+flags = st.sampled_from(["--json", "--bos", "--no-bos", "--no-per-text", "--help", "--debg"])
+given_options = st.lists(
+    st.sampled_from(sorted(options)).flatmap(lambda o: options[o].map(lambda value: [o, value])) | flags.map(lambda f: [f]),
+    max_size=4,
+).map(lambda parts: [word for part in parts for word in part])
+commands = st.sampled_from(
+    [["measure", "m"], ["evaluate", "m"], ["compare"], ["metrics"], ["study", "bos", "m"], ["study", "x", "m"], []]
+)
+
+
+@fuzz(80)
+@given(command=commands, options=given_options, text=st.booleans())
+def test_the_command_line(model, tmp_path_factory, command, options, text):
+    out = tmp_path_factory.getbasetemp() / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    arguments = [*command, *options, *(["--text", "so it goes"] if text else []), *(["--out", str(out)] if text else [])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sinkscope.models.load_model", lambda *_, **__: model)
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code in (0, 1, 2), (arguments, result.output)
+    assert result.exception is None or isinstance(result.exception, SystemExit), (arguments, repr(result.exception))
+    if result.exit_code == 1:
+        assert result.stderr.startswith("sinkscope: error: ")
+    assert not [p for p in out.rglob("*") if p.name.endswith(".half")]
+    if result.exit_code != 0 and out.exists():
+        assert not (out / SEAL).exists()
