@@ -204,7 +204,7 @@ def study(
         else:
             table = report.shown()
             _table(list(table.columns), table.to_numpy().tolist())
-            typer.echo(f"\n{report.verdict}\n\n{report.said}")
+            _say(f"\n{report.verdict}\n\n{report.said}")
         if out is not None:
             report.save(out)
             if not as_json:
@@ -230,7 +230,7 @@ def demo(
         if not as_json:
             typer.echo("\nWhat this means")
             for sentence in report.about["sentences"].values():
-                typer.echo(f"  - {sentence}")
+                _say(f"  - {sentence}")
         _say_where(out, as_json)
 
 
@@ -363,8 +363,8 @@ def _show(report: SinkReport, as_json: bool) -> None:
         return
     n = len(report.texts)
     about = report.about
-    typer.echo(f"{about['model']} on {n} text{'s' * (n != 1)} ({about['device']}, {about['dtype']}); {about['bos']}")
-    typer.echo(f"engine {about['engine']}: {about['engine_why']}\n")
+    _say(f"{about['model']} on {n} text{'s' * (n != 1)} ({about['device']}, {about['dtype']}); {about['bos']}")
+    _say(f"engine {about['engine']}: {about['engine_why']}\n")
     rows = report.intervals()
     order = {name: i for i, name in enumerate(KEY_NUMBERS)}
     rows = rows.sort_values(
@@ -387,10 +387,10 @@ def _show_effects(report: EffectReport, as_json: bool) -> None:
         typer.echo(rows.to_json(orient="records"))
         return
     about = report.about
-    typer.echo(f"{report} ({about['device']}, {about['dtype']}); {about['bos']}")
+    _say(f"{report} ({about['device']}, {about['dtype']}); {about['bos']}")
     typer.echo(f"loss in nats per token, of {int(rows['tokens'].max())} tokens; interval: {about['interval']}\n")
     if "no_clean_run" in about:
-        typer.echo(f"{about['no_clean_run']}\n")
+        _say(f"{about['no_clean_run']}\n")
     plain, signed = "{:.3f}".format, "{:+.3f}".format
     how = {"loss": plain, "perplexity": number, "delta_loss": signed, "low": signed, "high": signed, "kl": plain}
     how["sink_mass"] = percent
@@ -423,6 +423,11 @@ def _table(header: list[str], rows: list[list[str]]) -> None:
     console = Console(markup=False, highlight=False)
     console.width = max(console.width, 200) if not console.is_terminal else console.width
     console.print(table)
+
+
+def _say(words: str) -> None:
+    """Print text that may hold names from anywhere."""
+    typer.echo("\n".join(map(_plain, words.split("\n"))))
 
 
 def _plain(cell: str) -> str:

@@ -18,6 +18,8 @@ from sinkscope.resume import claimed, forget
 
 #: Written last: a directory without it holds no whole report.
 SEAL = "summary.json"
+#: How text begins that a spreadsheet would run.
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 #: What an earlier, larger report may have left behind.
 PICTURES = ("heatmap", "progression", "distribution", "positions", "attention")
 
@@ -101,8 +103,7 @@ def _unseal(path: Path, *others: str) -> None:
 
 def _write_tables(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
     for name, table in tables.items():
-        write(path / f"{name}.csv", partial(table.to_csv, index=False))
-        write(path / f"{name}.parquet", partial(table.to_parquet, index=False))
+        write_table(table, path / name)
 
 
 def _seal(report: SinkReport | EffectReport, path: Path) -> None:
@@ -110,6 +111,23 @@ def _seal(report: SinkReport | EffectReport, path: Path) -> None:
     write(path / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
     about = json.dumps(report.about, indent=1, ensure_ascii=False)
     write(path / SEAL, lambda p: p.write_text(about, encoding="utf-8"))
+
+
+def write_table(table: pd.DataFrame, stem: Path) -> None:
+    """Write a table as `.csv` and, exactly, as `.parquet`.
+
+    In the CSV, text that a spreadsheet would run as a formula (it begins with `=`, `+`, `-`, `@`, a tab or a line's end) gets
+    an apostrophe before it, as OWASP advises; and a carriage return, which many readers take for a line's end, becomes `\\r`.
+    """
+    safe = table.copy()
+    for column in safe.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in safe.dtypes]]:
+        safe[column] = [_harmless(x) if isinstance(x, str) else x for x in safe[column]]
+    write(stem.with_name(f"{stem.name}.csv"), partial(safe.to_csv, index=False))
+    write(stem.with_name(f"{stem.name}.parquet"), partial(table.to_parquet, index=False))
+
+
+def _harmless(cell: str) -> str:
+    return ("'" if cell.startswith(FORMULA) else "") + cell.replace("\r", "\\r")
 
 
 def write(path: Path, fill: Callable[[Path], Any]) -> None:

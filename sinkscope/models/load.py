@@ -154,7 +154,8 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     where = {"gguf_file": source.gguf, "revision": source.revision}
-    given = {name: value for name, value in where.items() if value}
+    given: dict[str, Any] = {name: value for name, value in where.items() if value}
+    given["trust_remote_code"] = False  # said nothing, transformers would ask on the terminal
     try:
         if source.is_hub_name and not _hub_can_answer(source.location):
             raise ConnectionError("no network")

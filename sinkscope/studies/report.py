@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from sinkscope.effect import EffectReport
-from sinkscope.files import check_writable, write
+from sinkscope.files import check_writable, write, write_table
 from sinkscope.metrics.across import t_interval
 from sinkscope.report import SinkReport
 
@@ -132,8 +132,7 @@ class StudyReport:
         (path / SEAL).unlink(missing_ok=True)
         for folder, report in self.reports.items():
             report.save(path / folder)
-        write(path / "study.csv", partial(self.table.to_csv, index=False))
-        write(path / "study.parquet", partial(self.table.to_parquet, index=False))
+        write_table(self.table, path / "study")
         write(path / "study.txt", lambda p: p.write_text(f"{self.said}\n", encoding="utf-8"))
         for stem, draw in self.pictures.items():
             figure = Figure(**WIDE)
