@@ -114,7 +114,7 @@ def _seal(report: SinkReport | EffectReport, path: Path) -> None:
 
 
 def write_table(table: pd.DataFrame, stem: Path) -> None:
-    """Write a table as `.csv` and, exactly, as `.parquet`.
+    r"""Write a table as `.csv` and, exactly, as `.parquet`.
 
     In the CSV, text that a spreadsheet would run as a formula (it begins with `=`, `+`, `-`, `@`, a tab or a line's end) gets
     an apostrophe before it, as OWASP advises; and a carriage return, which many readers take for a line's end, becomes `\\r`.
