@@ -20,13 +20,42 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="sinkscope",
     help="Attention sinks, measured exactly: how much attention lands on one token, beside what chance would give.",
-    epilog="Try: sinkscope demo. Exit codes: 0 fine, 1 something you can mend (one line on stderr), 2 wrong usage.",
+    epilog="Try: sinkscope demo. Exit codes: 0 fine, 1 something you can mend (one line on stderr), 2 wrong usage, "
+    "130 interrupted. Tab completion: sinkscope --install-completion.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="smollm2-135m, a hub name such as gpt2, a directory, or a .gguf file.")]
+
+def _metrics(begun: str) -> list[str]:
+    from sinkscope.metrics import available
+
+    return [name for name in sorted(available()) if name.startswith(begun)]
+
+
+def _interventions(begun: str) -> list[str]:
+    from sinkscope.interventions import Intervention
+
+    return [name for name in sorted(Intervention.registry) if name.startswith(begun)]
+
+
+def _studies(begun: str) -> list[str]:
+    from sinkscope.studies import STUDIES
+
+    return [name for name in ["all", *STUDIES] if name.startswith(begun)]
+
+
+def _models(begun: str) -> list[str]:
+    """Names that need no network, and what lies in the directory."""
+    there = [str(p) for p in Path().glob("*") if p.suffix == ".gguf" or (p / "config.json").is_file()]
+    return [name for name in ["smollm2-135m", *sorted(there)] if name.startswith(begun)]
+
+
+Model = Annotated[
+    str,
+    typer.Argument(help="smollm2-135m, a hub name such as gpt2, a directory, or a .gguf file.", autocompletion=_models),
+]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="A text; repeat for more.")]
 Files = Annotated[
     list[Path] | None,
@@ -54,7 +83,8 @@ def measure(
     text: Texts = None,
     file: Files = None,
     metric: Annotated[
-        list[str] | None, typer.Option("--metric", help="A metric, such as sink_mass or sink_rate@0.5; default: all.")
+        list[str] | None,
+        typer.Option("--metric", help="Such as sink_mass or sink_rate@0.5; default: all.", autocompletion=_metrics),
     ] = None,
     max_tokens: MaxTokens = None,
     bos: Bos = None,
@@ -104,7 +134,11 @@ def evaluate(
     file: Files = None,
     intervention: Annotated[
         list[str] | None,
-        typer.Option("--intervention", help='Such as "window(size=256)"; repeat for more. Default: window and sink_window.'),
+        typer.Option(
+            "--intervention",
+            help='Such as "window(size=256)"; repeat for more. Default: window and sink_window.',
+            autocompletion=_interventions,
+        ),
     ] = None,
     max_tokens: MaxTokens = None,
     score_from: Annotated[int, typer.Option("--score-from", help="Score predictions from this position on (0-based).")] = 1,
@@ -143,7 +177,9 @@ def evaluate(
 
 @app.command(epilog="Example: sinkscope study bos smollm2-135m --out study; sinkscope study all smollm2-135m --out studies")
 def study(
-    name: Annotated[str, typer.Argument(help="`all`, or a study: first-token, sink-rate, non-first, bos, ...")],
+    name: Annotated[
+        str, typer.Argument(help="`all`, or a study: first-token, sink-rate, non-first, bos, ...", autocompletion=_studies)
+    ],
     model: Model,
     file: Annotated[Path | None, typer.Option("--file", help="A long UTF-8 text; default: Python's own reference.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")] = None,
@@ -211,7 +247,7 @@ def study(
                 typer.echo(f"\nstudy: {out / 'study.html'}")
 
 
-@app.command()
+@app.command(epilog="Example: sinkscope demo --out first-look, then open first-look/report.html")
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory for the results.")] = Path("sinkscope-demo"),
     device: Device = None,
@@ -234,7 +270,7 @@ def demo(
         _say_where(out, as_json)
 
 
-@app.command()
+@app.command(epilog="Example: sinkscope compare gpt2-results smollm2-results")
 def compare(
     directories: Annotated[list[Path], typer.Argument(help="Directories that measure wrote.")],
     as_json: AsJson = False,
@@ -260,7 +296,7 @@ def compare(
         _table([str(c) for c in table.reset_index().columns], [[str(x) for x in row] for row in table.reset_index().values])
 
 
-@app.command()
+@app.command(epilog="Example: sinkscope metrics; sinkscope measure smollm2-135m --text 'Some words' --metric row_entropy")
 def metrics(as_json: AsJson = False, debug: Debug = False) -> None:
     """List the metrics, with one line each."""
     with _errors(debug):

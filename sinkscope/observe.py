@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from sinkscope.block import Block
-from sinkscope.capture import Capture, choose
+from sinkscope.capture import Capture, cached, choose
+from sinkscope.capture.cached import is_cache
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics import BUILT_IN, resolve
 from sinkscope.metrics.accumulate import RowMean
@@ -54,7 +55,8 @@ def measure(
 
     Args:
         model: a TransformerLens model (TransformerBridge, HookedTransformer, HookedEncoder), from
-            :func:`sinkscope.load_model` or your own, or a plain Hugging Face model. It is left exactly as it was.
+            :func:`sinkscope.load_model` or your own, or a plain Hugging Face model. It is left exactly as it was. Or the
+            ActivationCache that `model.run_with_cache(ids)` gave, with the same ids as `texts`: then nothing is run.
         texts: a string, a path, token ids, a list of these, or a mapping from label to one of these; or a stream, which is
             never whole in memory: an iterator or a dataset (its rows' field `text`), the path of a directory (its `.txt`
             files) or of a `.jsonl` file (the field `text` of its lines).
@@ -81,7 +83,8 @@ def measure(
     Raises:
         SinkscopeError: bad input (see each argument), a metric that fails, NaN in the activations.
     """
-    adapter = adapt(model)
+    cache = model if is_cache(model) else None
+    adapter = adapt(model if cache is None else cache.model)
     asked = resolve(metrics)
     base = _base(asked)
     keys: list[Key] = [key] if isinstance(key, int | str) else list(dict.fromkeys(key))
@@ -95,7 +98,11 @@ def measure(
             adapter.check(tokens)
             for k in keys:
                 key_positions(k, tokens.sequences)
-            yield tokens, choose(engine, adapter, frozenset(m.group for m in base), chunk, tokens)
+            groups = frozenset(m.group for m in base)
+            if cache is not None:
+                yield tokens, cached.plan(adapter, groups, cache, tokens)
+            else:
+                yield tokens, choose(engine, adapter, groups, chunk, tokens)
 
     ready = prepare()
     head = next(ready, None)

@@ -20,6 +20,7 @@ from sinkscope.words import sentences
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import xarray as xr
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -247,6 +248,31 @@ class SinkReport:
         found = [tokens[label][key] for label, key in zip(rows["text"], rows["key"], strict=True)]
         listed = rows[["text", "key"]].assign(token=found, share_of_heads=rows["value"])
         return listed.sort_values(["text", "share_of_heads"], ascending=[True, False]).reset_index(drop=True)
+
+    def to_xarray(self, column: str = "value") -> xr.Dataset:
+        """Give the frame as an xarray Dataset: a variable per metric, over those of `text, layer, head, key` that it has.
+
+        Args:
+            column: `"value"`, `"null"` or `"std_error"`.
+
+        Raises:
+            SinkscopeError: xarray is not installed, or there is no such column.
+        """
+        try:
+            import xarray as xr
+        except ImportError:
+            raise SinkscopeError("to_xarray needs xarray: pip install xarray") from None
+        if column not in ("value", "null", "std_error"):
+            raise unknown("column", column, ["value", "null", "std_error"])
+        variables = []
+        for name, rows in self.frame.groupby("metric", sort=False):
+            axes = [a for a in ("text", "layer", "head") if rows[a].notna().all()]
+            if rows.duplicated(axes).any():
+                axes.append("key")
+            index = rows[axes].astype({a: int for a in axes if a != "text"})
+            variables.append(index.assign(**{str(name): rows[column]}).set_index(axes).to_xarray())
+        about = {name: str(self.about[name]) for name in ("model", "engine", "dtype", "bos")}
+        return xr.merge(variables, join="outer", compat="no_conflicts").assign_attrs(about)
 
     # Pictures: each gives matplotlib Axes, to be shown or saved by the caller.
 

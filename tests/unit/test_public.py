@@ -72,7 +72,8 @@ def test_the_wheel_works_outside_the_checkout(tmp_path, saved_model):
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "there", wheel], check=True, capture_output=True)
     code = (
-        "import sys, sinkscope as ss; from pathlib import Path; from sinkscope import samples; from sinkscope.studies import report;"
+        "import sys, sinkscope as ss; from pathlib import Path; "
+        "from sinkscope import samples; from sinkscope.studies import report; "
         "assert Path(ss.__file__).parent == Path(sys.argv[1]); assert len(samples.samples()) == 5; report.published('bos');"
         "ss.measure(ss.load_model(sys.argv[2]), 'so it goes').save('out')"
     )

@@ -1,0 +1,89 @@
+"""Engine `cache`: blocks from an ActivationCache that TransformerLens has filled; nothing is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sinkscope.block import HOOK_OF
+from sinkscope.capture.hooks import ATTENTION, HooksCapture, _NotFiniteError, _Pass
+from sinkscope.capture.rows import StoredPattern
+from sinkscope.errors import SinkscopeError
+from sinkscope.models import Adapter
+from sinkscope.tokens import Batch, Tokens
+from sinkscope.undo import Undo
+
+if TYPE_CHECKING:
+    from sinkscope.capture import OnBlock
+
+
+@dataclass
+class CachedCapture(HooksCapture):
+    """The engine, for one call of `measure`; `rows` gives each text's row in the cache."""
+
+    name: str = "cache"
+    cache: Any = None
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def __enter__(self) -> CachedCapture:
+        """Touch nothing."""
+        self._undo: ExitStack = Undo()
+        return self
+
+    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
+        """Hand out what the cache holds of these texts."""
+        rows = [self.rows[s.label] for s in batch.sequences]
+        one = _Pass(self.adapter, self.groups, batch, 0, on_block, tick)
+        try:
+            for layer in self.adapter.layers:
+                for need in sorted({"pattern" if n in ATTENTION else n for group in self.groups for n in group}):
+                    value = self._held(layer, need, rows, batch.ids.shape[1])
+                    one.take(layer, need, StoredPattern(value, 0, self.adapter.causal) if need == "pattern" else value)
+        except _NotFiniteError:
+            raise SinkscopeError(f"the cache holds NaN or infinity in layer {one.layer}. Nothing was reported") from None
+        return torch.zeros(0)
+
+    def _held(self, layer: int, need: str, rows: list[int], length: int) -> Tensor:
+        name = f"blocks.{layer}." + ("attn.hook_pattern" if need == "pattern" else HOOK_OF.get(need, need))
+        if not self.adapter.rotations:
+            name = name.replace("hook_rot_", "hook_")  # positions that are not rotary rotate nothing
+        if name not in self.cache.cache_dict:
+            raise SinkscopeError(
+                f"the cache has no {name!r}, which these metrics need: fill it with model.run_with_cache(tokens), or with "
+                "a names_filter that lets it through"
+            )
+        value: Tensor = self.cache.cache_dict[name]
+        if not self.cache.has_batch_dim:
+            value = value[None]
+        value = value[rows]
+        return value[:, :, :length, :length] if need == "pattern" else value[:, :length]
+
+
+def is_cache(thing: Any) -> bool:
+    """Tell an ActivationCache by what it has: its class has lived in several places."""
+    return all(hasattr(thing, name) for name in ("cache_dict", "has_batch_dim", "model"))
+
+
+def plan(adapter: Adapter, groups: frozenset[frozenset[str]], cache: Any, tokens: Tokens) -> CachedCapture:
+    """Match the texts with the rows of the cache.
+
+    Raises:
+        SinkscopeError: it has another number of texts, or another length.
+    """
+    why = "patterns of an ActivationCache; nothing was run"
+    capture = CachedCapture(adapter, groups, None, why, cache=cache)
+    capture.rows = {s.label: row for row, s in enumerate(tokens.sequences)}
+    patterns = (v for k, v in cache.cache_dict.items() if k.endswith("attn.hook_pattern"))
+    shape = next((tuple(v.shape) if cache.has_batch_dim else (1, *v.shape) for v in patterns), None)
+    longest = max(len(s) for s in tokens.sequences)
+    if shape is not None and (shape[0], shape[-1]) != (len(tokens), longest):
+        raise SinkscopeError(
+            f"the cache holds {shape[0]} texts of up to {shape[-1]} tokens, and {len(tokens)} of up to {longest} were given: "
+            "give the ids that it was filled with (padded on the right, with their attention_mask)"
+        )
+    return capture
