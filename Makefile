@@ -22,6 +22,7 @@ lint: $(ENV)/ready
 	$(ENV)/bin/ruff check .
 	$(ENV)/bin/ruff format --check .
 	$(ENV)/bin/mypy
+	$(ENV)/bin/mypy --config-file /dev/null examples/*.py
 	$(ENV)/bin/lint-imports
 
 test43: $(ENV)/ready

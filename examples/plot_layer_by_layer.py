@@ -49,9 +49,8 @@ ax.set(xlabel="head", ylabel="layer", title="Attention to token 0 zeroed in one 
 figure.colorbar(image, label="nats")
 plt.show()
 
-most = by_head["delta_loss"].idxmax()
-row = by_head.loc[most]
-print(f"most of all: {most}: {row['delta_loss']:+.3f} nats, 95% interval {row['low']:+.3f} to {row['high']:+.3f}")
+row = by_head.nlargest(1, "delta_loss").iloc[0]
+print(f"most of all: {row.name}: {row['delta_loss']:+.3f} nats, 95% interval {row['low']:+.3f} to {row['high']:+.3f}")
 
 # %%
 # One text of 64 tokens: the interval is over its parts, and says nothing about other texts. A head whose edit costs nothing

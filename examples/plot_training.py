@@ -27,7 +27,7 @@ print(runs["softmax"][["step", "loss", "best_loss", "sink_mass", "null", "value_
 figure, ax = plt.subplots(figsize=(5.2, 3), layout="constrained")
 for attention, run in runs.items():
     ax.plot(run["step"], run["sink_mass"], "o-", markersize=3, label=attention)
-ax.axhline(run["null"].iloc[0], color="grey", linestyle="--", label="uniform attention")
+ax.axhline(runs["softmax"]["null"].iloc[0], color="grey", linestyle="--", label="uniform attention")
 ax.set(xlabel="step", ylabel="attention to the first token")
 ax.legend(frameon=False)
 plt.show()

@@ -45,7 +45,28 @@ def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
 
 
 def test_the_readme_has_its_blocks():
-    assert (len(README), len(DOCS)) == (4, 2)
+    assert (len(README), len(DOCS)) == (4, 6)
+
+
+def test_the_worked_pull_requests_work(monkeypatch):
+    """The metric and the edit of CONTRIBUTING.md, where the names that their files import are there."""
+    import dataclasses
+    import typing
+
+    import sinkscope as ss
+    from sinkscope.interventions import Intervention
+    from sinkscope.metrics.base import metric
+
+    monkeypatch.setattr(Intervention, "registry", dict(Intervention.registry))
+    there = {"metric": metric, "Block": ss.Block, "Tensor": object, "Intervention": Intervention}
+    there |= {"dataclass": dataclasses.dataclass, "ClassVar": typing.ClassVar, "__name__": "worked"}
+    monkeypatch.setitem(__import__("sys").modules, "worked", None)
+    added, edit, *_ = blocks("CONTRIBUTING.md")
+    exec(compile(added, "CONTRIBUTING.md", "exec"), there)
+    exec(compile(edit, "CONTRIBUTING.md", "exec"), there)
+    ss.testing.check_metric(there["half_keys"])
+    effect = ss.evaluate(ss.testing.tiny_model("llama"), "the quick brown fox jumps", "strided(size=4, stride=8)")
+    assert effect.summary()["kl"].iloc[1] > 0.01
 
 
 def test_every_example_is_a_tutorial_of_the_documentation():
