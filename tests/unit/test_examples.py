@@ -59,8 +59,7 @@ def test_the_worked_pull_requests_work(monkeypatch):
 
     monkeypatch.setattr(Intervention, "registry", dict(Intervention.registry))
     there = {"metric": metric, "Block": ss.Block, "Tensor": object, "Intervention": Intervention}
-    there |= {"dataclass": dataclasses.dataclass, "ClassVar": typing.ClassVar, "__name__": "worked"}
-    monkeypatch.setitem(__import__("sys").modules, "worked", None)
+    there |= {"dataclass": dataclasses.dataclass, "ClassVar": typing.ClassVar, "__name__": __name__}
     added, edit, *_ = blocks("CONTRIBUTING.md")
     exec(compile(added, "CONTRIBUTING.md", "exec"), there)
     exec(compile(edit, "CONTRIBUTING.md", "exec"), there)
