@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.progress import bar
 from sinkscope.resume import Store, claimed, keep_runs, kept_runs
 from sinkscope.share import Share
-from sinkscope.tokens import TextTokens, Tokens, as_stream, portions
+from sinkscope.tokens import Corpus, TextTokens, Tokens
 from sinkscope.undo import surely
 
 #: Texts whose tokens' losses are kept if nothing is said, and texts of a stream that are read at a time.
@@ -85,19 +85,15 @@ def evaluate(
         raise SinkscopeError("give at least one intervention, and each once")
     names, share = [str(e) for e in edits], Share.of(distributed)
 
-    def prepare() -> Iterator[tuple[Tokens, Edited]]:
-        for first, some in portions(texts, PORTION):
-            tokens = adapter.tokenize(some, bos=bos, max_tokens=max_tokens, first=first)
-            long = [s for s in tokens.sequences if not _fits(adapter, s)]
-            adapter.check(tokens, bounded=not all(streams(adapter, e, len(s)) for e in edits for s in long))
-            _check(adapter, tokens, edits, score_from)
-            yield tokens, plan(adapter, tokens, edits)
+    def prepare(first: int, some: Any) -> tuple[Tokens, Edited]:
+        tokens = adapter.tokenize(some, bos=bos, max_tokens=max_tokens, first=first)
+        long = [s for s in tokens.sequences if not _fits(adapter, s)]
+        adapter.check(tokens, bounded=not all(streams(adapter, e, len(s)) for e in edits for s in long))
+        _check(adapter, tokens, edits, score_from)
+        return tokens, plan(adapter, tokens, edits)
 
-    ready = prepare()
-    head = next(ready, None)
-    if head is None:
-        raise SinkscopeError("no texts given: the stream is empty")
-    tokens, capture = head
+    corpus = Corpus(texts, PORTION, prepare)
+    tokens, capture = corpus.head
     about = adapter.describe() | {
         "engine": capture.name,
         "engine_why": capture.why,
@@ -106,22 +102,16 @@ def evaluate(
     }
     store = Store.of(resume, about | {"weights": adapter.checksum()} if resume else {})
     effects = Effects(len(tokens) <= PER_TEXT if per_text is None else per_text)
-    total = len(tokens) if as_stream(texts) is None else getattr(texts, "__len__", lambda: None)()
     rows = max(1, LOGITS // _check_logits(adapter, tokens))
-    labels: dict[str, int] = {}
     located: dict[str, dict[str, str]] = {}
     numbers = count()
     long = False
     layers = len(adapter.layers)
     with (
         claimed(resume if share.rank == 0 else None),
-        bar(progress and share.rank == 0, total and total * (1 + len(edits)) * layers, "evaluate") as tick,
+        bar(progress and share.rank == 0, corpus.total and corpus.total * (1 + len(edits)) * layers, "evaluate") as tick,
     ):
-        for tokens, capture in chain([head], ready):
-            for sequence in tokens.sequences:
-                if sequence.label in labels:
-                    raise SinkscopeError(f"text labels must be distinct; {sequence.label!r} comes twice")
-                labels[sequence.label] = len(sequence)
+        for tokens, capture in corpus:
             here = [[e.settle(s.ids, partial(residuals, adapter)) for e in edits] for s in tokens.sequences]
             for s, settled in zip(tokens.sequences, here, strict=True):
                 found = {name: str(edit) for name, edit in zip(names, settled, strict=True) if name != str(edit)}
@@ -142,9 +132,9 @@ def evaluate(
         effects, *others = share.gather(effects)
     for other in others:
         effects.merge(other)
-    place = {label: i for i, label in enumerate(labels)}
+    place = {label: i for i, label in enumerate(corpus.labels)}
     effects.runs.sort(key=lambda run: place[run.text])
-    about["texts"] = [{"label": label, "n_tokens": n} for label, n in labels.items()]
+    about["texts"] = [{"label": label, "n_tokens": n} for label, n in corpus.labels.items()]
     if located:
         about["located"] = located
     if long:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sinkscope.progress import bar
 from sinkscope.report import SinkReport, TextResult, Value
 from sinkscope.resume import Finished, Running, Store, claimed
 from sinkscope.share import Share
-from sinkscope.tokens import TextTokens, Tokens, as_stream, key_positions, portions
+from sinkscope.tokens import Corpus, TextTokens, Tokens, key_positions
 from sinkscope.undo import surely
 
 Key = int | str
@@ -92,41 +92,30 @@ def measure(
         raise SinkscopeError(f"key={key!r}, batch_size={batch_size}: at least one key and one text per batch are needed")
     share = Share.of(distributed)
 
-    def prepare() -> Iterator[tuple[Tokens, Capture]]:
-        for first, some in portions(texts, max(PORTION * batch_size, 2 * PER_TEXT)):
-            tokens = adapter.tokenize(some, bos=bos, max_tokens=max_tokens, attention_mask=attention_mask, first=first)
-            adapter.check(tokens)
-            for k in keys:
-                key_positions(k, tokens.sequences)
-            groups = frozenset(m.group for m in base)
-            if cache is not None:
-                yield tokens, cached.plan(adapter, groups, cache, tokens)
-            else:
-                yield tokens, choose(engine, adapter, groups, chunk, tokens)
+    def prepare(first: int, some: Any) -> tuple[Tokens, Capture]:
+        tokens = adapter.tokenize(some, bos=bos, max_tokens=max_tokens, attention_mask=attention_mask, first=first)
+        adapter.check(tokens)
+        for k in keys:
+            key_positions(k, tokens.sequences)
+        groups = frozenset(m.group for m in base)
+        if cache is not None:
+            return tokens, cached.plan(adapter, groups, cache, tokens)
+        return tokens, choose(engine, adapter, groups, chunk, tokens)
 
-    ready = prepare()
-    head = next(ready, None)
-    if head is None:
-        raise SinkscopeError("no texts given: the stream is empty")
-    tokens, capture = head
+    corpus = Corpus(texts, max(PORTION * batch_size, 2 * PER_TEXT), prepare)
+    tokens, capture = corpus.head
     finish = _Finish(asked, base, keys, adapter)
     about = adapter.describe() | _how(capture, tokens.bos, asked, keys, max_tokens, batch_size)
     run = about | {"weights": adapter.checksum(), "metrics": [repr(_code(m)) for m in asked]} if resume else {}
     store = Store.of(resume, run)
     whole = len(tokens) <= PER_TEXT if per_text is None else per_text
     kept = Finished(store) if whole else Running(store, share)
-    total = len(tokens) if as_stream(texts) is None else getattr(texts, "__len__", lambda: None)()
-    labels: dict[str, None] = {}
     numbers = count()
     with (
         claimed(resume if share.rank == 0 else None),
-        bar(progress and share.rank == 0, total and total * len(adapter.layers), "measure") as tick,
+        bar(progress and share.rank == 0, corpus.total and corpus.total * len(adapter.layers), "measure") as tick,
     ):
-        for tokens, capture in chain([head], ready):
-            for s in tokens.sequences:
-                if s.label in labels:
-                    raise SinkscopeError(f"text labels must be distinct; {s.label!r} comes twice")
-                labels[s.label] = None
+        for tokens, capture in corpus:
             with surely(capture):
                 for batch in tokens.batches(batch_size, adapter.device):
                     n = len(batch.sequences)
@@ -136,7 +125,7 @@ def measure(
                     observer = _Observer(base, [key_positions(k, batch.sequences) for k in keys])
                     capture.run(batch, observer, partial(tick, n))
                     kept.add([finish(observer, row, sequence) for row, sequence in enumerate(batch.sequences)])
-        tally, results = kept.end(share, list(labels))
+        tally, results = kept.end(share, list(corpus.labels))
     return SinkReport.assemble(tally, asked, about, results)
 
 

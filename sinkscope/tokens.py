@@ -7,11 +7,11 @@ from the lengths, never from the ids, since ids do not tell a pad from BOS or EO
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +213,35 @@ def portions(texts: Any, size: int) -> Iterator[tuple[int, Any]]:
     while some := list(islice(waiting, size)):
         yield first, some
         first += len(some)
+
+
+class Corpus(Generic[T]):
+    """Texts portion by portion, each made ready when its turn comes; the first at once, so that bad input is said early.
+
+    Attributes:
+        head: the first portion.
+        total: how many texts there are, or None where a stream does not say.
+        labels: label -> tokens of the texts that have come.
+    """
+
+    def __init__(self, texts: Any, size: int, prepare: Callable[[int, Any], tuple[Tokens, T]]) -> None:
+        """Read the first portion; `prepare(number of the first text, texts)` makes one ready."""
+        self._rest = (prepare(first, some) for first, some in portions(texts, size))
+        head = next(self._rest, None)
+        if head is None:
+            raise SinkscopeError("no texts given: the stream is empty")
+        self.head = head
+        self.total = len(head[0]) if as_stream(texts) is None else getattr(texts, "__len__", lambda: None)()
+        self.labels: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[tuple[Tokens, T]]:
+        """Give the portions, once."""
+        for tokens, ready in chain([self.head], self._rest):
+            for s in tokens.sequences:
+                if s.label in self.labels:
+                    raise SinkscopeError(f"text labels must be distinct; {s.label!r} comes twice")
+                self.labels[s.label] = len(s)
+            yield tokens, ready
 
 
 def as_stream(texts: Any) -> Iterable[Any] | None:
