@@ -52,6 +52,10 @@ def render(
     """
     texts = meta.get("texts", [])
     looked_into = [text for text in texts if "tokens" in text]
+    profiled = {name: words for name, words in PROFILES.items() if name in set(frame["metric"])}
+    if not looked_into and profiled:  # of many texts there is the mean alone
+        longest = int(frame.loc[frame["metric"].isin(list(profiled)), "key"].max()) + 1
+        looked_into = [{"label": "all", "n_tokens": longest, "tokens": []}]
     data = _data(frame, looked_into) | {"attention": None if attention is None else _pairs(attention, tokens)}
     overall = "all" if "all" in set(summary["text"]) or not texts else texts[0]["label"]
     template = _environment().get_template("page.html.j2")
@@ -62,7 +66,8 @@ def render(
         sentences=list(meta.get("sentences", {}).values()),
         numbers=_numbers(summary[summary["text"] == overall], len(texts)),
         by_text=_by_text(summary, [text["label"] for text in data["texts"]]),
-        profiled={name: words for name, words in PROFILES.items() if name in set(frame["metric"])},
+        profiled=profiled,
+        shaded=any(text["tokens"] for text in looked_into),
         sinks=_sinks(frame, data["texts"]),
         facts=_facts(meta),
     )

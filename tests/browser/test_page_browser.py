@@ -200,3 +200,21 @@ def test_a_report_with_little_in_it(driver, tmp_path):
         path.write_text(page.render(frame[frame["metric"].isin(kept)], few, meta), encoding="utf-8")
         driver.get(path.as_uri())
         assert driver.get_log("browser") == []
+
+
+def test_the_page_of_many_texts(driver, tmp_path):
+    """There is no single text: the mean profile is drawn, nothing is shaded, and nothing fails."""
+    import sinkscope as ss
+    from sinkscope.testing import tiny_model
+
+    report = ss.measure(tiny_model("llama"), ["so it goes" + " on" * (i % 7) for i in range(12)], per_text=False)
+    (tmp_path / "report.html").write_text(report.page(), encoding="utf-8")
+    driver.get_log("browser")
+    driver.get((tmp_path / "report.html").as_uri())
+    assert "text: all" in text_of(driver, "profile-caption")
+    assert not driver.find_elements(By.ID, "tokens")
+    assert [o.text for o in Select(driver.find_element(By.ID, "text-picker")).options] == ["all texts (mean)"]
+    ActionChains(driver).move_to_element(find(driver, "#profile svg")).perform()
+    assert text_of(driver, "profile-readout").startswith("Position")
+    assert "“" not in text_of(driver, "profile-readout")
+    assert driver.get_log("browser") == []
