@@ -41,9 +41,9 @@ with ss.MaskKeys(0).on(model):
 print("largest change of a logit:", round((edited - model(ids)).abs().max().item(), 4))
 
 # %%
-# A model that is too large for one device: `device_map` spreads its layers over the GPUs that there are, and keeps in memory or
-# on disk what does not fit; hooks and edits work on every device. (Here all of it goes to the one device of this machine; on a
-# machine with GPUs write `device_map="auto"`.)
+# A model that is too large for one device: `device_map` spreads its layers over the GPUs that there are, and keeps in
+# memory or on disk what does not fit; hooks and edits work on every device. (Here all of it goes to the one device of this
+# machine; on a machine with GPUs write `device_map="auto"`.)
 with tempfile.TemporaryDirectory() as folder:
     network.save_pretrained(folder)
     tiny_tokenizer("llama").save_pretrained(folder)
@@ -51,9 +51,9 @@ with tempfile.TemporaryDirectory() as folder:
     print(ss.measure(spread, "so it goes", ["sink_mass"]).summary("all"))
 
 # %%
-# Several GPUs, or several machines, and many texts: let every process have the model, and share the texts. The command line does
-# it under torchrun, `torchrun --nproc-per-node 4 -m sinkscope measure gpt2 --file corpus.jsonl --out results`; in a script, every
-# process makes the same call with `distributed=True` and gets the whole report.
+# Several GPUs, or several machines, and many texts: let every process have the model, and share the texts. The command line
+# does it under torchrun, `torchrun --nproc-per-node 4 -m sinkscope measure gpt2 --file corpus.jsonl --out results`; in a
+# script, every process makes the same call with `distributed=True` and gets the whole report.
 
 # %%
 # What a model can't give is said, with what works instead.
