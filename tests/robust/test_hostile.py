@@ -39,16 +39,15 @@ def no_formulas(folder):
             assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")), cell
 
 
-@pytest.mark.parametrize("name", FORMULAS)
-def test_no_cell_is_a_formula(llama, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(llama.cfg, "model_name", name)
-    texts = {name: "so it goes", "b": "and on"}
+def test_no_cell_is_a_formula(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama.cfg, "model_name", FORMULAS[0])
+    texts = dict.fromkeys(FORMULAS, "so it goes")
     report = ss.measure(llama, texts, ["sink_mass", "sink_positions"])
     report.save(tmp_path / "measure")
     ss.evaluate(llama, texts, "window(size=4)").save(tmp_path / "evaluate")
     no_formulas(tmp_path)
-    assert ss.load_report(tmp_path / "measure").texts == [name, "b"]  # Parquet keeps what was there
-    assert set(ss.load_report(tmp_path / "measure").frame["model"]) == {name}
+    kept = ss.load_report(tmp_path / "measure")  # Parquet keeps what was there
+    assert (kept.texts, set(kept.frame["model"])) == (FORMULAS, {FORMULAS[0]})
 
 
 def test_no_cell_of_a_study_is_a_formula(tmp_path):
