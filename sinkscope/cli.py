@@ -370,6 +370,8 @@ def _texts(texts: list[str], files: list[Path]) -> dict[str, str] | Path:
         if as_stream(path) is not None:
             if texts or len(files) > 1:
                 raise SinkscopeError(f"{str(path)!r} is a whole corpus, which is read as a stream: give it alone")
+            if path.is_dir() and not any(path.glob("*.txt")):
+                raise SinkscopeError(f"the directory {str(path)!r} holds no .txt file")
             return path
     found = {f"text {i}": text for i, text in enumerate(texts)}
     for path in files:

@@ -141,8 +141,10 @@ def tokenize(
                 "these texts are tokenised already: give bos=, max_tokens= or attention_mask= to ss.tokenize"
             )
         return texts
-    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 2):
-        raise SinkscopeError(f"max_tokens={max_tokens!r}: give a whole number; at least 2 tokens are needed to attend")
+    if max_tokens is not None and not isinstance(max_tokens, int):
+        raise SinkscopeError(f"max_tokens={max_tokens!r}: give a whole number")
+    if max_tokens is not None and max_tokens < 2:
+        raise SinkscopeError(f"max_tokens={max_tokens}: at least 2 tokens are needed to look at attention")
     items = _items(texts, attention_mask, first)
     if not items:
         raise SinkscopeError("no texts given: pass at least one string, file or list of token ids")

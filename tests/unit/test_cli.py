@@ -210,7 +210,7 @@ def bad(tmp_path):
         (["--file", "BAD/empty.txt"], "text 0 ('empty.txt') is empty"),
         (["--file", "BAD/gone.txt"], "no such file"),
         (["--file", "BAD/latin.txt"], "is not UTF-8 text: byte 3 can't be decoded"),
-        (["--file", "BAD"], "Is a directory"),
+        (["--file", "BAD"], "holds no .txt file"),
         (["--file", "BAD/x.txt", "--file", "BAD/x.txt"], "no such file"),
         (["--text", TEXT, "--metric", "sinkmass"], "unknown metric 'sinkmass'; did you mean 'sink_mass'?"),
         (["--text", TEXT, "--out", "BAD/file"], "can't write to the directory"),
