@@ -19,7 +19,7 @@ from sinkscope.resume import claimed, forget
 #: Written last: a directory without it holds no whole report.
 SEAL = "summary.json"
 #: How text begins that a spreadsheet would run.
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 #: What an earlier, larger report may have left behind.
 PICTURES = ("heatmap", "progression", "distribution", "positions", "attention")
 
@@ -116,8 +116,8 @@ def _seal(report: SinkReport | EffectReport, path: Path) -> None:
 def write_table(table: pd.DataFrame, stem: Path) -> None:
     r"""Write a table as `.csv` and, exactly, as `.parquet`.
 
-    In the CSV, text that a spreadsheet would run as a formula (it begins with `=`, `+`, `-`, `@`, a tab or a line's end) gets
-    an apostrophe before it, as OWASP advises; and a carriage return, which many readers take for a line's end, becomes `\\r`.
+    In the CSV, text that a spreadsheet would run as a formula (it begins with `=`, `+`, `-`, `@`, a tab or a carriage return)
+    gets an apostrophe before it, as OWASP advises; and a carriage return, which readers take for a line's end, becomes `\r`.
     """
     safe = table.copy()
     for column in safe.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in safe.dtypes]]:

@@ -199,6 +199,7 @@ def bad(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").write_bytes(b"\n")
     (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
     return tmp_path
 
 
@@ -210,7 +211,7 @@ def bad(tmp_path):
         (["--file", "BAD/empty.txt"], "text 0 ('empty.txt') is empty"),
         (["--file", "BAD/gone.txt"], "no such file"),
         (["--file", "BAD/latin.txt"], "is not UTF-8 text: byte 3 can't be decoded"),
-        (["--file", "BAD"], "holds no .txt file"),
+        (["--file", "BAD/folder"], "holds no .txt file"),
         (["--file", "BAD/x.txt", "--file", "BAD/x.txt"], "no such file"),
         (["--text", TEXT, "--metric", "sinkmass"], "unknown metric 'sinkmass'; did you mean 'sink_mass'?"),
         (["--text", TEXT, "--out", "BAD/file"], "can't write to the directory"),
