@@ -174,3 +174,9 @@ def novel(tokens_at_most: int) -> str:
 
         text = "\n".join(topics.values())
     return text[: 8 * tokens_at_most].strip()
+
+
+def losses(report, name):
+    """Give what each token scored costs under an edit, in nats."""
+    rows = report.curves[report.curves["intervention"] == str(name)]
+    return rows["loss"].to_numpy()

