@@ -22,7 +22,7 @@ lint: $(ENV)/ready
 	$(ENV)/bin/ruff check .
 	$(ENV)/bin/ruff format --check .
 	$(ENV)/bin/mypy
-	$(ENV)/bin/mypy --config-file= examples/*.py
+	$(ENV)/bin/mypy --config-file= examples/*.py tests/benchmarks/*.py
 	$(ENV)/bin/lint-imports
 
 test43: $(ENV)/ready
