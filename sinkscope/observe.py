@@ -122,7 +122,7 @@ def measure(
                     if not share.mine(next(numbers)) or kept.has(batch.sequences):
                         tick(n * len(adapter.layers))
                         continue
-                    observer = _Observer(base, [key_positions(k, batch.sequences) for k in keys])
+                    observer = _Observer(base, [key_positions(k, batch.sequences) for k in keys], adapter.layers)
                     capture.run(batch, observer, partial(tick, n))
                     kept.add([finish(observer, row, sequence) for row, sequence in enumerate(batch.sequences)])
         tally, results = kept.end(share, list(corpus.labels))
@@ -143,13 +143,14 @@ def _base(asked: Sequence[AnyMetric]) -> list[Metric]:
 
 
 class _Observer:
-    """Takes the blocks of one batch and keeps a row mean per (metric, sink position, layer)."""
+    """Takes the blocks of one batch and keeps row means per (metric, sink position)."""
 
-    def __init__(self, metrics: Sequence[Metric], positions: Sequence[Tensor]) -> None:
+    def __init__(self, metrics: Sequence[Metric], positions: Sequence[Tensor], layers: Sequence[int]) -> None:
         self.metrics = metrics
         self.positions = positions
-        self.means: dict[tuple[str, int], dict[int, RowMean]] = {}
-        self._stacked: dict[tuple[str, int], Array] = {}
+        self.place = {layer: place for place, layer in enumerate(layers)}
+        self.rows: dict[tuple[str, int], RowMean] = {}
+        self.means: dict[tuple[str, int], Array] = {}
 
     def __call__(self, block: Block, group: frozenset[str]) -> None:
         """Update the metrics that wait for what this block carries."""
@@ -157,15 +158,14 @@ class _Observer:
             here = block.at(keys.to(block.lengths.device))
             for m in self.metrics:
                 if m.group == group and (index == 0 or m.at_key):
-                    layers = self.means.setdefault((m.name, index), {})
-                    layers.setdefault(block.layer, RowMean(m)).update(here)
+                    rows = self.rows.setdefault((m.name, index), RowMean(m, len(self.place)))
+                    rows.update(here, self.place[block.layer])
 
     def value(self, name: str, index: int, row: int) -> Array:
         """Give one sequence's means, `[layer, head]` or `[layer, head, key]`."""
-        if (name, index) not in self._stacked:
-            layers = self.means[name, index]
-            self._stacked[name, index] = np.stack([layers[layer].mean() for layer in sorted(layers)])
-        return np.asarray(self._stacked[name, index][:, row])
+        if (name, index) not in self.means:
+            self.means[name, index] = self.rows[name, index].mean()
+        return np.asarray(self.means[name, index][:, row])
 
 
 class _Finish:

@@ -22,15 +22,17 @@ from sinkscope.metrics.base import Array, Metric
 class RowMean:
     """Mean over the rows of each sequence, streamed over blocks; sums are float64 on the CPU.
 
-    `sums` is `[batch, head]` or `[batch, head, key]`; `rows` counts the rows that entered, `[batch]`.
+    `sums` is `[layer, batch, head]` or `[layer, batch, head, key]`; `rows` counts the rows that entered, `[layer, batch]`.
+    All layers share an array: a small piece for each, between large activations that go, would keep the heap from shrinking.
     """
 
     metric: Metric
+    layers: int = 1
     sums: Array | None = None
     rows: Array | None = None
 
-    def update(self, block: Block) -> None:
-        """Add a block.
+    def update(self, block: Block, place: int = 0) -> None:
+        """Add a block, of the layer at a place among those that are kept.
 
         Raises:
             SinkscopeError: the metric raised, or returned the wrong shape; names it and the layer.
@@ -57,30 +59,30 @@ class RowMean:
         if not bool(chosen.all()):
             kept = torch.where(chosen.reshape(batch, 1, -1, *[1] * (len(shape) - 3)), kept, 0)
         sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32)).double().cpu().numpy()
-        self._add(sums, chosen.sum(-1).double().cpu().numpy(), n_keys)
+        self._add(sums, chosen.sum(-1).double().cpu().numpy(), place)
 
-    def _add(self, sums: Array, rows: Array, n_keys: int) -> None:
+    def _add(self, sums: Array, rows: Array, place: int | slice) -> None:
+        shape = sums.shape if isinstance(place, slice) else (self.layers, *sums.shape)
         if self.sums is None or self.rows is None:
-            self.sums, self.rows = sums, rows
-            return
-        if sums.ndim == 3 and sums.shape[-1] != self.sums.shape[-1]:
-            wide = max(sums.shape[-1], self.sums.shape[-1])
-            sums, self.sums = (np.pad(s, ((0, 0), (0, 0), (0, wide - s.shape[-1]))) for s in (sums, self.sums))
-        self.sums = self.sums + sums
-        self.rows = self.rows + rows
+            self.sums, self.rows = np.zeros(shape), np.zeros(shape[:2])
+        if len(shape) == 4 and shape[3] > self.sums.shape[3]:
+            self.sums = np.pad(self.sums, [(0, 0)] * 3 + [(0, shape[3] - self.sums.shape[3])])
+        self.sums[place][..., : sums.shape[-1]] += sums
+        self.rows[place] += rows
 
     def merge(self, other: RowMean) -> RowMean:
         """Combine with the same metric's sums over other rows of the same sequences."""
-        merged = RowMean(self.metric, self.sums, self.rows)
-        if other.sums is not None and other.rows is not None:
-            merged._add(other.sums, other.rows, other.sums.shape[-1])
+        merged = RowMean(self.metric, self.layers)
+        for part in (self, other):
+            if part.sums is not None and part.rows is not None:
+                merged._add(part.sums, part.rows, slice(None))
         return merged
 
     def mean(self) -> Array:
-        """Give the mean per (sequence, head) or (sequence, head, key); NaN where no row entered."""
+        """Give the mean per (layer, sequence, head) or (layer, sequence, head, key); NaN where no row entered."""
         if self.sums is None or self.rows is None:
             raise SinkscopeError(f"metric {self.metric.name!r} saw no block")
-        rows = self.rows.reshape(-1, *[1] * (self.sums.ndim - 1))
+        rows = self.rows.reshape(*self.rows.shape, *[1] * (self.sums.ndim - 2))
         return np.divide(self.sums, rows, out=np.full_like(self.sums, np.nan), where=rows > 0)
 
 

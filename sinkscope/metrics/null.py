@@ -98,4 +98,4 @@ def uniform_mean(
                 tokens=None if tokens is None else tokens[None],
             )
         )
-    return np.asarray(mean.mean()[0, 0])
+    return np.asarray(mean.mean()[0, 0, 0])

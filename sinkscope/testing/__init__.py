@@ -161,7 +161,7 @@ def _means(
         )
         if not torch.equal(before, held):
             raise SinkscopeError(f"metric {metric.name!r} changes the block's pattern: work on a copy")
-    result = mean.mean()
+    result = np.asarray(mean.mean()[0])
     if not np.isfinite(result).all():
         raise SinkscopeError(f"metric {metric.name!r} gives NaN or infinity on ordinary attention")
     return result
