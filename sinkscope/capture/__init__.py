@@ -80,7 +80,8 @@ def choose(
             return capture
         why = capture
         if engine == "flash" or plain:
-            out = "" if plain else " Leave engine out, or pass engine='hooks'."
+            wrap = "wrap it: TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
+            out = f" If TransformerLens knows its class, {wrap}" if plain else " Leave engine out, or pass engine='hooks'."
             raise SinkscopeError(f"engine 'flash' can't run this on {adapter.name}: {why}.{out}")
     hooks = chunks.plan(adapter, groups, chunk, tokens)
     if engine == "auto":

@@ -44,6 +44,13 @@ SUPPLIED = frozenset({"rotated_query", "rotated_key", "value", "output"})
 NORM = "_hf_autograd_forward_with_hooks"
 
 
+NEITHER = "its attention mask is neither causal, nor a sliding window, nor the padding of an encoder"
+
+
+class OtherwiseError(SinkscopeError):
+    """A model attends otherwise than its configuration says: no engine would know which keys a query sees."""
+
+
 @dataclass
 class FlashCapture(HooksCapture):
     """The engine, for one call of `measure`; what differs from `hooks` is where the rows come from."""
@@ -85,17 +92,17 @@ class FlashCapture(HooksCapture):
         layer = self._layer(module)
         window, softcap, sinks = (extra.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
         causal = extra.pop("is_causal", None)
-        causal = getattr(module, "is_causal", True) if causal is None else causal
+        causal = getattr(module, "is_causal", None) if causal is None else causal
         for name, given in extra.items():
             if name not in HARMLESS and given is not None and given is not False:
                 raise SinkscopeError(f"its attention takes {name!r}, which engine 'flash' does not know")
         if dropout:
             raise SinkscopeError(f"its attention drops out ({dropout}) in eval mode")
-        if bool(causal) != self.adapter.causal:
-            raise SinkscopeError(f"layer {layer} is {'causal' if causal else 'not causal'}, the model is not so")
+        if causal is not None and bool(causal) != self.adapter.causal:
+            raise OtherwiseError(f"layer {layer} is {'causal' if causal else 'not causal'}, the model is not so")
         if window != self.adapter.windows.get(layer):
             ours = self.adapter.windows.get(layer)
-            raise SinkscopeError(f"layer {layer} has a sliding window of {window}, its configuration says {ours}")
+            raise OtherwiseError(f"layer {layer} has a sliding window of {window}, its configuration says {ours}")
         if query.shape[2] != key.shape[2] and not self.cached:
             raise SinkscopeError(f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys")
         given = {
@@ -173,7 +180,8 @@ class Masks:
         """Give the mask that the model's attention modules will be handed.
 
         Raises:
-            SinkscopeError: the mask asked for is not causal, a sliding window, or the padding of an encoder.
+            OtherwiseError: the mask asked for is not causal, a sliding window, or the padding of an encoder.
+            SinkscopeError: it can't be told.
         """
         whole = q_length == kv_length if self.told is None else q_offset + q_length == kv_offset + kv_length
         if not args and not use_vmap and mask_function is not None and whole:
@@ -184,15 +192,16 @@ class Masks:
             expected = (keys <= rows) if self.causal else torch.ones_like(seen)
             if local_size is not None:
                 expected = expected & (rows - keys < local_size)
-            if torch.equal(seen, expected) and (self.causal or local_size is None):
-                if self.told is not None:
-                    self.told(kv_offset, kv_length, local_size)
-                    if attention_mask is not None and bool((attention_mask.int().diff(dim=-1) > 0).any()):
-                        raise SinkscopeError("texts padded on the left can't be edited: pad on the right, or run one by one")
-                if self.causal or attention_mask is None or bool(attention_mask.all()):
-                    return None
-                return attention_mask[:, None, None, :].bool()
-        raise SinkscopeError("its attention mask is neither causal, nor a sliding window, nor the padding of an encoder")
+            if not torch.equal(seen, expected) or not (self.causal or local_size is None):
+                raise OtherwiseError(NEITHER)
+            if self.told is not None:
+                self.told(kv_offset, kv_length, local_size)
+                if attention_mask is not None and bool((attention_mask.int().diff(dim=-1) > 0).any()):
+                    raise SinkscopeError("texts padded on the left can't be edited: pad on the right, or run one by one")
+            if self.causal or attention_mask is None or bool(attention_mask.all()):
+                return None
+            return attention_mask[:, None, None, :].bool()
+        raise SinkscopeError(NEITHER)
 
 
 # --- the swap -----------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from sinkscope.block import Block
-from sinkscope.capture.flash import SUPPLIED, FlashCapture, attention_bridges, chosen
+from sinkscope.capture.flash import SUPPLIED, FlashCapture, OtherwiseError, attention_bridges, chosen
 from sinkscope.capture.hooks import ATTENTION, HooksCapture
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
@@ -47,12 +49,18 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) ->
 
 
 def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) -> str | None:
-    """Run both ways on a few tokens; a string says how they differ."""
+    """Run both ways on a few tokens; a string says how they differ.
+
+    Raises:
+        SinkscopeError: the model does not attend as its configuration says, whatever runs it.
+    """
     batch = _first_tokens(adapter, tokens)
     try:
         expected = _reference(adapter, batch)
         with surely(FlashCapture(adapter, groups | {WHOLE}, None, "proof")) as capture:
             found = _look(capture, batch)
+    except OtherwiseError as error:
+        raise SinkscopeError(f"{adapter.name} does not attend as its configuration says: {error}") from None
     except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         kind = "" if isinstance(error, SinkscopeError) else f"{type(error).__name__}: "
         return f"{kind}{str(error)[:200]}"
@@ -73,18 +81,24 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
         return f"a {type(adapter.model).__name__} computes attention itself"
     others = sorted(frozenset().union(*groups) - ATTENTION - SUPPLIED)
     if adapter.kind == "hugging_face" and others:
-        return (
-            f"a metric needs {others[0]!r}, and a plain Hugging Face model has no hook points: wrap it, "
-            "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
-        )
+        return f"a metric needs {others[0]!r}, and a plain Hugging Face model has no hook points"
     if adapter.windows and not adapter.causal:
         return "it is an encoder with sliding windows"
     for layer, bridge in attention_bridges(adapter).values():
         inside = set(bridge.original_component.modules())
         for module in bridge.modules():
-            if module not in inside and (module._forward_hooks or module._forward_pre_hooks):
+            hooks = [] if module in inside else [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if not all(map(_idle, hooks)):
                 return f"there are hooks on the attention of layer {layer} that it would leave out"
     return None
+
+
+def _idle(hook: Any) -> bool:
+    """Tell a hook of TransformerLens's own that does nothing while the hook points that it feeds have none."""
+    held = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
+    points = [thing for thing in held if hasattr(thing, "has_hooks")]
+    ours = str(getattr(hook, "__module__", "")).startswith("transformer_lens.model_bridge")
+    return ours and bool(points) and not any(point.has_hooks(dir="both") for point in points)
 
 
 def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:
@@ -120,12 +134,15 @@ def _look(capture: HooksCapture, batch: Batch) -> _Look:
 
 
 def _reference(adapter: Adapter, batch: Batch) -> _Look:
-    """Give the same by the `hooks` engine; of a plain model, only the last hidden state, by its own eager attention.
+    """Give the same by the `hooks` engine, text by text; of a plain model, only the last hidden state, by eager attention.
 
     (Asked for attentions, Hugging Face would put hooks of its own on the model, and leave them there.)
     """
+    alone = [next(Tokens((s,), "").batches(1, adapter.device)) for s in batch.sequences]
     if adapter.kind == "bridge":
         with surely(HooksCapture(adapter, frozenset({WHOLE}), None, "reference")) as capture:
-            return _look(capture, batch)
+            looks = [_look(capture, one) for one in alone]
+        mass = [torch.cat(layer) for layer in zip(*(look.mass for look in looks), strict=True)]
+        return _Look(torch.cat([look.hidden for look in looks]), mass)
     with adapter.quiet(), chosen(adapter.network, "eager"):
-        return _Look(adapter.body(batch.ids, batch.valid)[batch.valid].float(), [])
+        return _Look(torch.cat([adapter.body(one.ids, one.valid)[0] for one in alone]).float(), [])

@@ -25,9 +25,10 @@ def editing_residuals(adapter: Adapter, edit: Callable[[int, Tensor], Tensor]) -
     """Hand the residual stream after every layer to a function, and go on with what it gives."""
 
     def after(module: nn.Module, args: Any, output: Any, layer: int) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)
+        first = output[0] if several else output
         edited = edit(layer, first)
-        return output if edited is first else (edited, *output[1:]) if isinstance(output, tuple) else edited
+        return output if edited is first else type(output)([edited, *output[1:]]) if several else edited
 
     with Undo() as undo:
         with uninterrupted():

@@ -136,10 +136,10 @@ class Adapter:
         """Say why a chunked prefill of this length can't be right whatever the cache does, or None."""
         if not self.causal:
             return "an encoder's queries see later keys"
-        if self.kind == "bridge":
+        if self.kind in ("bridge", "hugging_face"):
             config = self.network.config.get_text_config()  # type: ignore[union-attr, operator]
             rope = getattr(config, "rope_parameters", None) or {}
-            if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+            if any(kind in ("dynamic", "longrope") for kind in _leaves(rope)):
                 return "its rotary scaling depends on the length"
         return None
 
@@ -157,7 +157,7 @@ class Adapter:
                 extra["past_key_values"] = cache
             if first:
                 extra["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
-            output = self.network.base_model(  # type: ignore[operator]
+            output = self.trunk(
                 input_ids=ids, use_cache=cache is not None, output_attentions=False, return_dict=True, **extra
             )
             hidden: Tensor = output.last_hidden_state
@@ -172,9 +172,15 @@ class Adapter:
         return residual
 
     @property
+    def trunk(self) -> nn.Module:
+        """All of Hugging Face's model but its head."""
+        inner: nn.Module = getattr(self.network, "base_model", self.network)
+        return inner if inner is not self.network else getattr(inner, "model", inner)  # type: ignore[return-value]
+
+    @property
     def trunks(self) -> list[nn.Module]:
         """The modules one of which is always called with the KV cache, as a keyword: the whole, and all but its head."""
-        return list(dict.fromkeys([self.network, getattr(self.network, "base_model", self.network)]))
+        return list(dict.fromkeys([self.network, self.trunk]))
 
     @property
     def embedding(self) -> nn.Module:
@@ -211,16 +217,26 @@ class Adapter:
             cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
             cap = cap if cap and cap > 0 else None
         else:
-            head = self.network.get_output_embeddings()  # type: ignore[operator]
-            logits = head(hidden[None])[0].float()
-            cap = getattr(self.network.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr, operator]
+            config = self.network.config.get_text_config()  # type: ignore[union-attr, operator]
+            logits = self.network.get_output_embeddings()(hidden[None])[0].float()  # type: ignore[operator]
+            logits *= getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+            cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def own_logits(self, ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position vocabulary"]:
-        """Give the logits as the model itself makes them: of a few tokens, to compare."""
+        """Give the logits as the model itself makes them: of a few tokens, to compare.
+
+        Raises:
+            SinkscopeError: it has no language-model head.
+        """
         if self.kind == "hooked_transformer":
             mine: Tensor = self.model(ids, attention_mask=torch.ones_like(ids))[0]
         else:
+            if self.network.get_output_embeddings() is None:  # type: ignore[operator]
+                raise SinkscopeError(
+                    f"{type(self.network).__name__} has no language-model head, so it predicts no token whose loss could "
+                    "be taken: load it as a causal language model (AutoModelForCausalLM)"
+                )
             mine = self.network(input_ids=ids, use_cache=False, output_attentions=False, return_dict=True).logits[0]
         return mine.float()
 
@@ -290,9 +306,6 @@ def adapt(model: Any) -> Adapter:
             "to measure. State-space and encoder-decoder models are not covered; decoders such as gpt2 or smollm2-135m "
             "and BERT-type encoders are."
         )
-    causal = getattr(cfg, "attention_dir", "causal") == "causal"
-    if kind == "bridge":  # TransformerLens 3.9 calls BERT's bridge causal
-        causal = causal and bool(model.original_model.can_generate())
     return Adapter(
         model=model,
         kind=kind,
@@ -302,7 +315,7 @@ def adapt(model: Any) -> Adapter:
         n_layers=n_layers,
         n_heads=int(cfg.n_heads),
         n_ctx=_context(model, kind),
-        causal=causal,
+        causal=_causal(model, kind),
         points=points,
     )
 
@@ -315,14 +328,14 @@ def _adapt_hugging_face(model: Any) -> Adapter:
     """Look at a model that no TransformerLens has wrapped: it has no hook points, and engine flash alone can run it."""
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
-    layers = tuple(layer for layer, kind in enumerate(types) if kind.endswith("attention") and "linear" not in kind)
+    attends = [kind == "hybrid" or (kind.endswith("attention") and "linear" not in kind) for kind in types]
+    layers = tuple(layer for layer, here in enumerate(attends) if here)
     name = _short_name(str(getattr(config, "_name_or_path", "") or type(model).__name__))
     if not layers or not getattr(config, "num_attention_heads", None) or config.is_encoder_decoder:
         raise SinkscopeError(
             f"{name} ({type(model).__name__}) has no attention sink to measure here: state-space and encoder-decoder models "
             "are not covered; decoders such as gpt2 or smollm2-135m and BERT-type encoders are."
         )
-    context = [getattr(config, size, None) for size in ("max_position_embeddings", "n_positions")]
     return Adapter(
         model=model,
         kind="hugging_face",
@@ -331,19 +344,41 @@ def _adapt_hugging_face(model: Any) -> Adapter:
         windows=_windows(model, "hugging_face", layers),
         n_layers=len(types),
         n_heads=int(config.num_attention_heads),
-        n_ctx=next((int(size) for size in context if size), None),
-        causal=all(getattr(module, "is_causal", True) is not False for module in model.modules()),
+        n_ctx=_context(model, "hugging_face"),
+        causal=_causal(model, "hugging_face"),
         points={},
     )
 
 
 def _context(model: Any, kind: Kind) -> int | None:
     """Read the longest input; TransformerLens makes a number up for models that have no limit (Bloom)."""
-    if kind == "bridge":
-        config = model.original_model.config.get_text_config()
-        if not any(getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")):
+    if kind in ("bridge", "hugging_face"):
+        config = getattr(model, "original_model", model).config.get_text_config()
+        sizes = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "n_positions")]
+        if max(sizes) <= 0:
             return None
+        if kind == "hugging_face":
+            return int(next(size for size in sizes if size > 0))
     return int(model.cfg.n_ctx)
+
+
+def _causal(model: Any, kind: Kind) -> bool:
+    """Tell a decoder from an encoder."""
+    told = getattr(getattr(model, "cfg", None), "attention_dir", "causal") == "causal"
+    if kind not in ("bridge", "hugging_face"):
+        return told
+    network = getattr(model, "original_model", model)
+    if getattr(network.config.get_text_config(), "is_decoder", False):  # BERT's, which TransformerLens takes for an encoder
+        return True
+    if kind == "bridge" and not network.can_generate():  # TransformerLens 3.9 calls BERT's bridge causal
+        return False
+    says = (getattr(module, "is_causal", True) is not False for module in network.modules())
+    return told and "ForMaskedLM" not in type(network).__name__ and all(says)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """Give what nested dictionaries hold."""
+    return [leaf for branch in tree.values() for leaf in _leaves(branch)] if isinstance(tree, dict) else [tree]
 
 
 def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:

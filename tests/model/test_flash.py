@@ -208,7 +208,11 @@ def test_what_it_does_not_know_it_refuses_by_name(tiny, monkeypatch, name):
         return right(self, module, q, k, v, mask, **how)
 
     monkeypatch.setattr(flash.FlashCapture, "_attend", attend)
-    refused(tiny("llama"), because)
+    if name in ("sliding_window", "is_causal"):  # then no engine would know what a query sees
+        with pytest.raises(ss.SinkscopeError, match=f"does not attend as its configuration says: {because}"):
+            ss.measure(tiny("llama"), IDS)
+    else:
+        refused(tiny("llama"), because)
 
 
 def test_a_mask_that_is_not_plain_is_refused():
@@ -240,7 +244,9 @@ def test_hooks_on_attention_are_not_left_out(tiny):
 
 def test_a_plain_model_has_no_hook_points(plain):
     residual = ss.metric(needs="residual", name="residual")(lambda block: block.residual.norm(dim=-1)[:, None])
-    with pytest.raises(ss.SinkscopeError, match=r"needs 'residual', and a plain Hugging Face model has no hook points: wrap"):
+    with pytest.raises(
+        ss.SinkscopeError, match=r"needs 'residual', and a plain Hugging Face model has no hook points. If Tr.*, wrap"
+    ):
         ss.measure(plain("llama"), IDS, [residual])
     with pytest.raises(ss.SinkscopeError, match=r"no hooks on attention: leave engine out \(flash\), or wrap it"):
         ss.measure(plain("llama"), IDS, engine="hooks")
