@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from sinkscope.capture.residuals import residuals
 from sinkscope.effect import NONE as NO_EDIT
 from sinkscope.effect import EffectReport, Effects, Run, mean
 from sinkscope.errors import SinkscopeError
+from sinkscope.fingerprint import fingerprint
 from sinkscope.interventions import Intervention, parse
 from sinkscope.models import Adapter, adapt
 from sinkscope.progress import bar
 from sinkscope.resume import Store, claimed, keep_runs, kept_runs
 from sinkscope.share import Share
-from sinkscope.tokens import Corpus, TextTokens, Tokens
+from sinkscope.tokens import Corpus, TextTokens, Tokens, whole_number
 from sinkscope.undo import surely
 
 #: Texts whose tokens' losses are kept if nothing is said, and texts of a stream that are read at a time.
@@ -45,7 +46,7 @@ def evaluate(
     *,
     score_from: int = 1,
     bos: bool | None = None,
-    max_tokens: int | None = None,
+    max_tokens: SupportsIndex | None = None,
     per_text: bool | None = None,
     progress: bool = False,
     resume: str | Path | None = None,
@@ -84,9 +85,11 @@ def evaluate(
     if not edits or len({str(e) for e in edits}) < len(edits):
         raise SinkscopeError("give at least one intervention, and each once")
     names, share = [str(e) for e in edits], Share.of(distributed)
+    score_from = whole_number(score_from, "score_from")
+    most = None if max_tokens is None else whole_number(max_tokens, "max_tokens")
 
     def prepare(first: int, some: Any) -> tuple[Tokens, Edited]:
-        tokens = adapter.tokenize(some, bos=bos, max_tokens=max_tokens, first=first)
+        tokens = adapter.tokenize(some, bos=bos, max_tokens=most, first=first)
         long = [s for s in tokens.sequences if not _fits(adapter, s)]
         adapter.check(tokens, bounded=not all(streams(adapter, e, len(s)) for e in edits for s in long))
         _check(adapter, tokens, edits, score_from)
@@ -98,12 +101,11 @@ def evaluate(
         "engine": capture.name,
         "engine_why": capture.why,
         "bos": tokens.bos,
-        "arguments": {"interventions": names, "score_from": score_from, "max_tokens": max_tokens},
+        "arguments": {"interventions": names, "score_from": score_from, "max_tokens": most},
     }
-    store = Store.of(resume, about | {"weights": adapter.checksum()} if resume else {})
+    store = Store.of(resume, about | adapter.state() | {"edits": fingerprint(edits)} if resume else {})
     effects = Effects(len(tokens) <= PER_TEXT if per_text is None else per_text)
     rows = max(1, LOGITS // _check_logits(adapter, tokens))
-    located: dict[str, dict[str, str]] = {}
     numbers = count()
     long = False
     layers = len(adapter.layers)
@@ -112,31 +114,33 @@ def evaluate(
         bar(progress and share.rank == 0, corpus.total and corpus.total * (1 + len(edits)) * layers, "evaluate") as tick,
     ):
         for tokens, capture in corpus:
-            here = [[e.settle(s.ids, partial(residuals, adapter)) for e in edits] for s in tokens.sequences]
-            for s, settled in zip(tokens.sequences, here, strict=True):
-                found = {name: str(edit) for name, edit in zip(names, settled, strict=True) if name != str(edit)}
-                located |= {s.label: found} if found else {}
+            long = long or not all(_fits(adapter, s) for s in tokens.sequences)
+            mine = [s for s in tokens.sequences if share.mine(next(numbers))]
+            tick((1 + len(edits)) * layers * (len(tokens) - len(mine)))
+            found = {s.label: kept_runs(store, s) for s in mine}
+            settled = {
+                s.label: [e.settle(s.ids, partial(residuals, adapter)) for e in edits] for s in mine if not found[s.label]
+            }
             with surely(capture):
-                for sequence, settled in zip(tokens.sequences, here, strict=True):
-                    fits = _fits(adapter, sequence)
-                    long = long or not fits
-                    runs = kept_runs(store, sequence) if share.mine(next(numbers)) else []
-                    if runs is None:
-                        made = zip(names, settled, strict=True)
-                        runs = list(_runs(adapter, capture, sequence, [*made], score_from, rows, partial(tick, 1)))
-                        keep_runs(store, sequence, runs)
-                        tick(0 if fits else layers)
+                for s in mine:
+                    kept = found.pop(s.label)
+                    if kept is None:
+                        made = list(zip(names, settled[s.label], strict=True))
+                        runs = list(_runs(adapter, capture, s, made, score_from, rows, partial(tick, 1)))
+                        kept = runs, {name: str(edit) for name, edit in made if name != str(edit)}
+                        keep_runs(store, s, kept)
+                        tick(0 if _fits(adapter, s) else layers)
                     else:
                         tick((1 + len(edits)) * layers)
-                    effects.add(runs)
+                    effects.add(*kept)
         effects, *others = share.gather(effects)
     for other in others:
         effects.merge(other)
     place = {label: i for i, label in enumerate(corpus.labels)}
     effects.runs.sort(key=lambda run: place[run.text])
     about["texts"] = [{"label": label, "n_tokens": n} for label, n in corpus.labels.items()]
-    if located:
-        about["located"] = located
+    if effects.located:
+        about["located"] = {label: effects.located[label] for label in corpus.labels if label in effects.located}
     if long:
         about["no_clean_run"] = f"texts of more than {adapter.n_ctx} tokens have no unedited run to compare with"
     return EffectReport.assemble(effects, about)

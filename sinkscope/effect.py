@@ -96,14 +96,20 @@ class Curve:
 
 @dataclass
 class Effects:
-    """Runs of many texts; where `per_text` is off, their tokens are averaged by position as they come."""
+    """Runs of many texts; where `per_text` is off, their tokens are averaged by position as they come.
+
+    `located` says, by text, how edits were made that leave open where.
+    """
 
     per_text: bool
     runs: list[Run] = field(default_factory=list)
     curves: dict[str, Curve] = field(default_factory=dict)
+    located: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def add(self, runs: Sequence[Run]) -> None:
-        """Add a text's runs."""
+    def add(self, runs: Sequence[Run], located: dict[str, str]) -> None:
+        """Add a text's runs, and what was located in it: edits as written -> as made."""
+        if located:
+            self.located[runs[0].text] = located
         for run in runs:
             if not self.per_text:
                 self.curves.setdefault(run.intervention, Curve()).add(run.positions, run.loss)
@@ -112,6 +118,7 @@ class Effects:
     def merge(self, other: Effects) -> None:
         """Add another's runs."""
         self.runs += other.runs
+        self.located |= other.located
         for name, curve in other.curves.items():
             self.curves.setdefault(name, Curve()).merge(curve)
 
@@ -134,8 +141,9 @@ class EffectReport:
 
     Attributes:
         frame: tidy, the columns of `effects.csv`: one row per (text, intervention), and per intervention one for `all`
-            texts. `none` is the unedited run. `tokens` counts the predictions scored; `loss` is in nats per token;
-            `delta_loss` is against the unedited run on the same tokens, `std_error` its standard error; `kl` is
+            texts. `none` is the unedited run. `tokens` counts the predictions scored; `loss` is in nats per token. An edit
+            that drops or swaps tokens is scored on those that stand in both runs, `none` on all: `delta_loss` is against
+            the unedited run on the same tokens, `std_error` its standard error; `kl` is
             KL(clean || edited) in nats; `sink_mass` is the mean attention to the first token, over layers, heads and
             queries (NaN where it was dropped), and `sink_position` the position that receives most attention in all.
         details: the same rows: 95% interval of `delta_loss`, share of top-1 predictions that stay, the sink's token.

@@ -21,6 +21,7 @@ def unknown(kind: str, name: object, available: Iterable[str]) -> SinkscopeError
     "unknown metric 'sinkmass'; did you mean 'sink_mass'? Available: row_entropy, sink_mass"
     """
     names = sorted(available)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    ends = [full for full in names if full.endswith(f".{name}")]
+    near = ends or difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return SinkscopeError(f"unknown {kind} {str(name)!r}; {hint}Available: {', '.join(names)}")

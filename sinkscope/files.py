@@ -20,8 +20,9 @@ from sinkscope.resume import claimed, forget
 SEAL = "summary.json"
 #: How text begins that a spreadsheet would run.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-#: What an earlier, larger report may have left behind.
-PICTURES = ("heatmap", "progression", "distribution", "positions", "attention")
+#: What an earlier report, also of the other kind, may have left behind.
+PICTURES = ("heatmap", "progression", "distribution", "positions", "attention", "loss")
+TABLES = ("measurements", "summary", "attention", "effects", "details", "curves")
 
 
 def check_writable(directory: str | Path) -> Path:
@@ -60,7 +61,7 @@ def save(report: SinkReport, directory: str | Path) -> Path:
     if report.attention is not None:
         tables["attention"] = report.attention
     with claimed(path):
-        _unseal(path, "attention.csv", "attention.parquet", *(f"{p}.png" for p in PICTURES))
+        _unseal(path)
         _write_tables(tables, path)
         for name, figure in report.figures().items():
             write(path / f"{name}.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
@@ -95,9 +96,10 @@ def save_effects(report: EffectReport, directory: str | Path) -> Path:
     return path
 
 
-def _unseal(path: Path, *others: str) -> None:
+def _unseal(path: Path) -> None:
     """Take away what says that a directory holds a whole report, and what an earlier one may leave behind."""
-    for name in (SEAL, "report.html", *others):
+    tables = (f"{table}{kind}" for table in TABLES for kind in (".csv", ".parquet"))
+    for name in (SEAL, "report.html", *tables, *(f"{p}.png" for p in PICTURES)):
         (path / name).unlink(missing_ok=True)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,7 @@ from sinkscope.block import Block
 from sinkscope.capture import Capture, cached, choose
 from sinkscope.capture.cached import is_cache
 from sinkscope.errors import SinkscopeError
+from sinkscope.fingerprint import fingerprint
 from sinkscope.metrics import BUILT_IN, resolve
 from sinkscope.metrics.accumulate import RowMean
 from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Metric
@@ -24,7 +26,7 @@ from sinkscope.progress import bar
 from sinkscope.report import SinkReport, TextResult, Value
 from sinkscope.resume import Finished, Running, Store, claimed
 from sinkscope.share import Share
-from sinkscope.tokens import Corpus, TextTokens, Tokens, key_positions
+from sinkscope.tokens import Corpus, TextTokens, Tokens, key_positions, whole_number
 from sinkscope.undo import surely
 
 Key = int | str
@@ -39,9 +41,9 @@ def measure(
     texts: Any,
     metrics: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None = None,
     *,
-    key: Key | Sequence[Key] = 0,
+    key: SupportsIndex | str | Iterable[SupportsIndex | str] = 0,
     bos: bool | None = None,
-    max_tokens: int | None = None,
+    max_tokens: SupportsIndex | None = None,
     attention_mask: Tensor | None = None,
     engine: str = "auto",
     chunk: int | str | None = "auto",
@@ -57,9 +59,9 @@ def measure(
         model: a TransformerLens model (TransformerBridge, HookedTransformer, HookedEncoder), from
             :func:`sinkscope.load_model` or your own, or a plain Hugging Face model. It is left exactly as it was. Or the
             ActivationCache that `model.run_with_cache(ids)` gave, with the same ids as `texts`: then nothing is run.
-        texts: a string, a path, token ids, a list of these, or a mapping from label to one of these; or a stream, which is
-            never whole in memory: an iterator or a dataset (its rows' field `text`), the path of a directory (its `.txt`
-            files) or of a `.jsonl` file (the field `text` of its lines).
+        texts: a string, a `Path`, token ids (also as a Hugging Face tokenizer gives them), a list of these, or a mapping from
+            label to one of these; or a stream, which is never whole in memory: an iterator or a dataset (its rows' field
+            `text`), the `Path` of a directory (its `.txt` files) or of a `.jsonl` file (the field `text` of its lines).
         metrics: names (see `sinkscope metrics`), metrics, or functions of a block; None for all built-in ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
         bos: put BOS first? None takes the model's own convention; the report says which it was.
@@ -73,7 +75,8 @@ def measure(
             memory does not grow with the texts; their model-level numbers are kept in any case.
         progress: show a progress bar over texts and layers on stderr.
         resume: a directory (the one that the report will be saved in). Finished batches are kept there, and the same call
-            goes on after the last of them when it was interrupted or killed. `report.save` drops them.
+            goes on after the last of them when it was interrupted or killed. `report.save` drops them. The same call has the
+            same weights, hooks and metrics: their code, and the values that it closes over.
         distributed: share the batches among the processes of torch.distributed. Every process makes the same call, and gets
             the whole report.
 
@@ -87,13 +90,14 @@ def measure(
     adapter = adapt(model if cache is None else cache.model)
     asked = resolve(metrics)
     base = _base(asked)
-    keys: list[Key] = [key] if isinstance(key, int | str) else list(dict.fromkeys(key))
-    if not keys or batch_size < 1:
-        raise SinkscopeError(f"key={key!r}, batch_size={batch_size}: at least one key and one text per batch are needed")
+    keys, most = _keys(key), None if max_tokens is None else whole_number(max_tokens, "max_tokens")
+    batch_size = whole_number(batch_size, "batch_size")
+    if batch_size < 1:
+        raise SinkscopeError(f"batch_size={batch_size}: at least one text per batch is needed")
     share = Share.of(distributed)
 
     def prepare(first: int, some: Any) -> tuple[Tokens, Capture]:
-        tokens = adapter.tokenize(some, bos=bos, max_tokens=max_tokens, attention_mask=attention_mask, first=first)
+        tokens = adapter.tokenize(some, bos=bos, max_tokens=most, attention_mask=attention_mask, first=first)
         adapter.check(tokens)
         for k in keys:
             key_positions(k, tokens.sequences)
@@ -105,14 +109,14 @@ def measure(
     corpus = Corpus(texts, max(PORTION * batch_size, 2 * PER_TEXT), prepare)
     tokens, capture = corpus.head
     finish = _Finish(asked, base, keys, adapter)
-    about = adapter.describe() | _how(capture, tokens.bos, asked, keys, max_tokens, batch_size)
-    run = about | {"weights": adapter.checksum(), "metrics": [repr(_code(m)) for m in asked]} if resume else {}
-    store = Store.of(resume, run)
+    about = adapter.describe() | _how(capture, tokens.bos, asked, keys, most, batch_size)
+    store = Store.of(resume, about | adapter.state() | {"metrics": fingerprint(asked)} if resume else {})
     whole = len(tokens) <= PER_TEXT if per_text is None else per_text
     kept = Finished(store) if whole else Running(store, share)
     numbers = count()
     with (
         claimed(resume if share.rank == 0 else None),
+        closing(kept),
         bar(progress and share.rank == 0, corpus.total and corpus.total * len(adapter.layers), "measure") as tick,
     ):
         for tokens, capture in corpus:
@@ -127,6 +131,16 @@ def measure(
                     kept.add([finish(observer, row, sequence) for row, sequence in enumerate(batch.sequences)])
         tally, results = kept.end(share, list(corpus.labels))
     return SinkReport.assemble(tally, asked, about, results)
+
+
+def _keys(key: Any) -> list[Key]:
+    """Take one key or several, each once."""
+    one = isinstance(key, str) or not isinstance(key, Iterable) or getattr(key, "ndim", 1) == 0
+    given = [key] if one else list(key)
+    keys = [k if isinstance(k, str) else whole_number(k, "key") for k in given]
+    if not keys:
+        raise SinkscopeError("key=[]: at least one key is needed")
+    return list(dict.fromkeys(keys))
 
 
 def _base(asked: Sequence[AnyMetric]) -> list[Metric]:
@@ -245,12 +259,6 @@ def _values(
     value, null_value = m(means, tokens, causal), m(nulls, tokens, causal)
     total = (float(m.total(value)), float(m.total(null_value))) if m.total else (None, None)
     return [Value(m.name, tag, key, m.axes, value, null_value, *total)]
-
-
-def _code(m: AnyMetric) -> tuple[Any, ...]:
-    """Tell a metric from an earlier version of itself under the same name."""
-    code = getattr(m.fn, "__code__", None)
-    return (m, getattr(code, "co_code", b""), getattr(code, "co_consts", ()))
 
 
 def _mean(values: Array) -> float:

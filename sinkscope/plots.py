@@ -293,7 +293,8 @@ def figures(frame: DataFrame, attention: DataFrame | None = None, tokens: Sequen
         attention: columns `query, key, value`, for the picture of one short text.
         tokens: that text's tokens, if not in its column `key_token`.
     """
-    by_head = frame.dropna(subset=["head", "value"])["metric"].unique().tolist()
+    over = frame["text"] == "all"  # where a metric of several keys may bear another name
+    by_head = frame[over if over.any() else ~over].dropna(subset=["head", "value"])["metric"].unique().tolist()
     metric = "sink_mass" if "sink_mass" in by_head else "".join(by_head[:1])
     draw = {f.__name__: partial(f, frame, metric) for f in (heatmap, progression, distribution) if metric}
     if "position_profile" in frame["metric"].unique():
@@ -308,7 +309,7 @@ def figures(frame: DataFrame, attention: DataFrame | None = None, tokens: Sequen
 
 def _rows(frame: DataFrame, metric: str, text: str | None = None, needs: str = "head") -> DataFrame:
     rows = frame.dropna(subset=[needs, "value"])
-    for column, wanted in (("metric", metric), ("text", text)):
+    for column, wanted in (("text", text), ("metric", metric)):
         if wanted is not None:
             if wanted not in (available := rows[column].unique()):
                 raise unknown(column, wanted, available)

@@ -209,8 +209,9 @@ class SinkReport:
     def intervals(self) -> pd.DataFrame:
         """Give the summary over all texts with the 95% interval of each mean: columns `low, high` (Student's t)."""
         rows = self.summary(ALL)
-        n = len(self.texts)
-        bounds = [t_interval(v, e, n) for v, e in zip(rows["value"], rows["std_error"], strict=True)]
+        counts = self.totals[self.totals["text"] != ALL].groupby("metric")["value"].count()  # of texts that have the number
+        given = zip(rows["metric"], rows["value"], rows["std_error"], strict=True)
+        bounds = [t_interval(value, error, int(counts.get(name, 0))) for name, value, error in given]
         return rows.assign(low=[b[0] for b in bounds], high=[b[1] for b in bounds])
 
     def top(self, metric: str = "sink_mass", n: int = 10, *, text: str = ALL) -> pd.DataFrame:
@@ -228,7 +229,12 @@ class SinkReport:
         Returns:
             One row per metric in both: `metric, value, std_error, null`, the same of the other, and `difference`
             (other minus this). Standard errors are each report's own, across its texts.
+
+        Raises:
+            SinkscopeError: the other is no SinkReport.
         """
+        if not isinstance(other, SinkReport):
+            raise SinkscopeError(f"a SinkReport compares with a SinkReport, not with a {type(other).__name__}")
         columns = ["metric", "value", "std_error", "null"]
         both = self.summary(ALL)[columns].merge(other.summary(ALL)[columns], on="metric", suffixes=("", "_other"))
         return both.assign(difference=both["value_other"] - both["value"])
@@ -239,14 +245,17 @@ class SinkReport:
         Raises:
             SinkscopeError: `sink_positions` was not measured, or no such text.
         """
-        if "sink_positions" not in self.about["arguments"]["metrics"]:
+        named = [m for m in self.about["arguments"]["metrics"] if m.partition("@")[0] == "sink_positions"]
+        if not named:
             raise unknown("metric in this report", "sink_positions", self.metrics)
-        rows = self.frame[(self.frame["metric"] == "sink_positions") & (self.frame["text"] != ALL)]
+        if text == ALL:
+            raise SinkscopeError("sink positions are a text's: leave text out for those of every text")
+        rows = self.frame[(self.frame["metric"] == named[0]) & (self.frame["text"] != ALL)]
         if text is not None or not self.per_text:
             rows = rows[rows["text"] == self._fine(text or self.texts[0])]
         tokens = {t["label"]: t["tokens"] for t in self.about["texts"]}
         found = [tokens[label][key] for label, key in zip(rows["text"], rows["key"], strict=True)]
-        listed = rows[["text", "key"]].assign(token=found, share_of_heads=rows["value"])
+        listed: pd.DataFrame = rows[["text", "key"]].assign(token=found, share_of_heads=rows["value"])
         return listed.sort_values(["text", "share_of_heads"], ascending=[True, False]).reset_index(drop=True)
 
     def to_xarray(self, column: str = "value") -> xr.Dataset:
@@ -367,7 +376,8 @@ def _rows(value: Value, layers: Sequence[int], label: str, tokens: int, std_erro
     shape = value.value.shape
     index = dict(zip(value.axes, np.indices(shape).reshape(len(shape), value.value.size), strict=True))
     n = int(np.prod(shape, dtype=int))
-    columns: dict[str, Any] = {"text": label, "metric": value.name}
+    # Of several keys, those whose position differs from text to text would be one in the mean over texts.
+    columns: dict[str, Any] = {"text": label, "metric": value.name + (value.tag if value.key is None else "")}
     for axis in ("layer", "head", "key"):
         if axis in index:
             columns[axis] = pd.array(np.asarray(layers)[index[axis]] if axis == "layer" else index[axis], dtype="Int64")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ Arrays = dict[str, Any]
 
 @contextmanager
 def claimed(directory: str | Path | None) -> Iterator[None]:
-    """Have a directory to oneself: a second run in it is refused. The lock of a killed run is gone with it.
+    """Have a directory to oneself: a second run in it at the same time is refused. The lock of a killed run is gone with it.
 
     Raises:
         SinkscopeError: another process works there, or it can't be written.
@@ -161,6 +162,9 @@ class Finished:
         self.store.write(self.store.name([r.sequence for r in results]), about, arrays)
         self.results += results
 
+    def close(self) -> None:
+        """Do nothing: every batch has its file."""
+
     def end(self, share: Share, labels: Sequence[str]) -> tuple[Tally, list[TextResult]]:
         """Give all texts of all processes, in order."""
         found = {r.sequence.label: r for part in share.gather(self.results) for r in part}
@@ -172,7 +176,10 @@ class Finished:
 
 
 class Running:
-    """Running means over texts, for as many of them as there are: one file, whose size does not grow with the texts."""
+    """Running means over texts, for as many of them as there are: one file, with a few numbers per text.
+
+    It is written after every batch while that is quick, and then so often that it takes a twentieth of the time.
+    """
 
     def __init__(self, store: Store, share: Share) -> None:
         """Take up what was finished before.
@@ -193,6 +200,7 @@ class Running:
             groups = [_group(g, arrays, str(i)) for i, g in enumerate(about["groups"])]
             self.tally.groups = {(g.name, g.tag): g for g in groups}
         self._taken, self._seen = len(self.batches), 0
+        self._unsaved, self._next = False, 0.0
 
     def has(self, sequences: Sequence[TextTokens]) -> bool:
         """Tell whether a batch is among those taken up.
@@ -209,15 +217,24 @@ class Running:
 
     def add(self, results: Sequence[TextResult]) -> None:
         """Add a batch's results."""
+        self._unsaved = False  # while it is half added
         for result in results:
             self.tally.add(result)
-        if self.store.folder is None:
-            return
-        self.batches.append(self.store.name([r.sequence for r in results]))
-        arrays: Arrays = {}
-        groups = [_kept_group(g, arrays, str(i)) for i, g in enumerate(self.tally.groups.values())]
-        about = {"batches": self.batches, "texts": self.tally.texts, "totals": self.tally.totals, "groups": groups}
-        self.store.write(self.file, about, arrays)
+        if self.store.folder is not None:
+            self.batches.append(self.store.name([r.sequence for r in results]))
+            self._unsaved = True
+            if time.monotonic() >= self._next:
+                self.close()
+
+    def close(self) -> None:
+        """Write what has not been written yet."""
+        if self._unsaved:
+            start, arrays = time.monotonic(), Arrays()
+            groups = [_kept_group(g, arrays, str(i)) for i, g in enumerate(self.tally.groups.values())]
+            about = {"batches": self.batches, "texts": self.tally.texts, "totals": self.tally.totals, "groups": groups}
+            self.store.write(self.file, about, arrays)
+            self._unsaved = False
+            self._next = time.monotonic() + 20 * (time.monotonic() - start)
 
     def end(self, share: Share, labels: Sequence[str]) -> tuple[Tally, list[TextResult]]:
         """Give the means over the texts of all processes, and no single text."""
@@ -266,17 +283,24 @@ def _group(about: dict[str, Any], arrays: Arrays, at: str) -> Group:
 # --- evaluate -------------------------------------------------------------------------------------------------------
 
 
-def kept_runs(store: Store, sequence: TextTokens) -> list[Run] | None:
+#: A text's runs, and what was located in it: the edits as written -> as they were made.
+Found = tuple[list[Run], dict[str, str]]
+
+
+def kept_runs(store: Store, sequence: TextTokens) -> Found | None:
     """Give a text's runs if they were finished before."""
-    about, arrays = store.read(store.name([sequence])) or ([], {})
-    return [Run(**r, **{of: arrays[f"{i}-{of}"] for of in CURVES}) for i, r in enumerate(about)] or None
+    about, arrays = store.read(store.name([sequence])) or ({}, {})
+    if not about:
+        return None
+    return [Run(**r, **{of: arrays[f"{i}-{of}"] for of in CURVES}) for i, r in enumerate(about["runs"])], about["located"]
 
 
-def keep_runs(store: Store, sequence: TextTokens, runs: Sequence[Run]) -> None:
+def keep_runs(store: Store, sequence: TextTokens, found: Found) -> None:
     """Keep a text's runs."""
+    runs, located = found
     arrays = {f"{i}-{of}": getattr(run, of) for i, run in enumerate(runs) for of in CURVES}
     about = [{f.name: getattr(run, f.name) for f in fields(run) if f.name not in CURVES} for run in runs]
-    store.write(store.name([sequence]), about, arrays)
+    store.write(store.name([sequence]), {"runs": about, "located": located}, arrays)
 
 
 CURVES = ("positions", "loss", "clean_loss")

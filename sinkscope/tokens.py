@@ -7,13 +7,15 @@ from the lengths, never from the ids, since ids do not tell a pad from BOS or EO
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, SupportsIndex, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -89,6 +91,20 @@ def _pad(group: Sequence[TextTokens], device: torch.device | str) -> Batch:
     return Batch(tuple(group), ids.to(device), valid.to(device))
 
 
+def whole_number(given: Any, name: str) -> int:
+    """Take a whole number of any type, NumPy's and PyTorch's included.
+
+    Raises:
+        SinkscopeError: it is none; True and False are none.
+    """
+    try:
+        if not isinstance(given, bool):
+            return operator.index(given)
+    except TypeError:
+        pass
+    raise SinkscopeError(f"{name}={given!r}: give a whole number{' or a token' * (name == 'key')}")
+
+
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file; the error names the file and the byte where decoding failed."""
     path = Path(path)
@@ -111,7 +127,7 @@ def tokenize(
     bos: bool | None = None,
     bos_by_default: bool = True,
     causal: bool = True,
-    max_tokens: int | None = None,
+    max_tokens: SupportsIndex | None = None,
     attention_mask: Tensor | None = None,
     first: int = 0,
 ) -> Tokens:
@@ -119,8 +135,8 @@ def tokenize(
 
     Args:
         tokenizer: a Hugging Face tokenizer, or None when `texts` are ids.
-        texts: a string, a path, ids (a tensor `[position]` or `[batch, position]`, or lists of ints), a list of any
-            of these, or a mapping from label to one of these.
+        texts: a string, a `Path`, ids (a tensor `[position]` or `[batch, position]`, or lists of ints), a list of any
+            of these, a mapping from label to one of these, or what a Hugging Face tokenizer gives.
         bos: put the BOS token first (an encoder: add its special tokens)? None takes the model's own convention.
             Ids are always taken as they are.
         bos_by_default: the model's convention.
@@ -141,10 +157,9 @@ def tokenize(
                 "these texts are tokenised already: give bos=, max_tokens= or attention_mask= to ss.tokenize"
             )
         return texts
-    if max_tokens is not None and not isinstance(max_tokens, int):
-        raise SinkscopeError(f"max_tokens={max_tokens!r}: give a whole number")
-    if max_tokens is not None and max_tokens < 2:
-        raise SinkscopeError(f"max_tokens={max_tokens}: at least 2 tokens are needed to look at attention")
+    most = None if max_tokens is None else whole_number(max_tokens, "max_tokens")
+    if most is not None and most < 2:
+        raise SinkscopeError(f"max_tokens={most}: at least 2 tokens are needed to look at attention")
     items = _items(texts, attention_mask, first)
     if not items:
         raise SinkscopeError("no texts given: pass at least one string, file or list of token ids")
@@ -152,8 +167,8 @@ def tokenize(
     sequences = []
     for index, (label, item) in enumerate(items, first):
         where = f"text {index}" + (f" ({label!r})" if label != f"text {index}" else "")
-        ids = decide.encode(item, where, max_tokens) if isinstance(item, str) else _ids(item, where)
-        ids = ids[:max_tokens]
+        ids = decide.encode(item, where, most) if isinstance(item, str) else _ids(item, where)
+        ids = ids[:most]
         if len(ids) < 2:
             raise SinkscopeError(f"{where} has {len(ids)} token(s); attention needs at least 2. Give a longer text.")
         strings = tuple(_strings(tokenizer, ids))
@@ -252,6 +267,8 @@ def as_stream(texts: Any) -> Iterable[Any] | None:
         if texts.is_dir():
             return sorted(texts.glob("*.txt"))
         return _lines(texts) if texts.suffix == ".jsonl" else None
+    if isinstance(texts, pd.DataFrame):  # as a stream it would be the names of its columns
+        return [{str(name): value for name, value in row.items()} for row in texts.to_dict("records")]
     there = isinstance(texts, str | bytes | Mapping | Sequence | Tensor | np.ndarray | Tokens)
     return None if there or not isinstance(texts, Iterable) else texts
 
@@ -281,6 +298,8 @@ def _items(texts: Any, attention_mask: Tensor | None, first: int = 0) -> list[tu
     """Normalise the input to (label, str | ids) pairs."""
     if isinstance(texts, np.ndarray):
         texts = torch.as_tensor(texts)
+    if isinstance(texts, Mapping) and not isinstance(texts.get("input_ids", ""), str | Path):
+        texts, attention_mask = _encoded(texts, attention_mask), None
     if attention_mask is not None:
         return [(f"text {i}", row) for i, row in enumerate(_without_pads(texts, attention_mask))]
     if isinstance(texts, Mapping):
@@ -293,11 +312,27 @@ def _items(texts: Any, attention_mask: Tensor | None, first: int = 0) -> list[tu
         raise SinkscopeError(f"texts is a {type(texts).__name__}: expected a string, a path, token ids, or several of these")
     items = []
     for i, text in enumerate(texts, first):
+        if isinstance(text, str) and _is_file(text):
+            raise SinkscopeError(f"text {i} names a file: give Path({text!r}) to have it read")
         if isinstance(text, Path):
             items.append((_label(text.name), read_text(text)))
         else:
             items.append((f"text {i}", _field(text, f"text {i}") if isinstance(text, Mapping) else text))
     return items
+
+
+def _encoded(given: Mapping[str, Any], attention_mask: Any) -> list[Tensor]:
+    """Take what a Hugging Face tokenizer gives, without its pads."""
+    ids, mask = given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
+    if len(ids) and not np.ndim(ids[0]):
+        ids, mask = [ids], None if mask is None else [mask]
+    rows = [torch.as_tensor(row) for row in ids]
+    return rows if mask is None else [row[torch.as_tensor(keep).bool()] for row, keep in zip(rows, mask, strict=True)]
+
+
+def _is_file(text: str) -> bool:
+    """Tell a path that was given as text: one short line that names a file which is there."""
+    return len(text) < 256 and text.isprintable() and bool(Path(text).suffix) and Path(text).is_file()
 
 
 def _without_pads(texts: Any, attention_mask: Tensor) -> list[Tensor]:

@@ -233,14 +233,14 @@ class MassAlone:
 class NoRows:
     """Stands where a metric did not ask for attention."""
 
-    def pattern(self) -> Float[Tensor, "batch head query key"]:
+    def pattern(self, need: str = "pattern") -> Float[Tensor, "batch head query key"]:
         """Refuse."""
-        raise SinkscopeError("the block has no attention: declare it, @metric(needs=('pattern', ...))")
+        raise SinkscopeError(f"the block has no attention: declare it, @metric(needs=({need!r}, ...))")
 
     def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
         """Refuse."""
-        return self.pattern()
+        return self.pattern("mass")
 
     def row_sum(self) -> Float[Tensor, "batch head query"]:
         """Refuse."""
-        return self.pattern()
+        return self.pattern("mass")

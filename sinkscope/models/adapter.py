@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.fingerprint import of_hooks
 from sinkscope.tokens import Tokens, tokenize
 from sinkscope.undo import Undo
 
@@ -175,7 +176,7 @@ class Adapter:
     def trunk(self) -> nn.Module:
         """All of Hugging Face's model but its head."""
         inner: nn.Module = getattr(self.network, "base_model", self.network)
-        return inner if inner is not self.network else getattr(inner, "model", inner)  # type: ignore[return-value]
+        return inner if inner is not self.network else getattr(inner, "model", inner)
 
     @property
     def trunks(self) -> list[nn.Module]:
@@ -255,9 +256,13 @@ class Adapter:
         sums = [tuple(p.shape) if p.is_meta else float(p.detach().double().sum()) for p in self.network.parameters()]
         return hashlib.sha256(repr(sums).encode()).hexdigest()
 
+    def state(self) -> dict[str, Any]:
+        """Give what numbers depend on besides: weights, and the hooks that are on the model."""
+        return {"weights": self.checksum(), "hooks": of_hooks(self.model, self.network)}
+
     def describe(self) -> dict[str, Any]:
         """Give what a report must record about the model."""
-        versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
+        versions = {p: importlib.metadata.version(p) for p in ("sinkscope", "torch", "transformers")}
         return {
             "model": self.name,
             "class": type(self.model).__name__,

@@ -74,3 +74,7 @@ def __getattr__(name: str) -> Any:
         if name == function:
             return getattr(importlib.import_module(f"sinkscope.studies.{module}"), name)
     raise AttributeError(f"module 'sinkscope.studies' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -44,7 +44,7 @@ def run_all(
     names = list(STUDIES) if only is None else list(only)
     runs = {name: find(name) for name in names}
     path, adapter = check_writable(out), adapt(model)
-    run = json.dumps([sinkscope.__version__, adapter.describe(), adapter.checksum(), _digest(text)], sort_keys=True)
+    run = json.dumps([sinkscope.__version__, adapter.describe(), adapter.state(), _digest(text)], sort_keys=True)
     not_run: dict[str, str] = {}
     with bar(progress, len(names), "studies", "study") as tick:
         for name, study in runs.items():

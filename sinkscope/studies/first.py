@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sinkscope.models import adapt
 from sinkscope.observe import measure
 from sinkscope.samples import samples
 from sinkscope.studies.report import Estimate, Pictures, StudyReport, asked, sinks, tabulate
@@ -28,8 +29,9 @@ def first_token(model: Any, text: Any = None, *, max_tokens: int | None = None, 
     Raises:
         SinkscopeError: as :func:`sinkscope.measure`.
     """
-    texts = samples() if text is None else text
-    report = measure(model, texts, max_tokens=max_tokens, progress=progress)
+    if text is None:
+        text, max_tokens = samples(), max_tokens or adapt(model).n_ctx
+    report = measure(model, text, max_tokens=max_tokens, progress=progress)
     layers = report.frame[(report.frame["metric"] == "layer_progression") & (report.frame["text"] != "all")]
     by_text = layers.groupby("text", sort=False)[["value", "null"]].max()
     setting = f"{len(report.texts)} texts"

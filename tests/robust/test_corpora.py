@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -134,14 +135,14 @@ def test_what_can_not_be_decoded_in_the_middle_is_named_and_what_was_finished_is
 
 
 def stopping(after, error=KeyboardInterrupt):
-    seen = []
+    seen, at = [], SimpleNamespace(after=after, error=error)  # no part of the metric
 
     @ss.metric(needs="mass", null=None)
     def stop(block):
         if block.layer == 0:
             seen.append(1)
-            if len(seen) > after:
-                raise error
+            if len(seen) > at.after:
+                raise at.error
         return block.mass
 
     return stop

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,8 @@ import sinkscope as ss
 from sinkscope import files, words
 from sinkscope.attention import attention_map
 from sinkscope.compare import side_by_side
+from sinkscope.metrics import BUILT_IN
+from sinkscope.observe import _keys
 from sinkscope.testing import tiny_hf_model
 from tests import oracles
 from tests.conftest import TEXTS, attempt, play, table, total
@@ -204,6 +207,70 @@ def test_several_keys_are_told_apart(llama):
     rows = report.frame[(report.frame["metric"] == "sink_mass") & (report.frame["text"] == "b")]
     assert sorted(rows["key"].unique()) == [0, len(TEXTS["b"])]
     assert len(report.frame[(report.frame["metric"] == "row_entropy") & (report.frame["text"] == "b")]) == 12
+
+
+def test_several_keys_whose_places_differ_are_told_apart_over_all_texts(llama):
+    report = ss.measure(llama, TEXTS, ["sink_mass"], key=["t", -1, 0])
+    rows = report.frame[report.frame["text"] == "all"]
+    assert set(rows["metric"]) == {"sink_mass", "sink_mass[key=t]", "sink_mass[key=-1]"}
+    alone = ss.measure(llama, TEXTS, ["sink_mass"], key=-1)
+    mine = table(report, "sink_mass[key=-1]", "all")
+    np.testing.assert_allclose(mine, table(alone, "sink_mass", "all"))
+    assert report.heatmap("sink_mass[key=-1]").get_title() == "sink_mass[key=-1], mean of texts"
+    there = report.to_xarray()
+    np.testing.assert_allclose(there["sink_mass[key=-1]"].sel(text="all"), mine)
+    assert "sink_mass[key=t]" in report.page()
+    report = ss.measure(llama, TEXTS, ["sink_mass"], key=["t", -1])  # neither has one place
+    assert set(report.figures()) == {"heatmap", "progression", "distribution"}
+    with pytest.raises(ss.SinkscopeError, match=r"unknown metric 'sink_mass'; did you mean 'sink_mass\[key=t\]'"):
+        report.heatmap()
+
+
+def test_several_keys_of_any_type(llama):
+    one, other = (ss.measure(llama, "so it goes", ["sink_mass"], key=keys) for keys in ([0, 3], np.array([0, 3])))
+    pd.testing.assert_frame_equal(one.frame, other.frame)
+    three = np.int64(3)
+    report = ss.measure(llama, "so it goes", ["sink_mass"], key=three, max_tokens=three + 1)
+    assert json.dumps(report.about)
+    assert set(report.frame["key"]) == {3}
+    for bad in (True, 1.0, None, [0, None], []):
+        with pytest.raises(ss.SinkscopeError, match="key="):
+            _keys(bad)
+
+
+def test_an_interval_counts_the_texts_that_have_the_number():
+    """A text of one layer's NaN: of three texts two have the number, and Student's t has one degree of freedom."""
+    report = play([np.full((1, 1, 3, 3), 1 / 3) for _ in range(3)], ["sink_mass"])
+    totals = report.totals.copy()
+    totals.loc[totals["text"] == "text 0", "value"] = np.nan
+    totals.loc[totals["text"] == "all", "std_error"] = 0.1
+    row = ss.SinkReport(report.frame, totals, report.about).intervals().iloc[0]
+    assert row["high"] - row["value"] == pytest.approx(12.706 * 0.1, abs=1e-3)
+
+
+def test_it_compares_with_its_like(llama):
+    with pytest.raises(ss.SinkscopeError, match="not with a EffectReport"):
+        ss.measure(llama, "so it goes", ["sink_mass"]).compare(ss.evaluate(llama, "so it goes", "window(size=4)"))
+
+
+def test_sink_positions_at_another_threshold(llama):
+    report = ss.measure(llama, TEXTS, [BUILT_IN["sink_positions"].at(0.01)])
+    assert len(report.sink_positions()) > 0
+    with pytest.raises(ss.SinkscopeError, match="sink positions are a text's"):
+        report.sink_positions(text="all")
+
+
+def test_a_directory_holds_one_kind_of_report(llama, tmp_path):
+    first = ss.measure(llama, TEXTS, ["sink_mass"])
+    second = ss.evaluate(llama, "so it goes", "window(size=4)")
+    alone = {}
+    for report in (first, second):
+        report.save(tmp_path / "alone")
+        alone[type(report)] = {p.name for p in (tmp_path / "alone").iterdir()}
+        shutil.rmtree(tmp_path / "alone")
+    for report in (first, second, first):
+        report.save(tmp_path / "one")
+        assert {p.name for p in (tmp_path / "one").iterdir()} == alone[type(report)]
 
 
 def test_a_key_at_another_place_in_each_text_has_no_position_in_all(tiny):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -23,13 +24,17 @@ def llama():
 
 
 def counting(batches, stop_after=10**9, error=KeyboardInterrupt):
-    """A metric that counts the batches that are run, and stops the run in the one after `stop_after`."""
+    """A metric that counts the batches that are run, and stops the run in the one after `stop_after`.
+
+    Whatever a metric closes over is a part of it: where to stop stands apart, that a run may be taken up.
+    """
+    stop = SimpleNamespace(after=stop_after, error=error)
 
     @ss.metric(needs="pattern", null=None)
     def counted(block):
         if block.layer == 0 and block.start == 0:
-            if len(batches) == stop_after:
-                raise error
+            if len(batches) == stop.after:
+                raise stop.error
             batches.append(len(block.lengths))
         return block.pattern[..., 0]
 

@@ -1,12 +1,13 @@
 """Texts and ids in whatever form -> sequences, labels, and the BOS decision in words."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import sinkscope as ss
 from sinkscope.testing import tiny_tokenizer
-from sinkscope.tokens import key_positions, read_text, tokenize
+from sinkscope.tokens import as_stream, key_positions, read_text, tokenize, whole_number
 from tests.conftest import attempt
 
 TOKENIZER, BERT = tiny_tokenizer(), tiny_tokenizer("bert")
@@ -45,6 +46,42 @@ def labels_of(texts, **how):
 )
 def test_every_kind_of_input(given, expected):
     assert ids_of(given) == expected
+
+
+def test_what_a_tokenizer_gives():
+    pads = TOKENIZER(["ab", "a"], padding=True, padding_side="left")
+    assert pads.input_ids == [[BOS, A, B], [0, BOS, A]]
+    both = [[BOS, A, B], [BOS, A]]
+    assert ids_of(pads) == ids_of(TOKENIZER(["ab", "a"], padding=True, return_tensors="pt")) == both
+    assert ids_of(TOKENIZER(["ab", "a"])) == both
+    assert ids_of(TOKENIZER("ab")) == ids_of({"input_ids": [BOS, A, B]}) == [[BOS, A, B]]
+    assert labels_of({"input_ids": "ab"}) == ["input_ids"]
+
+
+def test_a_table_is_its_column_of_texts():
+    table = pd.DataFrame({"text": ["ab", "ba"], "label": [0, 1]})
+    rows = as_stream(table)
+    assert ids_of(rows) == ids_of(table["text"]) == [[BOS, A, B], [BOS, B, A]]
+
+
+def test_a_path_given_as_text_is_not_measured_as_text(tmp_path):
+    (tmp_path / "one.txt").write_text("ab", encoding="utf-8")
+    for given in (str(tmp_path / "one.txt"), ["ab", str(tmp_path / "one.txt")]):
+        with pytest.raises(ss.SinkscopeError, match=r"names a file: give Path\('.*one.txt'\)"):
+            tokenize(TOKENIZER, given)
+    assert ids_of("a.b")[0][0] == BOS
+
+
+@pytest.mark.parametrize("number", [np.int64(3), torch.tensor(3), np.array(3)], ids=repr)
+def test_whole_numbers_of_any_type(number):
+    assert whole_number(number, "key") == 3
+    assert ids_of("abab", max_tokens=number) == [[BOS, A, B]]
+
+
+@pytest.mark.parametrize("number", [True, 3.0, None, "3", np.float32(3)], ids=repr)
+def test_what_is_no_whole_number(number):
+    with pytest.raises(ss.SinkscopeError, match="give a whole number or a token"):
+        whole_number(number, "key")
 
 
 def test_files_are_texts_labelled_by_their_name(tmp_path):
