@@ -7,6 +7,7 @@ import hashlib
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,9 @@ def fingerprint(*things: Any) -> str:
     (False, True)
     """
     digest = hashlib.sha256()
-    for part in _spelled(things, {}):
-        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    with suppress(RecursionError):  # of what is nested deeper, the beginning
+        for part in _spelled(things, {}):
+            digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
 
 

@@ -220,7 +220,8 @@ class Adapter:
         else:
             config = self.network.config.get_text_config()  # type: ignore[union-attr, operator]
             logits = self.network.get_output_embeddings()(hidden[None])[0].float()  # type: ignore[operator]
-            logits *= getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+            scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+            logits = logits if scale == 1 else logits * scale
             cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh() * cap
 

@@ -77,6 +77,10 @@ def test_what_holds_itself_ends():
     around.append(around)
     assert fingerprint(around) == fingerprint(around)
     assert fingerprint(functools.partial(fingerprint, around))
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert fingerprint(deep) == fingerprint(deep)
 
 
 def test_hooks_of_the_caller_count_and_those_of_the_bridge_do_not():
