@@ -332,7 +332,10 @@ def _encoded(given: Mapping[str, Any], attention_mask: Any) -> list[Tensor]:
 
 def _is_file(text: str) -> bool:
     """Tell a path that was given as text: one short line that names a file which is there."""
-    return len(text) < 256 and text.isprintable() and bool(Path(text).suffix) and Path(text).is_file()
+    try:
+        return len(text) < 256 and text.isprintable() and bool(Path(text).suffix) and Path(text).is_file()
+    except OSError:  # too long in bytes for a file's name
+        return False
 
 
 def _without_pads(texts: Any, attention_mask: Tensor) -> list[Tensor]:

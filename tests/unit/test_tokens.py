@@ -69,7 +69,8 @@ def test_a_path_given_as_text_is_not_measured_as_text(tmp_path):
     for given in (str(tmp_path / "one.txt"), ["ab", str(tmp_path / "one.txt")]):
         with pytest.raises(ss.SinkscopeError, match=r"names a file: give Path\('.*one.txt'\)"):
             tokenize(TOKENIZER, given)
-    assert ids_of("a.b")[0][0] == BOS
+    for text in ("a.b", "\u597d" * 200 + ".b", "a\0.b"):
+        assert ids_of(text)[0][0] == BOS
 
 
 @pytest.mark.parametrize("number", [np.int64(3), torch.tensor(3), np.array(3)], ids=repr)
