@@ -16,13 +16,16 @@ PIP    := -m pip --disable-pip-version-check install --quiet
 demo: $(ENV)/ready
 	$(ENV)/bin/sinkscope demo --out sinkscope-demo
 
-test: lint pages test43 test39
+test: $(ENV)/ready
+	$(MAKE) -j 2 lint pages
+	$(MAKE) test43 test39
 
 lint: $(ENV)/ready
 	$(ENV)/bin/ruff check .
 	$(ENV)/bin/ruff format --check .
 	$(ENV)/bin/mypy
 	$(ENV)/bin/mypy --config-file= examples/*.py tests/benchmarks/*.py
+	$(ENV)/bin/basedpyright --pythonpath $(ENV)/bin/python
 	$(ENV)/bin/lint-imports
 
 test43: $(ENV)/ready
