@@ -29,7 +29,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.progress import bar
 from sinkscope.resume import Store, claimed, keep_runs, kept_runs
 from sinkscope.share import Share
-from sinkscope.tokens import Corpus, TextTokens, Tokens, whole_number
+from sinkscope.tokens import Corpus, TextTokens, Tokens, at_most, whole_number
 from sinkscope.undo import surely
 
 #: Texts whose tokens' losses are kept if nothing is said, and texts of a stream that are read at a time.
@@ -85,8 +85,7 @@ def evaluate(
     if not edits or len({str(e) for e in edits}) < len(edits):
         raise SinkscopeError("give at least one intervention, and each once")
     names, share = [str(e) for e in edits], Share.of(distributed)
-    score_from = whole_number(score_from, "score_from")
-    most = None if max_tokens is None else whole_number(max_tokens, "max_tokens")
+    score_from, most = whole_number(score_from, "score_from"), at_most(max_tokens)
 
     def prepare(first: int, some: Any) -> tuple[Tokens, Edited]:
         tokens = adapter.tokenize(some, bos=bos, max_tokens=most, first=first)

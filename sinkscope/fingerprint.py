@@ -1,4 +1,4 @@
-"""What code does and what hooks a model has, as a digest: tells a metric, an edit or a model from what it was before."""
+"""What code does, as a digest: tells a metric, an edit or a hook from what it was before."""
 
 from __future__ import annotations
 
@@ -33,17 +33,6 @@ def fingerprint(*things: Any) -> str:
         for part in _spelled(things, {}):
             digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
-
-
-def of_hooks(*models: nn.Module) -> str:
-    """Digest the hooks that a caller has put on a model; those of TransformerLens's bridge itself do not count."""
-    modules = {id(module): (name, module) for model in models for name, module in model.named_modules()}
-    found = []
-    for name, module in modules.values():
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        theirs = [h for h in hooks if not str(getattr(h, "__module__", "")).startswith("transformer_lens.model_bridge")]
-        found += [(name, theirs)] if theirs else []
-    return fingerprint(found)
 
 
 def _spelled(thing: Any, seen: dict[int, Any]) -> Iterator[str]:
@@ -94,6 +83,8 @@ def _parts(thing: Any) -> Iterator[Any]:
         yield getattr(thing, "__qualname__", None)
         if not _library(type(thing).__module__) or hasattr(thing, "__wrapped__") or hasattr(thing, "__dataclass_fields__"):
             yield from (type(thing), getattr(thing, "__dict__", {}))
+        elif type(thing).__hash__ is not None and " at 0x" not in (shown := repr(thing)):  # a path, a pattern, a dtype
+            yield shown
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -26,7 +26,7 @@ from sinkscope.progress import bar
 from sinkscope.report import SinkReport, TextResult, Value
 from sinkscope.resume import Finished, Running, Store, claimed
 from sinkscope.share import Share
-from sinkscope.tokens import Corpus, TextTokens, Tokens, key_positions, whole_number
+from sinkscope.tokens import Corpus, TextTokens, Tokens, at_most, key_positions, whole_number
 from sinkscope.undo import surely
 
 Key = int | str
@@ -90,7 +90,7 @@ def measure(
     adapter = adapt(model if cache is None else cache.model)
     asked = resolve(metrics)
     base = _base(asked)
-    keys, most = _keys(key), None if max_tokens is None else whole_number(max_tokens, "max_tokens")
+    keys, most = _keys(key), at_most(max_tokens)
     batch_size = whole_number(batch_size, "batch_size")
     if batch_size < 1:
         raise SinkscopeError(f"batch_size={batch_size}: at least one text per batch is needed")
@@ -137,7 +137,7 @@ def _keys(key: Any) -> list[Key]:
     """Take one key or several, each once."""
     one = isinstance(key, str) or not isinstance(key, Iterable) or getattr(key, "ndim", 1) == 0
     given = [key] if one else list(key)
-    keys = [k if isinstance(k, str) else whole_number(k, "key") for k in given]
+    keys = [k if isinstance(k, str) else whole_number(k, "key", "a position or a token") for k in given]
     if not keys:
         raise SinkscopeError("key=[]: at least one key is needed")
     return list(dict.fromkeys(keys))

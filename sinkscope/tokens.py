@@ -23,6 +23,8 @@ from torch import Tensor
 from sinkscope.errors import SinkscopeError
 
 T = TypeVar("T")
+#: What a Hugging Face tokenizer gives, by name.
+ENCODED = frozenset({"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,7 @@ def _pad(group: Sequence[TextTokens], device: torch.device | str) -> Batch:
     return Batch(tuple(group), ids.to(device), valid.to(device))
 
 
-def whole_number(given: Any, name: str) -> int:
+def whole_number(given: Any, name: str, wanted: str = "a whole number") -> int:
     """Take a whole number of any type, NumPy's and PyTorch's included.
 
     Raises:
@@ -102,7 +104,19 @@ def whole_number(given: Any, name: str) -> int:
             return operator.index(given)
     except TypeError:
         pass
-    raise SinkscopeError(f"{name}={given!r}: give a whole number{' or a token' * (name == 'key')}")
+    raise SinkscopeError(f"{name}={given!r}: give {wanted}")
+
+
+def at_most(max_tokens: SupportsIndex | None) -> int | None:
+    """Take how many tokens of each text are kept, or None for all.
+
+    Raises:
+        SinkscopeError: no whole number, or less than two.
+    """
+    most = None if max_tokens is None else whole_number(max_tokens, "max_tokens")
+    if most is not None and most < 2:
+        raise SinkscopeError(f"max_tokens={most}: at least 2 tokens are needed to look at attention")
+    return most
 
 
 def read_text(path: str | Path) -> str:
@@ -157,9 +171,7 @@ def tokenize(
                 "these texts are tokenised already: give bos=, max_tokens= or attention_mask= to ss.tokenize"
             )
         return texts
-    most = None if max_tokens is None else whole_number(max_tokens, "max_tokens")
-    if most is not None and most < 2:
-        raise SinkscopeError(f"max_tokens={most}: at least 2 tokens are needed to look at attention")
+    most = at_most(max_tokens)
     items = _items(texts, attention_mask, first)
     if not items:
         raise SinkscopeError("no texts given: pass at least one string, file or list of token ids")
@@ -298,7 +310,7 @@ def _items(texts: Any, attention_mask: Tensor | None, first: int = 0) -> list[tu
     """Normalise the input to (label, str | ids) pairs."""
     if isinstance(texts, np.ndarray):
         texts = torch.as_tensor(texts)
-    if isinstance(texts, Mapping) and not isinstance(texts.get("input_ids", ""), str | Path):
+    if isinstance(texts, Mapping) and "input_ids" in texts and set(texts) <= ENCODED:
         texts, attention_mask = _encoded(texts, attention_mask), None
     if attention_mask is not None:
         return [(f"text {i}", row) for i, row in enumerate(_without_pads(texts, attention_mask))]
@@ -324,10 +336,13 @@ def _items(texts: Any, attention_mask: Tensor | None, first: int = 0) -> list[tu
 def _encoded(given: Mapping[str, Any], attention_mask: Any) -> list[Tensor]:
     """Take what a Hugging Face tokenizer gives, without its pads."""
     ids, mask = given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
-    if len(ids) and not np.ndim(ids[0]):
-        ids, mask = [ids], None if mask is None else [mask]
-    rows = [torch.as_tensor(row) for row in ids]
-    return rows if mask is None else [row[torch.as_tensor(keep).bool()] for row, keep in zip(rows, mask, strict=True)]
+    try:
+        if len(ids) and not np.ndim(ids[0]):
+            ids, mask = [ids], None if mask is None else [mask]
+        rows = [torch.as_tensor(row) for row in ids]
+        return rows if mask is None else [row[torch.as_tensor(keep).bool()] for row, keep in zip(rows, mask, strict=True)]
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        raise SinkscopeError("input_ids must be rows of ids, and attention_mask rows of the same lengths") from None
 
 
 def _is_file(text: str) -> bool:

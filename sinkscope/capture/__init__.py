@@ -12,6 +12,7 @@ from sinkscope.block import Block
 from sinkscope.capture import chunks, proof
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models import Adapter
+from sinkscope.models.adapter import WRAP
 from sinkscope.tokens import Batch, Tokens
 
 #: What `engine=` takes.
@@ -69,7 +70,7 @@ def choose(
     if engine == "hooks" and plain:
         raise SinkscopeError(
             f"{adapter.name} is a plain Hugging Face model, which has no hooks on attention: leave engine out (flash), or "
-            "wrap it, TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
+            f"wrap it, {WRAP}"
         )
     if engine == "flash" and chunk not in ("auto", None):
         raise SinkscopeError(f"chunk={chunk!r} belongs to engine='hooks'; flash forms no pattern to cut: leave it out")
@@ -80,8 +81,11 @@ def choose(
             return capture
         why = capture
         if engine == "flash" or plain:
-            wrap = "wrap it: TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
-            out = f" If TransformerLens knows its class, {wrap}" if plain else " Leave engine out, or pass engine='hooks'."
+            out = (
+                f" If TransformerLens knows its class, wrap it: {WRAP}"
+                if plain
+                else " Leave engine out, or pass engine='hooks'."
+            )
             raise SinkscopeError(f"engine 'flash' can't run this on {adapter.name}: {why}.{out}")
     hooks = chunks.plan(adapter, groups, chunk, tokens)
     if engine == "auto":

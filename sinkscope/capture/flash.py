@@ -43,12 +43,15 @@ SUPPLIED = frozenset({"rotated_query", "rotated_key", "value", "output"})
 #: TransformerLens's method that computes `hook_scale` and `hook_normalized` beside what Hugging Face's norm gives.
 NORM = "_hf_autograd_forward_with_hooks"
 
-
+#: Said of a mask.
 NEITHER = "its attention mask is neither causal, nor a sliding window, nor the padding of an encoder"
 
 
 class OtherwiseError(SinkscopeError):
     """A model attends otherwise than its configuration says: no engine would know which keys a query sees."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(f"the model does not attend as its configuration says: {how}")
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +14,7 @@ from sinkscope.capture.flash import SUPPLIED, FlashCapture, OtherwiseError, atte
 from sinkscope.capture.hooks import ATTENTION, HooksCapture
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
+from sinkscope.models.adapter import hooks_on
 from sinkscope.tokens import Batch, TextTokens, Tokens
 from sinkscope.undo import surely
 
@@ -52,15 +52,15 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
     """Run both ways on a few tokens; a string says how they differ.
 
     Raises:
-        SinkscopeError: the model does not attend as its configuration says, whatever runs it.
+        OtherwiseError: the model does not attend as its configuration says, whatever runs it.
     """
     batch = _first_tokens(adapter, tokens)
     try:
         expected = _reference(adapter, batch)
         with surely(FlashCapture(adapter, groups | {WHOLE}, None, "proof")) as capture:
             found = _look(capture, batch)
-    except OtherwiseError as error:
-        raise SinkscopeError(f"{adapter.name} does not attend as its configuration says: {error}") from None
+    except OtherwiseError:
+        raise
     except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         kind = "" if isinstance(error, SinkscopeError) else f"{type(error).__name__}: "
         return f"{kind}{str(error)[:200]}"
@@ -87,18 +87,9 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
     for layer, bridge in attention_bridges(adapter).values():
         inside = set(bridge.original_component.modules())
         for module in bridge.modules():
-            hooks = [] if module in inside else [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if not all(map(_idle, hooks)):
+            if module not in inside and hooks_on(module):
                 return f"there are hooks on the attention of layer {layer} that it would leave out"
     return None
-
-
-def _idle(hook: Any) -> bool:
-    """Tell a hook of TransformerLens's own that does nothing while the hook points that it feeds have none."""
-    held = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
-    points = [thing for thing in held if hasattr(thing, "has_hooks")]
-    ours = str(getattr(hook, "__module__", "")).startswith("transformer_lens.model_bridge")
-    return ours and bool(points) and not any(point.has_hooks(dir="both") for point in points)
 
 
 def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:

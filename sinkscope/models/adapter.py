@@ -15,13 +15,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.fingerprint import of_hooks
+from sinkscope.fingerprint import fingerprint
 from sinkscope.tokens import Tokens, tokenize
 from sinkscope.undo import Undo
 
 SMOLLM2 = "smollm2-135m"
 #: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network.
 EDITED: set[int] = set()
+#: How to make hook points for a plain Hugging Face model.
+WRAP = "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
 Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
 
 
@@ -79,6 +81,18 @@ class Adapter:
         inner: nn.Module = self.model.original_model if self.kind == "bridge" else self.model
         return inner
 
+    @property
+    def config(self) -> Any:
+        """Hugging Face's configuration of the text model."""
+        network: Any = self.network
+        return network.config.get_text_config()
+
+    @property
+    def head(self) -> Any:
+        """Hugging Face's output layer, or None."""
+        network: Any = self.network
+        return network.get_output_embeddings()
+
     def hook_point(self, layer: int, name: str) -> Any:
         """Give the hook point `blocks.{layer}.{name}`; what a model without rotary positions rotates is what it has.
 
@@ -96,7 +110,7 @@ class Adapter:
     def vocabulary(self) -> int:
         """How many token ids there are; 0 where the model does not say."""
         if self.kind == "hugging_face":
-            return int(getattr(self.model.config.get_text_config(), "vocab_size", 0) or 0)
+            return int(getattr(self.config, "vocab_size", 0) or 0)
         return int(getattr(self.model.cfg, "d_vocab", 0) or 0)
 
     def attention_modules(self) -> Iterator[nn.Module]:
@@ -138,8 +152,7 @@ class Adapter:
         if not self.causal:
             return "an encoder's queries see later keys"
         if self.kind in ("bridge", "hugging_face"):
-            config = self.network.config.get_text_config()  # type: ignore[union-attr, operator]
-            rope = getattr(config, "rope_parameters", None) or {}
+            rope = getattr(self.config, "rope_parameters", None) or {}
             if any(kind in ("dynamic", "longrope") for kind in _leaves(rope)):
                 return "its rotary scaling depends on the length"
         return None
@@ -218,11 +231,10 @@ class Adapter:
             cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
             cap = cap if cap and cap > 0 else None
         else:
-            config = self.network.config.get_text_config()  # type: ignore[union-attr, operator]
-            logits = self.network.get_output_embeddings()(hidden[None])[0].float()  # type: ignore[operator]
-            scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+            logits = self.head(hidden[None])[0].float()
+            scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
             logits = logits if scale == 1 else logits * scale
-            cap = getattr(config, "final_logit_softcapping", None)
+            cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def own_logits(self, ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position vocabulary"]:
@@ -234,7 +246,7 @@ class Adapter:
         if self.kind == "hooked_transformer":
             mine: Tensor = self.model(ids, attention_mask=torch.ones_like(ids))[0]
         else:
-            if self.network.get_output_embeddings() is None:  # type: ignore[operator]
+            if self.head is None:
                 raise SinkscopeError(
                     f"{type(self.network).__name__} has no language-model head, so it predicts no token whose loss could "
                     "be taken: load it as a causal language model (AutoModelForCausalLM)"
@@ -259,7 +271,9 @@ class Adapter:
 
     def state(self) -> dict[str, Any]:
         """Give what numbers depend on besides: weights, and the hooks that are on the model."""
-        return {"weights": self.checksum(), "hooks": of_hooks(self.model, self.network)}
+        modules = dict.fromkeys([*self.model.modules(), *self.network.modules()])
+        hooks = [(place, found) for place, module in enumerate(modules) if (found := hooks_on(module))]
+        return {"weights": self.checksum(), "hooks": fingerprint(hooks)}
 
     def describe(self) -> dict[str, Any]:
         """Give what a report must record about the model."""
@@ -277,6 +291,18 @@ class Adapter:
             "transformer_lens": importlib.metadata.version("transformer-lens"),
             **versions,
         }
+
+
+def hooks_on(module: nn.Module) -> list[Any]:
+    """Give a module's hooks, but those that a bridge puts there itself and that rest: nobody hooks the points they feed."""
+    found = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in found if not _rests(hook)]
+
+
+def _rests(hook: Any) -> bool:
+    fed = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
+    own = str(getattr(hook, "__module__", "")).startswith("transformer_lens.model_bridge")
+    return own and not any(point.has_hooks(dir="both") for point in fed if hasattr(point, "has_hooks"))
 
 
 def adapt(model: Any) -> Adapter:
@@ -297,7 +323,7 @@ def adapt(model: Any) -> Adapter:
             return _adapt_hugging_face(model)
         raise SinkscopeError(
             f"a {type(model).__name__} is neither a TransformerLens nor a Hugging Face model. Pass what ss.load_model(...) "
-            "returns, or wrap it: TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
+            f"returns, or wrap it: {WRAP}"
         )
     kind: Kind = "bridge"
     if not hasattr(model, "original_model"):

@@ -10,7 +10,7 @@ import sinkscope as ss
 from sinkscope.models import bridge
 from sinkscope.testing import tiny_tokenizer
 from tests.conftest import table
-from tests.model.compare import IDS, TL4, layers_of, losses, reduced
+from tests.model.compare import IDS, layers_of, losses, reduced
 
 SIZES = {"vocab_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
 GROUPED = {"num_key_value_heads": 2}
@@ -110,7 +110,6 @@ def test_rotary_scaling_that_depends_on_the_length_does_not_stream(make, edit):
         ss.evaluate(model, [IDS["text 2"]], edit)
 
 
-@pytest.mark.skipif(not TL4, reason="TransformerLens 3.9 has no bridge for it")
 def test_blocks_that_give_lists():
     edit = "mask_keys(keys=[0])"
     report = ss.evaluate(
@@ -119,7 +118,6 @@ def test_blocks_that_give_lists():
     assert (report.frame.query("intervention != 'none'")["kl"] > 1e-6).all()
 
 
-@pytest.mark.skipif(not TL4, reason="TransformerLens 3.9 hooks Granite otherwise")
 def test_transformer_lens_own_hooks_do_not_count_as_yours():
     model = wrapped("GraniteForCausalLM", **GROUPED)
     model(torch.tensor([IDS["text 0"]]))  # now they are there

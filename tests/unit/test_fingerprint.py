@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.fingerprint import fingerprint, of_hooks
+from sinkscope.fingerprint import fingerprint
+from sinkscope.models import adapt
 from sinkscope.resume import FOLDER
 from sinkscope.testing import tiny_model
 
@@ -50,6 +51,11 @@ CHANGED = {
         "f = ss.metric(name='m', over=lambda b: b.valid)(lambda block: block.pattern)",
         "f = ss.metric(name='m', over=lambda b: ~b.valid)(lambda block: block.pattern)",
     ),
+    "a path": (
+        "from pathlib import Path\nf = (lambda p: lambda x: p)(Path('a'))",
+        "from pathlib import Path\nf = (lambda p: lambda x: p)(Path('b'))",
+    ),
+    "a type of numbers": ("f = (lambda t: lambda x: x.to(t))(torch.half)", "f = (lambda t: lambda x: x.to(t))(torch.float)"),
     "the built-in called": ("f = (lambda g: lambda x: g(x))(torch.exp)", "f = (lambda g: lambda x: g(x))(torch.log)"),
 }
 
@@ -85,17 +91,17 @@ def test_what_holds_itself_ends():
 
 def test_hooks_of_the_caller_count_and_those_of_the_bridge_do_not():
     model = tiny_model("llama")
-    untouched = of_hooks(model, model.original_model)
+    untouched = adapt(model).state()
     model(torch.tensor([[1, 2, 3]]))  # leaves TransformerLens's own
-    assert of_hooks(model, model.original_model) == untouched
+    assert adapt(model).state() == untouched
     point, digests = model.hook_dict["blocks.1.hook_resid_pre"], []
     for factor in (0.5, 0.9, 0.5):
         point.add_hook(lambda value, hook, factor=factor: value * factor)
-        digests.append(of_hooks(model, model.original_model))
+        digests.append(adapt(model).state()["hooks"])
         point.remove_hooks("fwd")
     assert digests[0] == digests[2]
-    assert len({untouched, *digests}) == 3
-    assert of_hooks(model, model.original_model) == untouched
+    assert len({untouched["hooks"], *digests}) == 3
+    assert adapt(model).state() == untouched
 
 
 def test_a_run_under_other_hooks_is_not_taken_up(tmp_path):
@@ -124,3 +130,16 @@ class _HideOne(Intervention):
     losses = [ss.evaluate(model, "so it goes", edit(k), resume=tmp_path).frame["loss"].iloc[1] for k in (0, 2, 0)]
     assert losses[0] == losses[2] != losses[1]
     assert len(list((tmp_path / FOLDER).glob("*.npz"))) == 2
+
+
+def test_what_was_located_is_kept_with_the_runs(tmp_path, monkeypatch):
+    model, edit = tiny_model("llama"), "edit_activation(layers=[0], positions=[0], dims=[3], to='mean')"
+    first = ss.evaluate(model, ["so it goes, and goes on", "and on it goes"], edit, resume=tmp_path)
+    assert set(first.about["located"]) == {"text 0", "text 1"}
+
+    def never(*_):
+        raise AssertionError("located anew")
+
+    monkeypatch.setattr("sinkscope.causal.residuals", never)
+    again = ss.evaluate(model, ["so it goes, and goes on", "and on it goes"], edit, resume=tmp_path)
+    assert again.about == first.about

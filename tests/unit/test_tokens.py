@@ -55,7 +55,22 @@ def test_what_a_tokenizer_gives():
     assert ids_of(pads) == ids_of(TOKENIZER(["ab", "a"], padding=True, return_tensors="pt")) == both
     assert ids_of(TOKENIZER(["ab", "a"])) == both
     assert ids_of(TOKENIZER("ab")) == ids_of({"input_ids": [BOS, A, B]}) == [[BOS, A, B]]
-    assert labels_of({"input_ids": "ab"}) == ["input_ids"]
+    assert labels_of({"input_ids": "ab", "b": "ba"}) == ["input_ids", "b"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"input_ids": 5},
+        {"input_ids": "ab"},
+        {"input_ids": [[5, 6], [7, 8]], "attention_mask": [[1, 1]]},
+        {"input_ids": [[5, 6]], "attention_mask": [[1, 1, 1]]},
+        {"input_ids": [5, 6], "attention_mask": 1},
+    ],
+)
+def test_what_no_tokenizer_gives(given):
+    with pytest.raises(ss.SinkscopeError, match=r"must be (rows|one row)"):
+        tokenize(TOKENIZER, given)
 
 
 def test_a_table_is_its_column_of_texts():
@@ -81,7 +96,7 @@ def test_whole_numbers_of_any_type(number):
 
 @pytest.mark.parametrize("number", [True, 3.0, None, "3", np.float32(3)], ids=repr)
 def test_what_is_no_whole_number(number):
-    with pytest.raises(ss.SinkscopeError, match="give a whole number or a token"):
+    with pytest.raises(ss.SinkscopeError, match=r"key=.*: give a whole number"):
         whole_number(number, "key")
 
 
