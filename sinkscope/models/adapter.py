@@ -387,10 +387,7 @@ def _context(model: Any, kind: Kind) -> int | None:
     if kind in ("bridge", "hugging_face"):
         config = getattr(model, "original_model", model).config.get_text_config()
         sizes = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "n_positions")]
-        if max(sizes) <= 0:
-            return None
-        if kind == "hugging_face":
-            return int(next(size for size in sizes if size > 0))
+        return next((int(size) for size in sizes if size > 0), None)
     return int(model.cfg.n_ctx)
 
 
