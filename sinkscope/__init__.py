@@ -14,40 +14,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sinkscope import interventions, metrics, plots, studies, testing
+    from sinkscope import interventions, metrics, studies, testing
     from sinkscope.attention import attention_map
     from sinkscope.block import Block
     from sinkscope.causal import evaluate
-    from sinkscope.effect import EffectReport
     from sinkscope.errors import InertHookError, SinkscopeError
-    from sinkscope.files import load_report
     from sinkscope.interventions import MaskKeys, SinkWindow, Window
     from sinkscope.metrics.base import metric
     from sinkscope.models import load_model
     from sinkscope.observe import measure
-    from sinkscope.report import SinkReport
+    from sinkscope.reports import plots
+    from sinkscope.reports.effect import EffectReport
+    from sinkscope.reports.load import load_report
+    from sinkscope.reports.sink import SinkReport
     from sinkscope.tokens import tokenize
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Block": "block",
-    "EffectReport": "effect",
+    "EffectReport": "reports.effect",
     "InertHookError": "errors",
     "MaskKeys": "interventions",
-    "SinkReport": "report",
+    "SinkReport": "reports.sink",
     "SinkWindow": "interventions",
     "SinkscopeError": "errors",
     "Window": "interventions",
     "attention_map": "attention",
     "evaluate": "causal",
     "load_model": "models",
-    "load_report": "files",
+    "load_report": "reports.load",
     "measure": "observe",
     "metric": "metrics.base",
     "tokenize": "tokens",
 }
-_MODULES = ("interventions", "metrics", "plots", "studies", "testing")
+_MODULES = {name: name for name in ("interventions", "metrics", "studies", "testing")} | {"plots": "reports.plots"}
 
 __all__ = [
     "Block",
@@ -78,7 +79,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"sinkscope.{_HOME[name]}"), name)
     elif name in _MODULES:
-        value = importlib.import_module(f"sinkscope.{name}")
+        value = importlib.import_module(f"sinkscope.{_MODULES[name]}")
     else:
         raise AttributeError(f"module 'sinkscope' has no attribute {name!r}")
     globals()[name] = value

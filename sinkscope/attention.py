@@ -11,7 +11,7 @@ from sinkscope.block import Block
 from sinkscope.capture import choose
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import adapt
-from sinkscope.undo import surely
+from sinkscope.runs.undo import surely
 
 #: Longest text that is drawn whole.
 LONGEST = 64

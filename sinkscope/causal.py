@@ -20,17 +20,18 @@ from sinkscope.capture.edited import Edited, plan, streams
 from sinkscope.capture.hooks import dropping_patterns
 from sinkscope.capture.proof import WRONG, WRONG_IN_HALF
 from sinkscope.capture.residuals import residuals
-from sinkscope.effect import NONE as NO_EDIT
-from sinkscope.effect import EffectReport, Effects, Run, mean
 from sinkscope.errors import SinkscopeError
-from sinkscope.fingerprint import fingerprint
 from sinkscope.interventions import Intervention, parse
 from sinkscope.models import Adapter, adapt
-from sinkscope.progress import bar
-from sinkscope.resume import Store, claimed, keep_runs, kept_runs
-from sinkscope.share import Share
+from sinkscope.reports.effect import EffectReport
+from sinkscope.results import NONE as NO_EDIT
+from sinkscope.results import Effects, Run, mean
+from sinkscope.runs.fingerprint import fingerprint
+from sinkscope.runs.progress import bar
+from sinkscope.runs.resume import Store, claimed, keep_runs, kept_runs
+from sinkscope.runs.share import Share
+from sinkscope.runs.undo import surely
 from sinkscope.tokens import Corpus, TextTokens, Tokens, at_most, whole_number
-from sinkscope.undo import surely
 
 #: Texts whose tokens' losses are kept if nothing is said, and texts of a stream that are read at a time.
 PER_TEXT, PORTION = 100, 128

@@ -16,18 +16,19 @@ from sinkscope.block import Block
 from sinkscope.capture import Capture, cached, choose
 from sinkscope.capture.cached import is_cache
 from sinkscope.errors import SinkscopeError
-from sinkscope.fingerprint import fingerprint
 from sinkscope.metrics import BUILT_IN, resolve
 from sinkscope.metrics.accumulate import RowMean
 from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Metric
 from sinkscope.metrics.null import uniform_mean
 from sinkscope.models import Adapter, adapt
-from sinkscope.progress import bar
-from sinkscope.report import SinkReport, TextResult, Value
-from sinkscope.resume import Finished, Running, Store, claimed
-from sinkscope.share import Share
+from sinkscope.reports.sink import SinkReport
+from sinkscope.results import TextResult, Value
+from sinkscope.runs.fingerprint import fingerprint
+from sinkscope.runs.progress import bar
+from sinkscope.runs.resume import Finished, Running, Store, claimed
+from sinkscope.runs.share import Share
+from sinkscope.runs.undo import surely
 from sinkscope.tokens import Corpus, TextTokens, Tokens, at_most, key_positions, whole_number
-from sinkscope.undo import surely
 
 Key = int | str
 #: Texts whose finest rows are kept if nothing is said, and batches of a stream that are read and sorted at a time.

@@ -15,8 +15,8 @@ from sinkscope.capture.hooks import ATTENTION, HooksCapture, _NotFiniteError, _P
 from sinkscope.capture.rows import StoredPattern
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
+from sinkscope.runs.undo import Undo
 from sinkscope.tokens import Batch, Tokens
-from sinkscope.undo import Undo
 
 if TYPE_CHECKING:
     from sinkscope.capture import OnBlock

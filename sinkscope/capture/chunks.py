@@ -9,8 +9,8 @@ from sinkscope.block import Block
 from sinkscope.capture.hooks import ATTENTION, HooksCapture
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
+from sinkscope.runs.undo import surely
 from sinkscope.tokens import Batch, TextTokens, Tokens
-from sinkscope.undo import surely
 
 #: A cache is wrong when patterns differ by this much: broken ones miss by 0.1 and more, float32 rounding by 1e-5.
 WRONG = 5e-3

@@ -22,8 +22,8 @@ from sinkscope.capture.residuals import editing_residuals
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.interventions import Intervention
 from sinkscope.models import Adapter
+from sinkscope.runs.undo import surely
 from sinkscope.tokens import Batch, Tokens
-from sinkscope.undo import surely
 
 #: Tokens per forward pass: where a model is run anew for every token, and of a streaming window.
 TOKENS, PIECE = 4096, 256

@@ -25,8 +25,8 @@ from sinkscope.capture.op import attention_with_lse
 from sinkscope.capture.rows import Scores, Scratch
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
+from sinkscope.runs.undo import Undo, uninterrupted
 from sinkscope.tokens import Batch
-from sinkscope.undo import Undo, uninterrupted
 
 if TYPE_CHECKING:
     from sinkscope.capture import OnBlock

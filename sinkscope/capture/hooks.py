@@ -23,8 +23,8 @@ from sinkscope.block import HOOK_OF, Block, Rows
 from sinkscope.capture.rows import MassAlone, NoRows, Source, StoredPattern
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
+from sinkscope.runs.undo import Undo, uninterrupted
 from sinkscope.tokens import Batch
-from sinkscope.undo import Undo, uninterrupted
 
 if TYPE_CHECKING:
     from sinkscope.capture import OnBlock

@@ -19,8 +19,8 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, MeanValue, ReplaceToken
 from sinkscope.models import Adapter, adapt
 from sinkscope.models.adapter import EDITED
+from sinkscope.runs.undo import Undo, surely, uninterrupted
 from sinkscope.tokens import TextTokens, Tokens
-from sinkscope.undo import Undo, surely, uninterrupted
 
 #: Stands for the length of a text whose end is not known.
 ENDLESS = 1 << 40

@@ -24,8 +24,8 @@ from sinkscope.capture.residuals import editing_residuals
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.interventions import Intervention, MaskKeys, ZeroAttention, ZeroValue
 from sinkscope.models import Adapter
+from sinkscope.runs.undo import Undo, surely
 from sinkscope.tokens import Batch, TextTokens, Tokens
-from sinkscope.undo import Undo, surely
 
 #: What an intervention touches -> the hook point that carries it.
 POINTS = {"scores": "attn.hook_attn_scores", "pattern": "attn.hook_pattern", "values": "attn.hook_v"}

@@ -15,8 +15,8 @@ from sinkscope.capture.hooks import ATTENTION, HooksCapture
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.models.adapter import hooks_on
+from sinkscope.runs.undo import surely
 from sinkscope.tokens import Batch, TextTokens, Tokens
-from sinkscope.undo import surely
 
 #: Tokens of the proof: enough to pass a short sliding window, where a model has one.
 TOKENS, PAST_A_WINDOW = 16, 48

@@ -15,7 +15,7 @@ from sinkscope.capture.hooks import dropping_patterns
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention
 from sinkscope.models import Adapter, adapt
-from sinkscope.undo import Undo, uninterrupted
+from sinkscope.runs.undo import Undo, uninterrupted
 
 T = TypeVar("T")
 

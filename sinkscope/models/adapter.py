@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.fingerprint import fingerprint
+from sinkscope.runs.fingerprint import fingerprint
+from sinkscope.runs.undo import Undo
 from sinkscope.tokens import Tokens, tokenize
-from sinkscope.undo import Undo
 
 SMOLLM2 = "smollm2-135m"
 #: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network.

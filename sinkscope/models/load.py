@@ -21,7 +21,7 @@ import torch
 
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapter import SMOLLM2
-from sinkscope.undo import Undo
+from sinkscope.runs.undo import Undo
 
 Backend = Literal["bridge", "hooked_transformer"]
 

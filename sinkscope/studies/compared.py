@@ -12,10 +12,10 @@ import torch
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import adapt
 from sinkscope.observe import measure
-from sinkscope.plots import estimates
+from sinkscope.reports.plots import estimates
+from sinkscope.reports.words import percent
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, sinks, tabulate
 from sinkscope.studies.texts import pieces, setting
-from sinkscope.words import percent
 
 METRICS = ("sink_mass", "sink_mass_excess", "sink_rate@0.3")
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from sinkscope.models import Adapter, adapt
 from sinkscope.observe import measure
-from sinkscope.plots import WIDE, finish
+from sinkscope.reports.drawing import WIDE, finish
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, tabulate
 from sinkscope.tokens import TextTokens, Tokens
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import sinkscope
 from sinkscope.errors import SinkscopeError
-from sinkscope.files import check_writable, write
 from sinkscope.models import adapt
-from sinkscope.page import render_studies
-from sinkscope.progress import bar
+from sinkscope.reports.files import check_writable, write
+from sinkscope.reports.page import render_studies
+from sinkscope.runs.progress import bar
 from sinkscope.studies import STUDIES, find
 from sinkscope.studies.report import SEAL
 from sinkscope.tokens import Tokens

@@ -6,9 +6,9 @@ from typing import Any
 
 from sinkscope.models import adapt
 from sinkscope.observe import measure
+from sinkscope.reports.words import number, percent
 from sinkscope.samples import samples
 from sinkscope.studies.report import Estimate, Pictures, StudyReport, asked, sinks, tabulate
-from sinkscope.words import number, percent
 
 #: The numbers of that analysis, beside the largest layer.
 METRICS = ("sink_mass", "sink_strength", "first_to_rest_ratio", "layer_progression", "sink_rate@0.3")

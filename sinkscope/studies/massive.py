@@ -14,7 +14,7 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import EditActivation, Intervention
 from sinkscope.models import adapt
 from sinkscope.observe import measure
-from sinkscope.plots import estimates
+from sinkscope.reports.plots import estimates
 from sinkscope.studies.report import Estimate, StudyReport, asked, losses, tabulate
 from sinkscope.studies.texts import pieces, setting
 from sinkscope.tokens import Tokens

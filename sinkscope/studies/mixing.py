@@ -15,8 +15,9 @@ from sinkscope.capture.residuals import editing_residuals
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, MaskKeys
 from sinkscope.models import Adapter, adapt
-from sinkscope.plots import WIDE, estimates, finish
-from sinkscope.progress import bar
+from sinkscope.reports.drawing import WIDE, finish
+from sinkscope.reports.plots import estimates
+from sinkscope.runs.progress import bar
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, tabulate
 from sinkscope.studies.texts import pieces, setting
 

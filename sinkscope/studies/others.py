@@ -14,11 +14,12 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import MaskKeys
 from sinkscope.models import adapt
 from sinkscope.observe import measure
-from sinkscope.plots import estimates, visible
-from sinkscope.report import SinkReport
+from sinkscope.reports.drawing import visible
+from sinkscope.reports.plots import estimates
+from sinkscope.reports.sink import SinkReport
+from sinkscope.reports.words import percent
 from sinkscope.studies.report import Estimate, Pictures, Row, StudyReport, asked, tabulate
 from sinkscope.studies.texts import pieces, setting
-from sinkscope.words import percent
 
 #: Queries that a key of a causal model needs before its mean attention says anything: the last keys see few.
 QUERIES = 32

@@ -12,10 +12,10 @@ from sinkscope.capture.residuals import residuals
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import adapt
 from sinkscope.observe import measure
-from sinkscope.plots import estimates
+from sinkscope.reports.plots import estimates
+from sinkscope.reports.words import percent
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, sinks, tabulate
 from sinkscope.studies.texts import pieces, same, setting
-from sinkscope.words import percent
 
 
 def sink_rate(

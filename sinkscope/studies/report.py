@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sinkscope.effect import EffectReport
-from sinkscope.files import check_writable, write, write_table
 from sinkscope.metrics.across import t_interval
-from sinkscope.report import SinkReport
+from sinkscope.reports.effect import EffectReport
+from sinkscope.reports.files import check_writable, write, write_table
+from sinkscope.reports.sink import SinkReport
 
 #: Of every study's table. `low` and `high` bound `value` (95%); `null` is what chance would give; published rows have a
 #: `source`, and `evidence` says how it was read ("measured": ours).
@@ -126,7 +126,7 @@ class StudyReport:
         """
         from matplotlib.figure import Figure
 
-        from sinkscope.plots import WIDE
+        from sinkscope.reports.drawing import WIDE
 
         path = check_writable(directory)
         (path / SEAL).unlink(missing_ok=True)
@@ -147,7 +147,7 @@ class StudyReport:
 
     def page(self) -> str:
         """Give the self-contained HTML page."""
-        from sinkscope.page import render_study
+        from sinkscope.reports.page import render_study
 
         behind = {folder: f"{folder}/report.html" if folder else "report.html" for folder in self.reports}
         return render_study(

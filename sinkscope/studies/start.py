@@ -10,10 +10,10 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import DropTokens
 from sinkscope.models import adapt
 from sinkscope.observe import measure
-from sinkscope.plots import estimates
+from sinkscope.reports.plots import estimates
+from sinkscope.reports.words import percent
 from sinkscope.studies.report import StudyReport, asked, losses, sinks, tabulate
 from sinkscope.studies.texts import pieces, same, setting
-from sinkscope.words import percent
 
 
 def bos(

@@ -10,7 +10,7 @@ from sinkscope.causal import evaluate
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, RecomputeWindow, ReplaceToken, SinkWindow, StreamingWindow, Window
 from sinkscope.models import adapt
-from sinkscope.plots import estimates
+from sinkscope.reports.plots import estimates
 from sinkscope.studies.report import Estimate, Pictures, StudyReport, asked, losses, published, tabulate
 from sinkscope.studies.texts import one_text
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.metrics.across import t_interval
-from sinkscope.progress import bar
+from sinkscope.runs.progress import bar
 
 #: Ways to turn scores into weights: `weigh` says what each does.
 ATTENTIONS = ("softmax", "learned sink", "sigmoid", "relu")

@@ -15,8 +15,8 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention
 from sinkscope.models import adapt, load_model
 from sinkscope.observe import measure
-from sinkscope.plots import NULL, WIDE, finish
-from sinkscope.progress import bar
+from sinkscope.reports.drawing import NULL, WIDE, finish
+from sinkscope.runs.progress import bar
 from sinkscope.studies.report import Estimate, Pictures, Row, StudyReport, asked, losses, sinks, tabulate
 from sinkscope.studies.texts import pieces, setting
 from sinkscope.studies.toy import BigramBackcopy, train

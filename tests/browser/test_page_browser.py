@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from sinkscope import page
+from sinkscope.reports import page
 from tests.synthetic import HOSTILE, causal_attention, mass, profile, report, uniform, words
 
 webdriver = pytest.importorskip("selenium.webdriver")

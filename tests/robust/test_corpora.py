@@ -16,8 +16,8 @@ import torch
 
 import sinkscope as ss
 from sinkscope import causal
-from sinkscope.report import TextResult
-from sinkscope.resume import FOLDER, LOCK
+from sinkscope.results import TextResult
+from sinkscope.runs.resume import FOLDER, LOCK
 from sinkscope.tokens import portions
 from tests.conftest import attempt
 
@@ -266,7 +266,7 @@ def test_two_processes_print_and_write_what_one_gives(saved_model, tmp_path):
 SHARED = """
 import sys
 import sinkscope as ss
-from sinkscope.share import joined
+from sinkscope.runs.share import joined
 from tests.robust.test_corpora import METRICS, TEXTS
 
 with joined() as share:
@@ -298,7 +298,7 @@ def test_every_process_gets_what_one_gives(saved_model, tmp_path):
 SCRIPT = """
 import os
 import sinkscope as ss
-from sinkscope.share import joined
+from sinkscope.runs.share import joined
 from sinkscope.testing import tiny_model
 
 @ss.metric(needs="mass", null=None)

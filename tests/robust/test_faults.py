@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 import sinkscope as ss
-from sinkscope import page
 from sinkscope.capture import flash, proof, rows
 from sinkscope.metrics.accumulate import RowMean
-from sinkscope.report import SinkReport
+from sinkscope.reports import page
+from sinkscope.reports.sink import SinkReport
 from sinkscope.testing import tiny_hf_model, tiny_model, tiny_tokenizer
 from tests.conftest import fingerprint, fresh
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 import sinkscope as ss
 from sinkscope.cli import app
-from sinkscope.files import SEAL
 from sinkscope.interventions import Intervention, parse
 from sinkscope.metrics import available
-from sinkscope.resume import Store
+from sinkscope.reports.files import SEAL
+from sinkscope.runs.resume import Store
 from sinkscope.testing import tiny_model
 from sinkscope.tokens import read_text
 

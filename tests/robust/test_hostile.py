@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import sinkscope as ss
 from sinkscope.cli import app
-from sinkscope.resume import FOLDER, Store
+from sinkscope.runs.resume import FOLDER, Store
 from sinkscope.studies.report import Estimate, StudyReport, tabulate
 
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("http://x","y")']

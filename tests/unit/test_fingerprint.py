@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.fingerprint import fingerprint
 from sinkscope.models import adapt
-from sinkscope.resume import FOLDER
+from sinkscope.runs.fingerprint import fingerprint
+from sinkscope.runs.resume import FOLDER
 from sinkscope.testing import tiny_model
 
 

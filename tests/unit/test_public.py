@@ -83,7 +83,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path, saved_model):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
     listed = {str(p.relative_to(tmp_path / "there")) for p in (tmp_path / "there" / "sinkscope").rglob("*")}
-    assert {"sinkscope/py.typed", "sinkscope/page.html.j2", "sinkscope/samples/1_pangram.txt"} <= listed
+    assert {"sinkscope/py.typed", "sinkscope/reports/page/page.html.j2", "sinkscope/samples/1_pangram.txt"} <= listed
     assert not [name for name in listed if "tests" in name]
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import sinkscope as ss
-from sinkscope.resume import FOLDER
+from sinkscope.runs.resume import FOLDER
 from sinkscope.testing import tiny_model
 
 TEXTS = {f"t{i}": "so it goes, and goes on" + " again" * (i % 5) for i in range(12)}

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.metrics.accumulate import Moments
 from sinkscope.metrics.across import t_interval
 from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array
-from sinkscope.tokens import TextTokens
-from sinkscope.words import sentences
+from sinkscope.reports.words import sentences
+from sinkscope.results import ALL, Tally, TextResult, Value
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,106 +26,6 @@ if TYPE_CHECKING:
 #: Columns of `.frame` and measurements.csv, and of `.summary()` and summary.csv.
 COLUMNS = ["model", "text", "metric", "layer", "head", "key", "value", "std_error", "null", "tokens"]
 SUMMARY_COLUMNS = ["text", "metric", "value", "std_error", "null"]
-#: Label of the rows that hold means over texts.
-ALL = "all"
-
-
-@dataclass(frozen=True)
-class Value:
-    """One metric of one text.
-
-    Attributes:
-        name: as reported, such as `sink_rate@0.3`.
-        tag: tells several sink positions apart in the summary, such as `[key=3]`; else empty.
-        key: sink position looked at, or None.
-        axes: axes of `value`, of `("layer", "head", "key")`.
-        value: the numbers.
-        null: the same on uniform attention.
-        total: the model-level number, or None.
-        total_null: its null.
-    """
-
-    name: str
-    tag: str
-    key: int | None
-    axes: tuple[str, ...]
-    value: Array
-    null: Array
-    total: float | None
-    total_null: float | None
-
-
-@dataclass(frozen=True)
-class TextResult:
-    """All values of one text."""
-
-    sequence: TextTokens
-    values: tuple[Value, ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """One metric over many texts: moments of its numbers, of their null and of the model-level number.
-
-    Attributes are those of :class:`Value`; `key` is None where texts differ in it.
-    """
-
-    name: str
-    tag: str
-    key: int | None
-    axes: tuple[str, ...]
-    value: Moments
-    null: Moments
-    total: Moments | None
-    total_null: Moments | None
-
-    @classmethod
-    def of(cls, v: Value) -> Group:
-        """One text's."""
-        total, null = (None if t is None else Moments.of(np.asarray(t, dtype=float)) for t in (v.total, v.total_null))
-        return cls(v.name, v.tag, v.key, v.axes, Moments.of(v.value), Moments.of(v.null), total, null)
-
-    def merge(self, other: Group) -> Group:
-        """Combine with the same metric over other texts."""
-        return replace(
-            self,
-            key=self.key if self.key == other.key else None,
-            value=self.value.merge(other.value),
-            null=self.null.merge(other.null),
-            total=self.total and other.total and self.total.merge(other.total),
-            total_null=self.total_null and other.total_null and self.total_null.merge(other.total_null),
-        )
-
-
-@dataclass
-class Tally:
-    """What is kept of texts whose numbers are not: groups by (metric, tag), model-level numbers by text, and the texts.
-
-    `totals` are (label, metric, value, null), `texts` (label, tokens): a few numbers per text; nothing else grows.
-    """
-
-    groups: dict[tuple[str, str], Group] = field(default_factory=dict)
-    totals: list[tuple[str, str, float, float]] = field(default_factory=list)
-    texts: list[tuple[str, int]] = field(default_factory=list)
-
-    def add(self, result: TextResult) -> None:
-        """Add a text."""
-        label = result.sequence.label
-        self.texts.append((label, len(result.sequence)))
-        for v in result.values:
-            self._add((v.name, v.tag), Group.of(v))
-            if v.total is not None and v.total_null is not None:
-                self.totals.append((label, v.name + v.tag, v.total, v.total_null))
-
-    def merge(self, other: Tally) -> None:
-        """Add another's texts."""
-        self.texts += other.texts
-        self.totals += other.totals
-        for name, group in other.groups.items():
-            self._add(name, group)
-
-    def _add(self, name: tuple[str, str], group: Group) -> None:
-        self.groups[name] = self.groups[name].merge(group) if name in self.groups else group
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,25 +186,25 @@ class SinkReport:
 
     def heatmap(self, metric: str = "sink_mass", *, text: str = ALL, ax: Axes | None = None) -> Axes:
         """Draw a metric by layer and head."""
-        from sinkscope import plots
+        from sinkscope.reports import plots
 
         return plots.heatmap(self.frame, metric, text=text, ax=ax)
 
     def progression(self, metric: str = "sink_mass", *, ax: Axes | None = None) -> Axes:
         """Draw a metric over layers, with its null and the band across texts."""
-        from sinkscope import plots
+        from sinkscope.reports import plots
 
         return plots.progression(self.frame, metric, ax=ax)
 
     def positions(self, metric: str = "position_profile", *, text: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw where attention lands over positions, position 0 marked, uniform attention beside it."""
-        from sinkscope import plots
+        from sinkscope.reports import plots
 
         return plots.positions(self.frame, text=text, metric=metric, ax=ax)
 
     def distribution(self, metric: str = "sink_mass", *, text: str = ALL, ax: Axes | None = None) -> Axes:
         """Draw how a metric is distributed over heads."""
-        from sinkscope import plots
+        from sinkscope.reports import plots
 
         return plots.distribution(self.frame, metric, text=text, ax=ax)
 
@@ -315,7 +214,7 @@ class SinkReport:
         Raises:
             SinkscopeError: none was kept; says how to get one.
         """
-        from sinkscope import plots
+        from sinkscope.reports import plots
 
         if self.attention is None:
             raise SinkscopeError(
@@ -325,7 +224,7 @@ class SinkReport:
 
     def figures(self) -> dict[str, Figure]:
         """Draw everything that this report can be drawn as: file stem -> matplotlib Figure."""
-        from sinkscope import plots
+        from sinkscope.reports import plots
 
         return plots.figures(self.frame, self.attention)
 
@@ -333,15 +232,30 @@ class SinkReport:
 
     def page(self) -> str:
         """Give the self-contained HTML page."""
-        from sinkscope import page
+        from sinkscope.reports import page
 
         return page.render(self.frame, self.totals, self.about, self.attention)
 
     def save(self, directory: str | Path) -> Path:
-        """Write tables, pictures and the page into a directory; see :func:`sinkscope.files.save`."""
-        from sinkscope import files
+        """Write tables, pictures and the page into a directory.
 
-        return files.save(self, directory)
+        Args:
+            directory: made if need be; files of an earlier report in it are replaced.
+
+        Returns:
+            The directory: `measurements.csv`, `summary.csv`, both as `.parquet`, `summary.json`, the pictures as PNG and
+            `report.html`.
+
+        Raises:
+            SinkscopeError: the directory can't be written.
+        """
+        from sinkscope.reports import files
+
+        tables = {"measurements": self.frame, "summary": self.summary()}
+        if self.attention is not None:
+            tables["attention"] = self.attention
+        files.check_writable(directory)
+        return files.save(directory, tables, self.figures(), self.page(), self.about)
 
     def _repr_html_(self) -> str:
         shown = self.intervals().set_index("metric")[["value", "low", "high", "null"]]

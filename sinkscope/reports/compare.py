@@ -10,7 +10,7 @@ import pandas as pd
 from sinkscope.errors import SinkscopeError
 
 if TYPE_CHECKING:
-    from sinkscope.report import SinkReport
+    from sinkscope.reports.sink import SinkReport
 
 
 def side_by_side(reports: Mapping[str, SinkReport]) -> pd.DataFrame:

@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from sinkscope.effect import Run
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics.accumulate import Moments
-from sinkscope.report import Group, Tally, TextResult, Value
-from sinkscope.share import Share
+from sinkscope.results import Group, Run, Tally, TextResult, Value
+from sinkscope.runs.share import Share
 from sinkscope.tokens import TextTokens
 
 #: Folder in the output directory; there only while a run is unfinished.

@@ -13,6 +13,7 @@ import pandas as pd
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics.across import t_interval
+from sinkscope.results import ALL, BLOCKS, Effects, Run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,117 +23,6 @@ if TYPE_CHECKING:
 #: Columns of `.frame` and effects.csv.
 COLUMNS = ["model", "text", "intervention", "tokens", "loss", "perplexity", "delta_loss", "kl", "std_error"]
 COLUMNS += ["sink_mass", "sink_position"]
-#: Consecutive blocks that one text's tokens are cut into for an interval, where there are enough of them.
-BLOCKS, FEWEST = 16, 4
-ALL, NONE = "all", "none"
-NOTHING = np.zeros(0)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One text under one intervention: per-token losses in nats of the clean and the edited pass, at `positions`.
-
-    `mean_loss` and `delta` are means over the tokens scored, `error` the standard error of `delta` over `blocks` of them.
-    """
-
-    text: str
-    intervention: str
-    tokens: int
-    positions: np.ndarray
-    loss: np.ndarray
-    clean_loss: np.ndarray
-    kl: float
-    agreement: float
-    sink_mass: float
-    sink_position: int
-    sink_token: str
-    mean_loss: float
-    delta: float
-    error: float
-    blocks: int
-
-    @classmethod
-    def of(
-        cls,
-        text: str,
-        intervention: str,
-        positions: np.ndarray,
-        loss: np.ndarray,
-        clean_loss: np.ndarray,
-        **rest: Any,
-    ) -> Run:
-        """Average over the tokens."""
-        delta = loss - clean_loss
-        error, blocks = _block_error(delta)
-        numbers = (mean(loss), mean(delta), error, blocks)
-        given = {"positions": positions, "loss": loss, "clean_loss": clean_loss} | rest
-        given |= dict(zip(("mean_loss", "delta", "error", "blocks"), numbers, strict=True))
-        return cls(text, intervention, len(positions), **given)
-
-    def slim(self) -> Run:
-        """Let the tokens go."""
-        return replace(self, positions=NOTHING, loss=NOTHING, clean_loss=NOTHING)
-
-
-@dataclass
-class Curve:
-    """Mean loss by position, over many texts."""
-
-    total: np.ndarray = field(default_factory=lambda: NOTHING)
-    count: np.ndarray = field(default_factory=lambda: NOTHING)
-
-    def add(self, positions: np.ndarray, losses: np.ndarray, counts: np.ndarray | float = 1.0) -> None:
-        """Add summed losses, and how many of them, at some positions."""
-        short = int(positions.max(initial=-1)) + 1 - len(self.total)
-        if short > 0:
-            self.total, self.count = (np.pad(x, (0, short)) for x in (self.total, self.count))
-        self.total[positions] += losses
-        self.count[positions] += counts
-
-    def merge(self, other: Curve) -> None:
-        """Add another's."""
-        self.add(np.arange(len(other.total)), other.total, other.count)
-
-
-@dataclass
-class Effects:
-    """Runs of many texts; where `per_text` is off, their tokens are averaged by position as they come.
-
-    `located` says, by text, how edits were made that leave open where.
-    """
-
-    per_text: bool
-    runs: list[Run] = field(default_factory=list)
-    curves: dict[str, Curve] = field(default_factory=dict)
-    located: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    def add(self, runs: Sequence[Run], located: dict[str, str]) -> None:
-        """Add a text's runs, and what was located in it: edits as written -> as made."""
-        if located:
-            self.located[runs[0].text] = located
-        for run in runs:
-            if not self.per_text:
-                self.curves.setdefault(run.intervention, Curve()).add(run.positions, run.loss)
-            self.runs.append(run if self.per_text else run.slim())
-
-    def merge(self, other: Effects) -> None:
-        """Add another's runs."""
-        self.runs += other.runs
-        self.located |= other.located
-        for name, curve in other.curves.items():
-            self.curves.setdefault(name, Curve()).merge(curve)
-
-    def table(self) -> pd.DataFrame:
-        """Give loss by position: of every text, or the mean over `all`."""
-        if self.per_text:
-            found = [(r.text, r.intervention, r.positions, r.loss) for r in self.runs]
-        else:
-            found = []
-            for name, curve in self.curves.items():
-                at = curve.count.nonzero()[0]
-                found.append((ALL, name, at, curve.total[at] / curve.count[at]))
-        pieces = [pd.DataFrame({"text": t, "intervention": i, "position": p, "loss": v}) for t, i, p, v in found]
-        return pd.concat(pieces, ignore_index=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,19 +89,34 @@ class EffectReport:
 
     def loss_curve(self, *, text: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw loss by position, a running mean per intervention; `text` is one text, by default the longest."""
-        from sinkscope import plots
+        from sinkscope.reports import plots
 
         return plots.loss_curve(self.curves, text=text, ax=ax)
 
     def save(self, directory: str | Path) -> Path:
-        """Write tables, picture and page into a directory; see :func:`sinkscope.files.save_effects`."""
-        from sinkscope import files
+        """Write tables, picture and page into a directory.
 
-        return files.save_effects(self, directory)
+        Returns:
+            The directory: `effects.csv`, `details.csv` (intervals, agreement, tokens) and `curves.csv` (loss by position),
+            the same as `.parquet`, `loss.png`, `report.html` and `summary.json`.
+
+        Raises:
+            SinkscopeError: the directory can't be written.
+        """
+        from matplotlib.figure import Figure
+
+        from sinkscope.reports import files
+        from sinkscope.reports.drawing import WIDE
+
+        files.check_writable(directory)
+        figure = Figure(**WIDE)
+        self.loss_curve(ax=figure.add_subplot())
+        tables = {"effects": self.frame, "details": self.details, "curves": self.curves}
+        return files.save(directory, tables, {"loss": figure}, self.page(), self.about)
 
     def page(self) -> str:
         """Give the self-contained HTML page."""
-        from sinkscope import page
+        from sinkscope.reports import page
 
         return page.render_effects(self.summary(), self.about, self.loss_curve)
 
@@ -225,20 +130,6 @@ class EffectReport:
         """Say in one line what this is."""
         n, t = len(self.interventions) - 1, len(self.about["texts"])
         return f"EffectReport: {self.about['model']}, {n} intervention{'s' * (n != 1)}, {t} text{'s' * (t != 1)}"
-
-
-def mean(values: np.ndarray) -> float:
-    """Average; NaN where there is nothing."""
-    return float(values.mean()) if len(values) else math.nan
-
-
-def _block_error(delta: np.ndarray) -> tuple[float, int]:
-    """Standard error of a mean over one text, across consecutive blocks, since neighbouring tokens are not independent."""
-    n = min(BLOCKS, len(delta) // 8)
-    if n < FEWEST:
-        return math.nan, n
-    means = np.array([part.mean() for part in np.array_split(delta, n)])
-    return float(means.std(ddof=1) / math.sqrt(n)), n
 
 
 def _pooled(group: Sequence[Run]) -> Run:

@@ -16,68 +16,28 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from pandas import DataFrame, isna
+from pandas import DataFrame
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.metrics import BUILT_IN
-
-SIZE: dict[str, Any] = {"figsize": (3.5, 2.8), "layout": "constrained", "dpi": 200}  # a column's width
-WIDE = SIZE | {"figsize": (5.2, 3.2)}  # for curves with long names
-COLOUR_MAP = "viridis"  # perceptually uniform, and safe for the colour-blind
-LINE, MARK, NULL = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's blue and vermilion; a grey
-PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}  # a `$` in a token or a label is a dollar
-SIGNS = {ord("\n"): "↵", ord("\t"): "⇥"}
-
-
-def labelled(metric: str) -> str:
-    """A metric's name, with its unit if it is a built-in one.
-
-    >>> labelled("sink_mass[key=3]"), labelled("my_metric")
-    ('sink_mass[key=3] (share of attention)', 'my_metric')
-    """
-    unit = getattr(BUILT_IN.get(metric.partition("[")[0].partition("@")[0]), "unit", "")
-    return f"{metric} ({unit})" if unit else metric
-
-
-def visible(token: str) -> str:
-    r"""A token's text in which nothing hides: line breaks, control and formatting characters become signs.
-
-    >>> visible("a\n"), visible("\x00\u202e")
-    ('a↵', '⟨U+0000⟩⟨U+202E⟩')
-    """
-    return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in token.translate(SIGNS))
-
-
-def first_key(rows: DataFrame) -> DataFrame:
-    """Of the rows that differ in nothing but the key that they look at, those of the first key."""
-    return rows.sort_values("key").drop_duplicates(["text", "metric", "layer", "head"]).sort_index()
-
-
-def query_by_key(attention_frame: DataFrame, count: int) -> DataFrame:
-    """The first `count` queries and keys as a square; blank where nothing goes to a later key: it is not seen."""
-    seen = attention_frame[(attention_frame["key"] <= attention_frame["query"]) | (attention_frame["value"] > 0)]
-    return seen.pivot(index="query", columns="key", values="value").reindex(range(count), columns=range(count))
-
-
-def layer_series(frame: DataFrame, metric: str) -> tuple[DataFrame, int]:
-    """A metric by layer, averaged over heads, and how far the texts disagree.
-
-    Args:
-        frame: tidy measurements.
-        metric: a metric with one value per layer or per head.
-
-    Returns:
-        A frame indexed by layer with `value` and `null`, averaged over texts, and `low` and `high`, the least
-        and the largest text (not a t interval: of few texts that leaves what is possible); how many texts there are.
-
-    Raises:
-        SinkscopeError: no such metric; the message lists those there are.
-    """
-    rows = _rows(frame, metric, needs="layer")
-    over = rows["text"] == "all"
-    mean = rows[over if over.any() else ~over].groupby("layer")[["value", "null"]].mean()
-    texts = rows[~over].pivot_table("value", "layer", "text")
-    return mean.assign(low=texts.min(axis=1), high=texts.max(axis=1)), texts.shape[1]
+from sinkscope.reports.drawing import (
+    COLOUR_MAP,
+    LINE,
+    MARK,
+    NULL,
+    PLAIN,
+    SIZE,
+    WIDE,
+    constant_null,
+    every,
+    finish,
+    labelled,
+    layer_series,
+    null_line,
+    query_by_key,
+    rows_of,
+    short,
+    title_of,
+)
 
 
 def heatmap(frame: DataFrame, metric: str = "sink_mass", *, text: str = "all", ax: Axes | None = None) -> Axes:
@@ -92,14 +52,14 @@ def heatmap(frame: DataFrame, metric: str = "sink_mass", *, text: str = "all", a
     Raises:
         SinkscopeError: no such metric or text; the message lists those there are.
     """
-    rows = _rows(frame, metric, text)
+    rows = rows_of(frame, metric, text)
     cells = rows.pivot(index="layer", columns="head", values="value").sort_index().sort_index(axis=1)
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
-    _cells(ax, cells, labelled(metric), _constant_null(rows))
-    ticks = _every(len(cells), 16), _every(cells.shape[1], 10)
+    _cells(ax, cells, labelled(metric), constant_null(rows))
+    ticks = every(len(cells), 16), every(cells.shape[1], 10)
     ax.set_yticks(ticks[0], labels=[str(cells.index[i]) for i in ticks[0]])
     ax.set_xticks(ticks[1], labels=[str(cells.columns[i]) for i in ticks[1]])
-    return finish(ax, _title(metric, text, rows["key"].iloc[0]), "head", "layer")
+    return finish(ax, title_of(metric, text, rows["key"].iloc[0]), "head", "layer")
 
 
 def progression(frame: DataFrame, metric: str = "sink_mass", *, ax: Axes | None = None) -> Axes:
@@ -120,7 +80,7 @@ def progression(frame: DataFrame, metric: str = "sink_mass", *, ax: Axes | None 
     if count > 1:
         band: dict[str, Any] = {"color": LINE, "alpha": 0.2, "linewidth": 0, "label": f"range of {count} texts"}
         ax.fill_between(layers, series["low"], series["high"], **band)
-    _null_line(ax, series)
+    null_line(ax, series)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(ax, f"{metric} by layer", "layer", labelled(metric), legend=True)
 
@@ -137,15 +97,15 @@ def positions(frame: DataFrame, *, text: str | None = None, metric: str = "posit
     Raises:
         SinkscopeError: no such metric or text; the message lists those there are.
     """
-    rows = _rows(frame, metric, needs="key")
+    rows = rows_of(frame, metric, needs="key")
     if text is None:  # texts of unequal length have no common profile
         last = rows.groupby("text")["key"].max().sort_index(key=lambda labels: labels != "all")
         text = str(last.index[0] if last.nunique() == 1 else last.drop("all", errors="ignore").idxmax())
-    profile = _rows(frame, metric, text, "key").groupby("key")[["value", "null"]].mean()
+    profile = rows_of(frame, metric, text, "key").groupby("key")[["value", "null"]].mean()
     keys, first = profile.index.to_numpy(float), float(profile["value"].iloc[0])
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
     ax.plot(keys, profile["value"], color=LINE, linewidth=0.9, label="mean of layers")
-    _null_line(ax, profile)
+    null_line(ax, profile)
     ax.plot(keys[:1], [first], "o", color=MARK, markersize=5, clip_on=False, zorder=3)
     label, at = f"position {keys[0]:.0f}: {first:.3g}", (keys[0], first)
     ax.annotate(label, at, (7, 0), textcoords="offset points", color=MARK, fontsize=7, va="center")
@@ -156,7 +116,7 @@ def positions(frame: DataFrame, *, text: str | None = None, metric: str = "posit
         ax.set_yscale("log", nonpositive="mask")
     else:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return finish(ax, _title(metric, text), "key position", labelled(metric), legend=True)
+    return finish(ax, title_of(metric, text), "key position", labelled(metric), legend=True)
 
 
 def distribution(frame: DataFrame, metric: str = "sink_mass", *, text: str = "all", ax: Axes | None = None) -> Axes:
@@ -171,8 +131,8 @@ def distribution(frame: DataFrame, metric: str = "sink_mass", *, text: str = "al
     Raises:
         SinkscopeError: no such metric or text; the message lists those there are.
     """
-    rows = _rows(frame, metric, text)
-    nulls, constant = rows["null"].dropna(), _constant_null(rows)
+    rows = rows_of(frame, metric, text)
+    nulls, constant = rows["null"].dropna(), constant_null(rows)
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
     ax.hist(rows["value"], bins=20, color=LINE, alpha=0.5, edgecolor="white", label=f"{len(rows)} heads")
     ax.margins(y=0.3)  # room for the legend
@@ -181,7 +141,7 @@ def distribution(frame: DataFrame, metric: str = "sink_mass", *, text: str = "al
     elif len(nulls):
         ax.axvspan(nulls.min(), nulls.max(), color=NULL, alpha=0.3, linewidth=0, label="uniform attention")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return finish(ax, _title(metric, text, rows["key"].iloc[0]), labelled(metric), "heads", legend=True)
+    return finish(ax, title_of(metric, text, rows["key"].iloc[0]), labelled(metric), "heads", legend=True)
 
 
 def attention(attention_frame: DataFrame, tokens: Sequence[str] | None = None, *, ax: Axes | None = None) -> Axes:
@@ -203,8 +163,8 @@ def attention(attention_frame: DataFrame, tokens: Sequence[str] | None = None, *
         raise SinkscopeError(f"attention reaches position {last}, but there are {len(tokens)} tokens")
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
     _cells(ax, query_by_key(attention_frame, len(tokens)), "share of a query's attention", None)
-    ticks = _every(len(tokens), 20)
-    labels = [_short(tokens[i].replace(" ", "·")) for i in ticks]
+    ticks = every(len(tokens), 20)
+    labels = [short(tokens[i].replace(" ", "·")) for i in ticks]
     ax.set_xticks(ticks, labels=labels, rotation=90, **PLAIN)
     ax.set_yticks(ticks, labels=labels, **PLAIN)
     return finish(ax, "attention, mean of heads and layers", "key", "query")
@@ -232,9 +192,9 @@ def loss_curve(curves: DataFrame, *, text: str | None = None, ax: Axes | None = 
     for name, run in rows.groupby("intervention", sort=False):
         loss = run["loss"].rolling(size, center=True, min_periods=1).mean()
         style: dict[str, Any] = {"color": NULL, "linestyle": "--", "zorder": 3} if name == "none" else {}
-        ax.plot(run["position"], loss, linewidth=1, label=_short(str(name), 48), **style)
+        ax.plot(run["position"], loss, linewidth=1, label=short(str(name), 48), **style)
     ylabel = f"loss (nats), mean of {size} tokens" if size > 1 else "loss (nats)"
-    finish(ax, f"loss by position, {_short(text, 24)}", "position", ylabel)
+    finish(ax, f"loss by position, {short(text, 24)}", "position", ylabel)
     ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)  # it would cover curves
     return ax
 
@@ -264,14 +224,14 @@ def estimates(table: DataFrame, quantity: str, *, unit: str = "", log: bool = Fa
     below, above = (abs(ours["value"] - ours[end]).fillna(0).to_numpy(float) for end in ("low", "high"))
     who = "measured" if several else str(ours["model"].iloc[0])
     style: dict[str, Any] = {"fmt": "o", "color": LINE, "markersize": 4, "capsize": 2, "zorder": 3}
-    ax.errorbar(ours["value"], at, xerr=(below, above), label=f"{_short(who, 24)}, 95% interval", **style)
+    ax.errorbar(ours["value"], at, xerr=(below, above), label=f"{short(who, 24)}, 95% interval", **style)
     if ours["null"].notna().any():
         ax.plot(ours["null"], at, "|", color=NULL, markersize=12, markeredgewidth=1.5, label="chance")
     shown = theirs[theirs["case"].isin(place)]
     for marker, (model, of) in zip("sD^vPX<>*p", shown.groupby("model", sort=False), strict=False):
         y = [place[case] - 0.22 for case in of["case"]]
         ax.plot(of["value"], y, marker, color=MARK, markersize=3.5, fillstyle="none", label=f"{model} (published)")
-    ax.set_yticks(range(len(place)), labels=[_short(name, 34) for name in place], **PLAIN)
+    ax.set_yticks(range(len(place)), labels=[short(name, 34) for name in place], **PLAIN)
     ax.set_ylim(len(place) - 0.4, -0.6)
     ax.grid(axis="x", alpha=0.3)
     if log:
@@ -307,21 +267,6 @@ def figures(frame: DataFrame, attention: DataFrame | None = None, tokens: Sequen
     return drawn
 
 
-def _rows(frame: DataFrame, metric: str, text: str | None = None, needs: str = "head") -> DataFrame:
-    rows = frame.dropna(subset=[needs, "value"])
-    for column, wanted in (("text", text), ("metric", metric)):
-        if wanted is not None:
-            if wanted not in (available := rows[column].unique()):
-                raise unknown(column, wanted, available)
-            rows = rows[rows[column] == wanted]
-    return rows if needs == "key" else first_key(rows)
-
-
-def _constant_null(rows: DataFrame) -> float | None:
-    nulls = rows["null"].to_numpy(float)
-    return float(nulls[0]) if np.allclose(nulls, nulls[0], rtol=1e-9) else None  # NaN is close to nothing
-
-
 def _cells(ax: Axes, cells: DataFrame, label: str, null: float | None) -> None:
     values = np.ma.masked_invalid(cells.to_numpy(float, na_value=np.nan))
     low, high = min(0.0, float(values.min())), max(float(values.max()), null or 0.0)
@@ -333,36 +278,3 @@ def _cells(ax: Axes, cells: DataFrame, label: str, null: float | None) -> None:
         bar.set_ticks([*ticks, null], labels=[*(f"{tick:.3g}" for tick in ticks), f"null {null:.3g}"])
         bar.ax.axhline(null, color=MARK, linewidth=1.5)
     bar.ax.tick_params(labelsize=7)
-
-
-def _null_line(ax: Axes, series: DataFrame) -> None:
-    if series["null"].notna().any():
-        x = series.index.to_numpy(float)
-        ax.plot(x, series["null"], "--", color=NULL, linewidth=1, label="uniform attention")
-
-
-def finish(ax: Axes, title: str, xlabel: str, ylabel: str, *, legend: bool = False) -> Axes:
-    """Give a picture its words, in the sizes that all have."""
-    ax.set_title(title, fontsize=8, **PLAIN)
-    ax.set_xlabel(xlabel, fontsize=8, **PLAIN)
-    ax.set_ylabel(ylabel, fontsize=8, **PLAIN)
-    ax.tick_params(labelsize=7)
-    if legend:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=7, framealpha=0.7, edgecolor="none")
-    return ax
-
-
-def _title(metric: str, text: str, key: Any = None) -> str:
-    of = "" if isna(key) else f" of key {key}"
-    return f"{metric}{of}, {'mean of texts' if text == 'all' else _short(text, 24)}"
-
-
-def _every(count: int, most: int) -> list[int]:
-    step = next(n * 10**power for power in range(9) for n in (1, 2, 5) if count <= most * n * 10**power)
-    return list(range(0, count, step))
-
-
-def _short(token: str, most: int = 10) -> str:
-    label = visible(token[: most + 1])
-    return label if len(label) <= most else label[: most - 1] + "…"

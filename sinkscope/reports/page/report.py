@@ -1,37 +1,28 @@
 """report.html: a whole report on one page that needs no network, no server and no library to be looked into.
 
 `render` puts all that the figures show into the page as JSON, and a script in `page.html.j2` draws it as SVG.
-Token texts and labels come from anywhere: jinja escapes them, the script writes them as `textContent` only,
-and the page's content security policy lets no other script run and nothing be loaded.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.colors import to_hex
 from pandas import DataFrame
 
 from sinkscope.metrics.across import t_interval
-from sinkscope.plots import COLOUR_MAP, first_key, labelled, layer_series, query_by_key, visible
+from sinkscope.reports.drawing import COLOUR_MAP, first_key, labelled, layer_series, query_by_key, visible
+from sinkscope.reports.page.parts import environment, facts
 
 MOST_TOKENS = 1200  # of one text, shown
 MOST_TEXTS = 8  # to be looked into one by one
 MOST_NUMBERS = 400_000  # about 3 MB; large models and long texts leave room for fewer texts
 MOST_PAIRS = 64  # queries and keys of the attention picture
 PROFILES = {"position_profile": "share of all attention", "received_profile": "mean attention of queries that see it"}
-TITLES = {"bos": "first token (BOS)", "causal": "causal attention", "dtype": "number type"}
-TITLES |= {"engine_why": "why this engine", "n_layers": "number of layers", "n_heads": "heads per layer"}
 
 
 def render(
@@ -58,7 +49,7 @@ def render(
         looked_into = [{"label": "all", "n_tokens": longest, "tokens": []}]
     data = _data(frame, looked_into) | {"attention": None if attention is None else _pairs(attention, tokens)}
     overall = "all" if "all" in set(summary["text"]) or not texts else texts[0]["label"]
-    template = _environment().get_template("page.html.j2")
+    template = environment().get_template("page.html.j2")
     return template.render(
         data=data,
         model=meta.get("model", "a model"),
@@ -69,31 +60,8 @@ def render(
         profiled=profiled,
         shaded=any(text["tokens"] for text in looked_into),
         sinks=_sinks(frame, data["texts"]),
-        facts=_facts(meta),
+        facts=facts(meta),
     )
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("sinkscope", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda out: visible(out) if isinstance(out, str) and not isinstance(out, Markup) else out,
-    )
-    environment.filters["number"] = _number
-    environment.filters["sha256"] = _sha256
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment
-
-
-def _number(value: float) -> str:
-    return "\N{EN DASH}" if math.isnan(value) else f"{value:.3g}"
-
-
-def _sha256(script: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _data(frame: DataFrame, texts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -188,102 +156,3 @@ def _sinks(frame: DataFrame, texts: list[dict[str, Any]]) -> list[tuple[str, int
             token = text["tokens"][key].replace("\n", "") if key < len(text["tokens"]) else ""
             found.append((text["name"], key, token, share))
     return found
-
-
-def _facts(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """All of meta that has no place of its own, in words."""
-    facts = {TITLES.get(key, key.replace("_", " ")): value for key, value in meta.items()}
-    facts |= {f"argument: {key}": value for key, value in facts.pop("arguments", {}).items()}
-    facts = {key: value for key, value in facts.items() if key not in ("texts", "sentences")}
-    return [(name, _words(value)) for name, value in facts.items()]
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_words, value)) or "none"
-    known = {"true": "yes", "false": "no", "null": "none", "{}": "none"}
-    return value if isinstance(value, str) else known.get(text := json.dumps(value, ensure_ascii=False), text)
-
-
-def render_effects(summary: DataFrame, about: Mapping[str, Any], draw: Callable[..., Any]) -> str:
-    """What `evaluate` found as one HTML page.
-
-    Args:
-        summary: rows of :meth:`EffectReport.summary`.
-        about: how it was made: `model`, `texts`, `interval`, ...
-        draw: draws the loss curve on `ax=`.
-    """
-    rows = [
-        {"intervention": visible(str(r["intervention"])), "token": visible(str(r["sink_token"])), "values": r}
-        for r in summary.to_dict("records")
-    ]
-    return (
-        _environment()
-        .get_template("effects.html.j2")
-        .render(about=about, rows=rows, picture=_picture(draw), facts=_facts(about))
-    )
-
-
-def render_study(
-    name: str,
-    question: str,
-    verdict: str,
-    said: str,
-    table: DataFrame,
-    pictures: Mapping[str, Callable[..., Any]],
-    behind: Mapping[str, str],
-    about: Mapping[str, Any],
-) -> str:
-    """One study as one HTML page.
-
-    Args:
-        name: the study.
-        question: what it asks.
-        verdict: what came out, in a few words.
-        said: the same in a paragraph.
-        table: words and numbers as they are shown.
-        pictures: stem -> function that draws on `ax=`.
-        behind: title -> address of the reports that it rests on, relative to the page.
-        about: how it was made.
-    """
-    drawn = {stem: _picture(draw) for stem, draw in pictures.items()}
-    rows = [[str(cell) for cell in row] for row in table.to_numpy().tolist()]
-    return (
-        _environment()
-        .get_template("study.html.j2")
-        .render(
-            name=name,
-            question=question,
-            verdict=verdict,
-            said=said,
-            columns=[str(c) for c in table.columns],
-            rows=rows,
-            pictures=drawn,
-            behind=behind,
-            facts=_facts(about),
-        )
-    )
-
-
-def render_studies(model: str, studies: Sequence[Mapping[str, Any]], pictures: Mapping[str, bytes], not_run: Any) -> str:
-    """Several studies on one page that links to each.
-
-    Args:
-        model: what they were run on.
-        studies: what each `study.json` holds, in order.
-        pictures: study -> its PNG.
-        not_run: study -> why it could not be run.
-    """
-    shown = {name: base64.b64encode(png).decode("ascii") for name, png in pictures.items()}
-    template = _environment().get_template("studies.html.j2")
-    return template.render(model=model, studies=studies, pictures=shown, not_run=not_run)
-
-
-def _picture(draw: Callable[..., Any]) -> str:
-    """Draw a PNG, in base64."""
-    from matplotlib.figure import Figure
-
-    figure, picture = Figure(figsize=(7, 4), layout="constrained"), io.BytesIO()
-    draw(ax=figure.add_subplot())
-    figure.savefig(picture, format="png", dpi=160)
-    return base64.b64encode(picture.getvalue()).decode("ascii")

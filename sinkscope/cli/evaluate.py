@@ -1,0 +1,76 @@
+"""`sinkscope evaluate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from sinkscope.cli.inputs import errors, texts
+from sinkscope.cli.options import (
+    AsJson,
+    Bos,
+    Debug,
+    Device,
+    DeviceMap,
+    Files,
+    MaxTokens,
+    Model,
+    Out,
+    PerText,
+    Texts,
+    intervention_names,
+)
+from sinkscope.cli.shown import say_where, show_effects
+
+EPILOG = (
+    "Example: sinkscope evaluate smollm2-135m --file novel.txt --max-tokens 4096 --score-from 512 "
+    '--intervention "window(size=256)" --intervention "sink_window(size=256, sinks=4)"'
+)
+
+
+def evaluate(
+    model: Model,
+    text: Texts = None,
+    file: Files = None,
+    intervention: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--intervention",
+            help='Such as "window(size=256)"; repeat for more. Default: window and sink_window.',
+            autocompletion=intervention_names,
+        ),
+    ] = None,
+    max_tokens: MaxTokens = None,
+    score_from: Annotated[int, typer.Option("--score-from", help="Score predictions from this position on (0-based).")] = 1,
+    bos: Bos = None,
+    per_text: PerText = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Edit the forward pass (evict, mask, zero, drop a token) and see what happens to the loss."""
+    with errors(debug):
+        from sinkscope.causal import evaluate as run
+        from sinkscope.interventions import parse
+        from sinkscope.models import load_model
+        from sinkscope.reports.files import check_writable
+        from sinkscope.runs.resume import claimed
+        from sinkscope.runs.share import joined
+
+        edits = [parse(i) for i in intervention or ["window(size=256)", "sink_window(size=256, sinks=4)"]]
+        given = texts(text or [], file or [])
+        if out is not None:
+            check_writable(out)
+        how: dict[str, Any] = {"score_from": score_from, "bos": bos, "max_tokens": max_tokens, "per_text": per_text}
+        with joined() as share, claimed(out if share.rank == 0 else None):
+            loaded = load_model(model, device=device, device_map=device_map)
+            report = run(loaded, given, edits, progress=True, resume=out, distributed=share.world > 1, **how)
+            if share.rank > 0:
+                return
+            if out is not None:
+                report.save(out)
+        show_effects(report, as_json)
+        say_where(out, as_json)

@@ -1,0 +1,69 @@
+"""What the command line hands over: texts, keys and chunks as Python has them; errors as one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from sinkscope.cli.shown import plain
+
+
+@contextmanager
+def errors(debug: bool) -> Iterator[None]:
+    """Turn an error that the user can mend into one line and exit code 1."""
+    from sinkscope.errors import SinkscopeError
+
+    try:
+        yield
+    except SinkscopeError as error:
+        if debug:
+            raise
+        typer.echo(f"sinkscope: error: {plain(' '.join(str(error).split()))}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("sinkscope: interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def texts(texts: list[str], files: list[Path]) -> dict[str, str] | Path:
+    """Read what `--text` and `--file` give: label -> text, or the path of a corpus.
+
+    Raises:
+        SinkscopeError: nothing, something empty or unreadable, something twice, a corpus beside something else.
+    """
+    from sinkscope.errors import SinkscopeError
+    from sinkscope.tokens import as_stream, read_text
+
+    if not texts and not files:
+        raise SinkscopeError("no text: give --text 'some words' or --file PATH (each may be repeated)")
+    for path in files:
+        if as_stream(path) is not None:
+            if texts or len(files) > 1:
+                raise SinkscopeError(f"{str(path)!r} is a whole corpus, which is read as a stream: give it alone")
+            if path.is_dir() and not any(path.glob("*.txt")):
+                raise SinkscopeError(f"the directory {str(path)!r} holds no .txt file")
+            return path
+    found = {f"text {i}": text for i, text in enumerate(texts)}
+    for path in files:
+        label = path.name if path.name not in found else str(path)
+        if label in found:
+            raise SinkscopeError(f"the file {label!r} is given twice")
+        found[label] = read_text(path)
+    for index, (label, text) in enumerate(found.items()):
+        if not text.strip():
+            raise SinkscopeError(f"text {index} ({label!r}) is empty: give it at least two tokens of text, or leave it out")
+    return found
+
+
+def key_of(text: str) -> int | str:
+    """Read a sink position: a number, or a token."""
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+
+
+def chunk_of(text: str) -> int | str | None:
+    """Read `--chunk`: a number, none or auto."""
+    return None if text == "none" else int(text) if re.fullmatch(r"-?[0-9]+", text) else text

@@ -1,0 +1,116 @@
+"""`sinkscope measure`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sinkscope.cli.inputs import chunk_of, errors, key_of, texts
+from sinkscope.cli.options import (
+    AsJson,
+    Bos,
+    Debug,
+    Device,
+    DeviceMap,
+    Files,
+    MaxTokens,
+    Model,
+    Out,
+    PerText,
+    Texts,
+    metric_names,
+)
+from sinkscope.cli.shown import say_where, show
+
+if TYPE_CHECKING:
+    from sinkscope.reports.sink import SinkReport
+
+EPILOG = "Example: sinkscope measure smollm2-135m --file novel.txt --max-tokens 4096 --out results"
+
+
+def measure(
+    model: Model,
+    text: Texts = None,
+    file: Files = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="Such as sink_mass or sink_rate@0.5; default: all.", autocompletion=metric_names),
+    ] = None,
+    max_tokens: MaxTokens = None,
+    bos: Bos = None,
+    engine: Annotated[str, typer.Option("--engine", help="auto, flash or hooks.")] = "auto",
+    key: Annotated[
+        list[str] | None, typer.Option("--key", help="Sink position: 0, -1 (last), or a token such as [SEP].")
+    ] = None,
+    chunk: Annotated[str, typer.Option("--chunk", help="Query rows per step: auto, none, or a number.")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts per forward pass.")] = 8,
+    per_text: PerText = None,
+    backend: Annotated[str, typer.Option("--backend", help="bridge or hooked_transformer.")] = "bridge",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the attention sink of a model on texts."""
+    with errors(debug):
+        given = texts(text or [], file or [])
+        report = measured(
+            model,
+            given,
+            metric or None,
+            out,
+            {"backend": backend, "device": device, "device_map": device_map},
+            key=[key_of(k) for k in key] if key else 0,
+            bos=bos,
+            max_tokens=max_tokens,
+            engine=engine,
+            chunk=chunk_of(chunk),
+            batch_size=batch_size,
+            per_text=per_text,
+        )
+        if report is not None:
+            show(report, as_json)
+            say_where(out, as_json)
+
+
+def measured(
+    name: str,
+    texts: dict[str, str] | Path,
+    metric: list[str] | None,
+    out: Path | None,
+    load: dict[str, Any],
+    **how: Any,
+) -> SinkReport | None:
+    """Check what can be checked before the model is loaded; then load, measure and write.
+
+    Of several processes that `torchrun` started, the first gives the report.
+    """
+    from sinkscope.attention import attention_map
+    from sinkscope.metrics import resolve
+    from sinkscope.models import load_model
+    from sinkscope.observe import measure as run
+    from sinkscope.reports.files import check_writable
+    from sinkscope.runs.resume import claimed
+    from sinkscope.runs.share import joined
+
+    resolve(metric)
+    if out is not None:
+        check_writable(out)
+    if sys.stderr.isatty():
+        typer.echo(f"loading {name} ...", err=True)
+    with joined() as share, claimed(out if share.rank == 0 else None):
+        model = load_model(name, **load)
+        report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)
+        if share.rank > 0:
+            return None
+        if out is not None:
+            if isinstance(texts, dict):
+                short = min(texts.values(), key=len)
+                report = replace(report, attention=attention_map(model, short, bos=how.get("bos")))
+            report.save(out)
+    return report

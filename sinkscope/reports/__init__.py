@@ -1,0 +1,1 @@
+"""What people see: reports, their pictures, pages and files."""

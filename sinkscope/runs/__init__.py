@@ -1,0 +1,1 @@
+"""What surrounds a run: undoing, progress, sharing among processes, going on after a crash, fingerprints."""

@@ -1,0 +1,20 @@
+"""Texts or token ids -> batches, and the corpora and streams that they come from."""
+
+from sinkscope.tokens.batches import Batch, TextTokens, Tokens, key_positions
+from sinkscope.tokens.corpora import Corpus, as_stream, portions, read_text
+from sinkscope.tokens.numbers import at_most, whole_number
+from sinkscope.tokens.texts import tokenize
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "TextTokens",
+    "Tokens",
+    "as_stream",
+    "at_most",
+    "key_positions",
+    "portions",
+    "read_text",
+    "tokenize",
+    "whole_number",
+]

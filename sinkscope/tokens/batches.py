@@ -1,0 +1,107 @@
+"""Sequences, ragged and without pads, and batches with a validity mask.
+
+A batch is right-padded only for the forward pass, and its mask comes from the lengths, never from the ids, since ids do
+not tell a pad from BOS or EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sinkscope.errors import SinkscopeError
+
+
+@dataclass(frozen=True, eq=False)
+class TextTokens:
+    """One text: its label, its ids `[position]`, and its tokens as strings."""
+
+    label: str
+    ids: Int[Tensor, " position"]
+    strings: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Count its tokens, BOS included."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Right-padded ids of a few sequences and which of them are real."""
+
+    sequences: tuple[TextTokens, ...]
+    ids: Int[Tensor, "batch position"]
+    valid: Bool[Tensor, "batch position"]
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens of each sequence."""
+        return self.valid.sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokenised texts and how BOS was decided.
+
+    Attributes:
+        sequences: one per text, in the caller's order.
+        bos: one sentence: whether a BOS token stands first, which, and who decided.
+    """
+
+    sequences: tuple[TextTokens, ...]
+    bos: str
+
+    def __len__(self) -> int:
+        """Count the texts."""
+        return len(self.sequences)
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """Group texts of similar length, at most `size` in a batch, shortest first.
+
+        A batch also ends where padding to its longest text would more than double the shortest.
+        """
+        order = sorted(self.sequences, key=len)
+        group: list[TextTokens] = []
+        for sequence in order:
+            if group and (len(group) == size or len(sequence) > 2 * len(group[0])):
+                yield _pad(group, device)
+                group = []
+            group.append(sequence)
+        if group:
+            yield _pad(group, device)
+
+
+def _pad(group: Sequence[TextTokens], device: torch.device | str) -> Batch:
+    ids = torch.nn.utils.rnn.pad_sequence([s.ids for s in group], batch_first=True, padding_value=0)
+    lengths = torch.tensor([len(s) for s in group])
+    valid = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
+    return Batch(tuple(group), ids.to(device), valid.to(device))
+
+
+def key_positions(key: int | str, sequences: Sequence[TextTokens]) -> Int[Tensor, " batch"]:
+    """Find the position that `key` names in each sequence.
+
+    Args:
+        key: a 0-based position; negative counts from the end (-1 is the last token); or a token's text, such as
+            `"[SEP]"`, whose first occurrence counts.
+        sequences: the sequences to look in.
+
+    Raises:
+        SinkscopeError: a position outside a sequence, or a token that does not occur in it.
+    """
+    found = []
+    for s in sequences:
+        if isinstance(key, str):
+            if key not in s.strings:
+                raise SinkscopeError(f"key={key!r} does not occur in {s.label!r}; its first tokens are {s.strings[:8]}")
+            found.append(s.strings.index(key))
+        else:
+            position = key + len(s) if key < 0 else key
+            if not 0 <= position < len(s):
+                raise SinkscopeError(f"key={key} lies outside {s.label!r}, whose positions are 0 to {len(s) - 1}")
+            found.append(position)
+    return torch.tensor(found)

@@ -1,0 +1,34 @@
+"""Whole numbers of any type, as arguments."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, SupportsIndex
+
+from sinkscope.errors import SinkscopeError
+
+
+def whole_number(given: Any, name: str, wanted: str = "a whole number") -> int:
+    """Take a whole number of any type, NumPy's and PyTorch's included.
+
+    Raises:
+        SinkscopeError: it is none; True and False are none.
+    """
+    try:
+        if not isinstance(given, bool):
+            return operator.index(given)
+    except TypeError:
+        pass
+    raise SinkscopeError(f"{name}={given!r}: give {wanted}")
+
+
+def at_most(max_tokens: SupportsIndex | None) -> int | None:
+    """Take how many tokens of each text are kept, or None for all.
+
+    Raises:
+        SinkscopeError: no whole number, or less than two.
+    """
+    most = None if max_tokens is None else whole_number(max_tokens, "max_tokens")
+    if most is not None and most < 2:
+        raise SinkscopeError(f"max_tokens={most}: at least 2 tokens are needed to look at attention")
+    return most
