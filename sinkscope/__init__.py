@@ -5,7 +5,11 @@ Data flow::
     measure:   texts -> tokens -> capture (an engine) -> Block -> metric accumulators -> SinkReport -> plots, files
     evaluate:  intervention -> edited attention -> per-token loss, KL -> EffectReport -> plots, files
 
-A metric is a function of a block, an intervention a frozen dataclass; everything around them is the library's.
+Two contracts carry it: a metric is a function of a :class:`~sinkscope.block.Block`, an intervention an
+:class:`~sinkscope.edit.Edit`; engines know these alone. Modules import downwards::
+
+    cli > studies > observe, causal, attention > interventions > capture > models > reports > runs > results > metrics
+        > tokens > block, edit > errors
 """
 
 from __future__ import annotations

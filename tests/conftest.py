@@ -112,14 +112,6 @@ def fresh(model):
     return model
 
 
-@pytest.fixture(autouse=True)
-def unproved():
-    """Have every test prove the engine anew: some break it, and tiny models are shared."""
-    from sinkscope.capture import proof
-
-    proof.PROVED.clear()
-
-
 @pytest.fixture(scope="session")
 def tiny():
     """Give the tiny model of a family, built once; tests that change it build their own."""

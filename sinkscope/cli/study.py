@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sinkscope.cli.inputs import errors
 from sinkscope.cli.options import AsJson, Debug, Device, Model, Out, study_names
 from sinkscope.cli.shown import print_table, say
+
+if TYPE_CHECKING:
+    from sinkscope.studies.report import StudyReport
 
 #: Options that are called otherwise than the argument that they give.
 NAMES = {"checkpoints": "checkpoint"}
@@ -74,15 +77,19 @@ def study(
         loaded = model if "checkpoints" in how else load_model(model, device=device)
         if name == "all" and out is not None:
             typer.echo(f"every study: {run_all(loaded, text, out, progress=True)}")
-            return
-        report = run(loaded, text, progress=True, **how)
-        if as_json:
-            typer.echo(report.table.to_json(orient="records"))
         else:
-            shown = report.shown()
-            print_table(list(shown.columns), shown.to_numpy().tolist())
-            say(f"\n{report.verdict}\n\n{report.said}")
-        if out is not None:
-            report.save(out)
-            if not as_json:
-                typer.echo(f"\nstudy: {out / 'study.html'}")
+            _show(run(loaded, text, progress=True, **how), out, as_json)
+
+
+def _show(report: StudyReport, out: Path | None, as_json: bool) -> None:
+    """Print a study, and save it where a directory was given."""
+    if as_json:
+        typer.echo(report.table.to_json(orient="records"))
+    else:
+        shown = report.shown()
+        print_table(list(shown.columns), shown.to_numpy().tolist())
+        say(f"\n{report.verdict}\n\n{report.said}")
+    if out is not None:
+        report.save(out)
+        if not as_json:
+            typer.echo(f"\nstudy: {out / 'study.html'}")

@@ -8,6 +8,8 @@ import importlib.metadata
 import io
 import logging
 import socket
+import subprocess
+import sys
 import tempfile
 import urllib.parse
 import urllib.request
@@ -20,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.models.adapter import SMOLLM2
+from sinkscope.models.adapting import SMOLLM2
 from sinkscope.runs.undo import Undo
 
 Backend = Literal["bridge", "hooked_transformer"]
@@ -97,7 +99,7 @@ def bridge(network: Any, tokenizer: Any, name: str, location: str | None = None)
     from transformer_lens.model_bridge import TransformerBridge
 
     network.set_attn_implementation("eager")  # 3.9 leaves sdpa in place, where patterns never fire
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _nothing_installed():
         if location is None or not (Path(location) / "config.json").exists():
             network.config.save_pretrained(directory)
             location = directory
@@ -224,6 +226,24 @@ def _device(asked: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise unknown("device", asked, [name for name, here in there.items() if here]) from None
     return device
+
+
+@contextmanager
+def _nothing_installed() -> Iterator[None]:
+    """Keep TransformerLens from running pip, which it does for the image processor of a vision-language model."""
+
+    def refuse(command: Any, *args: Any, **how: Any) -> int:
+        raise OSError(f"not run while a model is loaded: {command}")
+
+    with Undo() as undo:
+        for name in ("run", "check_call", "Popen"):
+            undo.callback(setattr, subprocess, name, getattr(subprocess, name))
+            setattr(subprocess, name, refuse)
+        helpers: Any = sys.modules.get("transformer_lens.model_bridge.sources.transformers.helpers")
+        if hasattr(helpers, "_ensure_torchvision"):
+            undo.callback(setattr, helpers, "_ensure_torchvision", helpers._ensure_torchvision)
+            helpers._ensure_torchvision = lambda: False  # it would run pip
+        yield
 
 
 @contextmanager

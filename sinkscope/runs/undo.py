@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -24,6 +24,33 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if came:
             handler(*came[0])
+
+
+@contextmanager
+def heeded() -> Iterator[Callable[[], None]]:
+    """Heed Ctrl-C also where Python loses it, as it does what is raised while a generator or an object is being let go of.
+
+    Yields a function to call now and then, which raises the interrupt once more if the run is still going on.
+    """
+    handler, came = signal.getsignal(signal.SIGINT), list[int]()
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield lambda: None
+        return
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        handler(number, frame)
+
+    def look() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield look
+        look()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @runtime_checkable

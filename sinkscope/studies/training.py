@@ -17,9 +17,10 @@ from sinkscope.models import adapt, load_model
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import NULL, WIDE, finish
 from sinkscope.runs.progress import bar
+from sinkscope.studies.bigrams import BigramBackcopy
 from sinkscope.studies.report import Estimate, Pictures, Row, StudyReport, asked, losses, sinks, tabulate
 from sinkscope.studies.texts import pieces, setting
-from sinkscope.studies.toy import BigramBackcopy, train
+from sinkscope.studies.toy import train
 
 #: A sink has emerged when its mass exceeds uniform attention by this much.
 MARGIN = 0.1

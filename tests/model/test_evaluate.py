@@ -70,9 +70,9 @@ def test_pieces_of_a_stream_change_nothing(family, sinks, piece, monkeypatch):
 def test_a_text_beyond_the_context(monkeypatch):
     """300 tokens where the context is 128: as the loop, in bounded memory, and no clean run is made up."""
     monkeypatch.setattr(edited, "PIECE", 32)
-    held, keep = [], edited._Stream.keep
+    held, keep = [], edited.Stream.keep
     monkeypatch.setattr(
-        edited._Stream, "keep", lambda self, layer, at, *rest: (held.append(len(at)), keep(self, layer, at, *rest))
+        edited.Stream, "keep", lambda self, layer, at, *rest: (held.append(len(at)), keep(self, layer, at, *rest))
     )
     ids, model = torch.randint(3, 60, (300,), generator=torch.Generator().manual_seed(5)), tiny_model("llama")
     edits = [StreamingWindow(16, sinks=2), ss.Window(16)]
@@ -284,7 +284,7 @@ BAD = [
     ("zero_value(keys=[0], heads=[3])", "key-value heads are 0 to 1"),
     ("drop_tokens(positions=[0]) & mask_keys(keys=[47])", "positions are 0 to 46"),
     ("drop_tokens(positions=[0], layers=[1])", "has no layers"),
-    ("replace_token(position=0, token=-4)", "whole numbers"),
+    ("replace_token(position=0, token=-4)", "not negative"),
     ("window(size=True)", "takes|whole numbers"),
     ("__import__('os').system('true')", "can't read"),
     ("window(**{'size': 3})", "can't read"),
