@@ -73,7 +73,7 @@ def study(
             how["also"] = [load_model(other, device=device) for other in also]
         loaded = model if "checkpoints" in how else load_model(model, device=device)
         if name == "all" and out is not None:
-            typer.echo(f"every study: {run_all(loaded, text, out, progress=True)}")
+            say(f"every study: {run_all(loaded, text, out, progress=True)}")
             return
         report = run(loaded, text, progress=True, **how)
         if as_json:
@@ -85,4 +85,4 @@ def study(
         if out is not None:
             report.save(out)
             if not as_json:
-                typer.echo(f"\nstudy: {out / 'study.html'}")
+                say(f"\nstudy: {out / 'study.html'}")
