@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,18 @@ def replace(path: Path, fills: Mapping[str, Fill], about: Mapping[str, Any]) -> 
         about: the seal; it gets the digests of the files.
 
     Raises:
-        OSError: it can't be written; the old report is still there.
-        SinkscopeError: a link stands in the way.
+        OSError: the folder can't be written; the old report is still there.
+        SinkscopeError: a file can't be written, or a link stands in the way; likewise.
     """
     settle(path)
     half = path / HALF
     try:
         half.mkdir()
         for name, fill in fills.items():
-            fill(half / name)
+            try:
+                fill(half / name)
+            except OSError as error:
+                raise SinkscopeError(f"can't write {str(path / name)!r}: {error.strerror or error}") from None
         digests = {name: digest_of((half / name).read_bytes()) for name in fills}
         (half / SEAL).write_text(_sealed(about, digests), encoding="utf-8")
         half.rename(path / WHOLE)
@@ -159,13 +161,15 @@ def _left_over(path: Path, names: Iterable[str]) -> list[str]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove a folder of ours; what else lies in it stays."""
+    """Remove a folder of ours, in which nothing else should lie."""
     if _no_link(folder).is_dir():
         for file in folder.iterdir():
             if NAME.fullmatch(file.name):
                 file.unlink(missing_ok=True)
-        with suppress(OSError):  # a folder that is not empty
+        try:
             folder.rmdir()
+        except OSError:
+            raise SinkscopeError(f"something else than a report is in the way, in {str(folder)!r}: remove it") from None
 
 
 def _no_link(folder: Path) -> Path:
