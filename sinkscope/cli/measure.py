@@ -24,7 +24,7 @@ from sinkscope.cli.options import (
     Texts,
     metric_names,
 )
-from sinkscope.cli.shown import say_where, show
+from sinkscope.cli.shown import plain, say_where, show
 
 if TYPE_CHECKING:
     from sinkscope.reports.sink import SinkReport
@@ -102,7 +102,7 @@ def measured(
     if out is not None:
         check_writable(out)
     if sys.stderr.isatty():
-        typer.echo(f"loading {name} ...", err=True)
+        typer.echo(f"loading {plain(name)} ...", err=True)
     with joined() as share, claimed(out if share.rank == 0 else None):
         model = load_model(name, **load)
         report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)

@@ -68,7 +68,7 @@ def show_effects(report: EffectReport, as_json: bool) -> None:
 def say_where(out: Path | None, as_json: bool) -> None:
     """Print where the page is."""
     if out is not None and not as_json:
-        typer.echo(f"\nreport: {out / 'report.html'}")
+        say(f"\nreport: {out / 'report.html'}")
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

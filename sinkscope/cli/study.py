@@ -76,7 +76,7 @@ def study(
             how["also"] = [load_model(other, device=device) for other in also]
         loaded = model if "checkpoints" in how else load_model(model, device=device)
         if name == "all" and out is not None:
-            typer.echo(f"every study: {run_all(loaded, text, out, progress=True)}")
+            say(f"every study: {run_all(loaded, text, out, progress=True)}")
         else:
             _show(run(loaded, text, progress=True, **how), out, as_json)
 
@@ -92,4 +92,4 @@ def _show(report: StudyReport, out: Path | None, as_json: bool) -> None:
     if out is not None:
         report.save(out)
         if not as_json:
-            typer.echo(f"\nstudy: {out / 'study.html'}")
+            say(f"\nstudy: {out / 'study.html'}")

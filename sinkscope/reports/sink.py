@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.metrics.across import t_interval
 from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array
 from sinkscope.reports.words import sentences
-from sinkscope.results import ALL, Tally, TextResult, Value
+from sinkscope.results import ALL, Group, Tally, TextResult, Value
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Measured = TypeVar("Measured", Value, Group)
 #: Columns of `.frame` and measurements.csv, and of `.summary()` and summary.csv.
 COLUMNS = ["model", "text", "metric", "layer", "head", "key", "value", "std_error", "null", "tokens"]
 SUMMARY_COLUMNS = ["text", "metric", "value", "std_error", "null"]
@@ -58,12 +59,13 @@ class SinkReport:
             results: the texts whose finest rows go into the frame: all of them, or none.
         """
         layers = list(about["layers"])
-        pieces = [_rows(v, layers, r.sequence.label, len(r.sequence)) for r in results for v in r.values]
+        pieces = [_rows(v, layers, r.sequence.label, len(r.sequence)) for r in results for v in _once(r.values)]
         totals = [(label, name, value, np.nan, null) for label, name, value, null in tally.totals]
         tokens = sum(n for _, n in tally.texts)
-        for g in tally.groups.values():
+        for g in _once(tally.groups.values()):
             mean = Value(g.name, g.tag, g.key, g.axes, g.value.present, g.null.present, None, None)
             pieces.append(_rows(mean, layers, ALL, tokens, g.value.std_error))
+        for g in tally.groups.values():
             if g.total is not None and g.total_null is not None:
                 value, error, null = (float(x) for x in (g.total.present, g.total.std_error, g.total_null.present))
                 totals.append((ALL, g.name + g.tag, value, error, null))
@@ -283,6 +285,11 @@ class SinkReport:
         if label != ALL and label not in self.texts:
             raise unknown("text in this report", label, [ALL, *self.texts])
         return label
+
+
+def _once(values: Iterable[Measured]) -> list[Measured]:
+    """Keep one of those of a metric that look at one position: of six tokens, keys 5 and -1 are the same."""
+    return list({(v.name, v.tag if v.key is None else v.key): v for v in values}.values())
 
 
 def _rows(value: Value, layers: Sequence[int], label: str, tokens: int, std_error: Array | None = None) -> pd.DataFrame:
