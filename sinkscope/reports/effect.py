@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.errors import SinkscopeError
 from sinkscope.metrics.across import t_interval
 from sinkscope.reports import notes
 from sinkscope.reports.words import number, percent
@@ -116,19 +116,9 @@ class EffectReport:
         Raises:
             SinkscopeError: xarray is not installed, or there is no such text.
         """
-        try:
-            import xarray as xr
-        except ImportError:
-            raise SinkscopeError("to_xarray needs xarray: pip install xarray") from None
-        both = self.frame.merge(self.details, on=["text", "intervention"]).drop(columns="model")
-        if text is not None and text not in set(both["text"]):
-            raise unknown("text in this report", text, both["text"].unique())
-        both = both if text is None else both[both["text"] == text]
-        order = {axis: list(dict.fromkeys(both[axis])) for axis in ("text", "intervention")}
-        both["sink_position"] = both["sink_position"].astype(float)
-        index = ["text", "intervention"]
-        made: xr.Dataset = xr.Dataset.from_dataframe(both.set_index(index)).reindex(order)
-        return made.assign_attrs({name: str(self.about[name]) for name in ("model", "engine", "dtype", "bos")})
+        from sinkscope.reports.arrays import of_effects
+
+        return of_effects(self.frame.merge(self.details, on=["text", "intervention"]), text, self.about)
 
     def loss_curve(self, *, text: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw loss by position, a running mean per intervention; `text` is one text, by default the longest."""

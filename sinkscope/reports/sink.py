@@ -170,35 +170,31 @@ class SinkReport:
         Raises:
             SinkscopeError: xarray is not installed, or there is no such column.
         """
-        try:
-            import xarray as xr
-        except ImportError:
-            raise SinkscopeError("to_xarray needs xarray: pip install xarray") from None
-        if column not in ("value", "null", "std_error"):
-            raise unknown("column", column, ["value", "null", "std_error"])
-        variables = []
-        for name, rows in self.frame.groupby("metric", sort=False):
-            axes = [a for a in ("text", "layer", "head") if rows[a].notna().all()]
-            if rows.duplicated(axes).any():
-                axes.append("key")
-            index = rows[axes].astype({a: int for a in axes if a != "text"})
-            variables.append(index.assign(**{str(name): rows[column]}).set_index(axes).to_xarray())
-        about = {name: str(self.about[name]) for name in ("model", "engine", "dtype", "bos")}
-        return xr.merge(variables, join="outer", compat="no_conflicts").assign_attrs(about)
+        from sinkscope.reports.arrays import of_measurements
+
+        return of_measurements(self.frame, column, self.about)
 
     # Pictures: each gives matplotlib Axes, to be shown or saved by the caller.
 
-    def heatmap(self, metric: str = "sink_mass", *, text: str = ALL, ax: Axes | None = None) -> Axes:
-        """Draw a metric by layer and head."""
+    def heatmap(
+        self,
+        metric: str = "sink_mass",
+        *,
+        text: str = ALL,
+        ax: Axes | None = None,
+        vmin: float | None = None,
+        vmax: float | None = None,
+    ) -> Axes:
+        """Draw a metric by layer and head; `vmin` and `vmax` give several pictures one scale."""
         from sinkscope.reports import plots
 
-        return plots.heatmap(self.frame, metric, text=text, ax=ax)
+        return plots.heatmap(self.frame, metric, text=text, ax=ax, vmin=vmin, vmax=vmax)
 
-    def progression(self, metric: str = "sink_mass", *, ax: Axes | None = None) -> Axes:
-        """Draw a metric over layers, with its null and the band across texts."""
+    def progression(self, metric: str = "sink_mass", *, ax: Axes | None = None, label: str | None = None) -> Axes:
+        """Draw a metric over layers, with its null and the band across texts; `label` is its name beside other curves."""
         from sinkscope.reports import plots
 
-        return plots.progression(self.frame, metric, ax=ax)
+        return plots.progression(self.frame, metric, ax=ax, label=label)
 
     def positions(self, metric: str = "position_profile", *, text: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw where attention lands over positions, position 0 marked, uniform attention beside it."""

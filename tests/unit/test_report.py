@@ -338,7 +338,7 @@ def test_several_keys_whose_places_differ_are_told_apart_over_all_texts(llama):
     alone = ss.measure(llama, TEXTS, ["sink_mass"], key=-1)
     mine = table(report, "sink_mass[key=-1]", "all")
     np.testing.assert_allclose(mine, table(alone, "sink_mass", "all"))
-    assert report.heatmap("sink_mass[key=-1]").get_title() == "sink_mass[key=-1], mean of texts"
+    assert report.heatmap("sink_mass[key=-1]").get_title() == "tiny-llama\nsink_mass[key=-1], mean of texts"
     there = report.to_xarray()
     np.testing.assert_allclose(there["sink_mass[key=-1]"].sel(text="all"), mine)
     assert "sink_mass[key=t]" in report.page()
@@ -430,6 +430,8 @@ def test_the_attention_map_is_the_mean_over_layers_and_heads(llama):
     ]:
         got = attention_map(llama, "so it goes", **how).pivot(index="query", columns="key", values="value")
         np.testing.assert_allclose(got, expected, atol=1e-6)
+    title = ss.plots.attention(attention_map(llama, "so it goes", layer=2, head=3)).get_title()
+    assert title == "tiny-llama\nattention, layer 2, head 3"
     for bad in ({"layer": 3}, {"head": 4}, {"head": -1}):
         with pytest.raises(ss.SinkscopeError, match="are 0 to"):
             attention_map(llama, "so it goes", **bad)
@@ -502,6 +504,7 @@ def test_a_report_survives_the_round_trip(saved):
     pd.testing.assert_frame_equal(back.summary(), report.summary())
     pd.testing.assert_frame_equal(back.attention, report.attention)
     assert back.about == report.about
+    assert back.attention.attrs == report.attention.attrs == {"model": "tiny-llama", "layer": None, "head": None}
     assert back.texts == list(TEXTS)
 
 
