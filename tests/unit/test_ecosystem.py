@@ -104,7 +104,7 @@ def test_the_template_of_a_metric_package(tmp_path):
 
 CELLS = [
     "import sinkscope as ss\nmodel = ss.testing.tiny_model('llama')\ntexts = ['so it goes'] * 3",
-    "import sinkscope.runs.progress\nsinkscope.runs.progress.DELAY = 0\nreport = ss.measure(model, texts, progress=True)\nreport",
+    "from sinkscope.runs import progress\nprogress.NOTEBOOK_DELAY = 0\nreport = ss.measure(model, texts, progress=True)\nreport",
     "report.heatmap();",
     "ss.evaluate(model, texts, 'window(size=4)')",
     "with ss.MaskKeys(0).on(model):\n    model.to_tokens('so')",
