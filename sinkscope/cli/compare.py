@@ -37,8 +37,8 @@ def compare(
             if not isinstance(report, SinkReport):
                 raise SinkscopeError(f"{str(directory)!r} holds what evaluate wrote; compare takes what measure wrote")
             reports[str(directory)] = report
-        if not as_json and len({directory.name for directory in directories}) == len(reports):
-            reports = {directory.name: report for directory, report in zip(directories, reports.values(), strict=True)}
+        if not as_json and len({Path(name).name for name in reports}) == len(reports):
+            reports = {Path(name).name: report for name, report in reports.items()}
         both = side_by_side(reports).reset_index()
         if as_json:
             typer.echo(both.to_json(orient="records"))

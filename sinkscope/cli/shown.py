@@ -79,7 +79,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     table = Table(box=None, pad_edge=False)
     for index, name in enumerate(header):
         right = index > 0 and all(r[index][:1].isdigit() or r[index][:1] in "+-" for r in rows if r[index])
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        table.add_column(plain(name), justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(plain(cell) for cell in row))
     console = Console(markup=False, highlight=False)
