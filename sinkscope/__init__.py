@@ -15,6 +15,7 @@ Two contracts carry it: a metric is a function of a :class:`~sinkscope.block.Blo
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,9 +86,34 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         value = importlib.import_module(f"sinkscope.{_MODULES[name]}")
     else:
-        raise AttributeError(f"module 'sinkscope' has no attribute {name!r}")
+        raise AttributeError(f"module 'sinkscope' has no attribute {name!r}{_hint(name)}")
     globals()[name] = value
     return value
+
+
+def _hint(name: str) -> str:
+    """Say in which public module a name is; their source is read, since importing them takes seconds."""
+    for module, path in _MODULES.items():
+        file = Path(__file__).parent.joinpath(*path.split("."))
+        source = (file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text(encoding="utf-8")
+        if not name.startswith("_") and name in source and name in _names(source):
+            return f": it is sinkscope.{module}.{name}"
+    return ""
+
+
+def _names(source: str) -> set[str]:
+    """Give what a module defines, takes from other modules of this package, or lists in `__all__`."""
+    import ast
+
+    found: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("sinkscope"):
+            found.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
+            found.update(str(part.value) for part in ast.walk(node.value) if isinstance(part, ast.Constant))
+    return found
 
 
 def __dir__() -> list[str]:

@@ -37,7 +37,7 @@ def attention_map(
         max_tokens: the text is cut to this many tokens.
 
     Returns:
-        One row per (query, key): `query, key, query_token, key_token, value`.
+        One row per (query, key): `query, key, query_token, key_token, value`; `attrs` says of which model, layer and head.
 
     Raises:
         SinkscopeError: no such layer or head, or more than one text.
@@ -66,7 +66,7 @@ def attention_map(
         capture.run(next(tokens.batches(1, adapter.device)), add, lambda: None)
     query, key = (axis.reshape(-1) for axis in np.indices((t, t)))
     words = np.array(sequence.strings, dtype=object)
-    return pd.DataFrame(
+    shown = pd.DataFrame(
         {
             "query": query,
             "key": key,
@@ -75,3 +75,5 @@ def attention_map(
             "value": (total / max(count, 1)).reshape(-1),
         }
     )
+    shown.attrs = {"model": adapter.name, "layer": layer, "head": head}
+    return shown

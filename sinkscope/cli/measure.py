@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,16 +94,16 @@ def measured(
     from sinkscope.models import load_model
     from sinkscope.observe import measure as run
     from sinkscope.reports.files import check_writable
+    from sinkscope.runs.progress import saying
     from sinkscope.runs.resume import claimed
     from sinkscope.runs.share import joined
 
     resolve(metric)
     if out is not None:
         check_writable(out)
-    if sys.stderr.isatty():
-        typer.echo(f"loading {plain(name)} ...", err=True)
     with joined() as share, claimed(out if share.rank == 0 else None):
-        model = load_model(name, **load)
+        with saying(share.rank == 0, f"loading {plain(name)} ..."):
+            model = load_model(name, **load)
         report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)
         if share.rank > 0:
             return None

@@ -50,6 +50,7 @@ def study(
         from sinkscope.errors import SinkscopeError
         from sinkscope.models import load_model
         from sinkscope.reports.files import check_writable
+        from sinkscope.runs.progress import saying
         from sinkscope.studies import find, run_all
         from sinkscope.tokens import read_text
 
@@ -72,9 +73,10 @@ def study(
             raise SinkscopeError("study all writes a directory: give it, --out DIR")
         if out is not None:
             check_writable(out)
-        if also:
-            how["also"] = [load_model(other, device=device) for other in also]
-        loaded = model if "checkpoints" in how else load_model(model, device=device)
+        with saying(True, f"loading {', '.join([model, *(also or [])])} ..."):
+            if also:
+                how["also"] = [load_model(other, device=device) for other in also]
+            loaded = model if "checkpoints" in how else load_model(model, device=device)
         if name == "all" and out is not None:
             say(f"every study: {run_all(loaded, text, out, progress=True)}")
         else:

@@ -23,6 +23,7 @@ import torch
 
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapting import SMOLLM2
+from sinkscope.runs.progress import saying
 from sinkscope.runs.undo import Undo
 
 Backend = Literal["bridge", "hooked_transformer"]
@@ -36,6 +37,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device_map: str | dict[str, Any] | None = None,
     offload_folder: str | Path | None = None,
+    progress: bool = False,
 ) -> Any:
     """Load a model with hooks on its attention patterns.
 
@@ -51,6 +53,7 @@ def load_model(
         device_map: for a model that is too large for one device: `"auto"`, or module -> device, as accelerate takes it.
             Layers are spread over the devices, and what does not fit is kept in memory or on disk until it is used.
         offload_folder: where `device_map` may put weights on disk.
+        progress: say on stderr what is being loaded.
 
     Returns:
         A TransformerLens model in eval mode, with its tokenizer.
@@ -73,7 +76,8 @@ def load_model(
         spread = {"device_map": device_map, "offload_folder": None if offload_folder is None else str(offload_folder)}
     place = _device(device)
     source = _locate(str(name))
-    with _less_noise(), _read_once() if source.gguf else nullcontext():
+    say = f"loading {source.label} ..."
+    with saying(progress, say), _less_noise(), _read_once() if source.gguf else nullcontext():
         network, tokenizer = _load_hugging_face(source, dtype, spread)
         network = (network if spread else network.to(place)).eval()
         if backend == "hooked_transformer":

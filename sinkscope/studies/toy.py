@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.metrics.across import t_interval
+from sinkscope.metrics.across import SHARE, t_interval
 from sinkscope.runs.progress import bar
 from sinkscope.studies.bigrams import BigramBackcopy
 
@@ -243,7 +243,7 @@ def look(model: Toy, task: BigramBackcopy, ids: Int[Tensor, "n length"]) -> dict
     streams = torch.stack(run.residuals, dim=1).double()  # [sequence, layer, token, width]
     peak = streams[:, :, 0].abs().amax(-1) / streams.abs().flatten(2).median(-1).values
     sink = _across("sink_mass", mass[:, top])
-    low, high = t_interval(sink["sink_mass"], sink["sink_mass_se"], len(ids))
+    low, high = t_interval(sink["sink_mass"], sink["sink_mass_se"], len(ids), SHARE)
     return {
         **_across("loss", loss.mean(-1)),
         "best_loss": float(best.mean()),

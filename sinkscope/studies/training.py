@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from sinkscope.causal import evaluate
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention
+from sinkscope.metrics.across import ANY, POSITIVE, SHARE
 from sinkscope.models import adapt, load_model
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import NULL, WIDE, finish
@@ -90,12 +91,14 @@ def emergence(
     for case in CASES:
         here = history[history["case"] == case]
         last = here[here["step"] == steps]
-        rows.append((case, "sink_mass", Estimate.of(last["sink_mass"], float(last["null"].iloc[0])), of))
-        rows += [(case, name, Estimate.of(last[name]), of) for name in FINAL]
+        rows.append((case, "sink_mass", Estimate.of(last["sink_mass"], float(last["null"].iloc[0]), SHARE), of))
+        rows += [
+            (case, name, Estimate.of(last[name], bounds=ANY if name == "excess_loss" else POSITIVE), of) for name in FINAL
+        ]
         emerged = [emerges(run) for _, run in here.groupby("seed")]
         reached = sum(not math.isnan(step) for step in emerged)
         if reached:
-            rows.append((case, "emergence_step", Estimate.of(emerged), f"{of}, {reached} of which reach it"))
+            rows.append((case, "emergence_step", Estimate.of(emerged, bounds=POSITIVE), f"{of}, {reached} of which reach it"))
     table = tabulate("emergence", "bigram-backcopy", rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(value, of, history)

@@ -221,7 +221,11 @@ def example(shape):
 
 
 @fuzz(100)
-@given(content=st.binary(max_size=80) | words.map(lambda w: w.encode("utf-8", "surrogatepass")) | anything.map(lambda x: json.dumps(x, default=str).encode()))
+@given(
+    content=st.binary(max_size=80)
+    | words.map(lambda w: w.encode("utf-8", "surrogatepass"))
+    | anything.map(lambda x: json.dumps(x, default=str).encode())
+)
 def test_files_of_texts(model, tmp_path_factory, content):
     for name in ("t.txt", "t.jsonl"):
         path = tmp_path_factory.getbasetemp() / name
