@@ -12,9 +12,10 @@ import pandas as pd
 
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.metrics.across import t_interval
-from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array
+from sinkscope.metrics.base import AcrossTexts, AnyMetric
+from sinkscope.metrics.values import Value, rows_of
 from sinkscope.reports.words import sentences
-from sinkscope.results import ALL, Tally, TextResult, Value
+from sinkscope.results import ALL, Tally, TextResult
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,12 +59,12 @@ class SinkReport:
             results: the texts whose finest rows go into the frame: all of them, or none.
         """
         layers = list(about["layers"])
-        pieces = [_rows(v, layers, r.sequence.label, len(r.sequence)) for r in results for v in r.values]
+        pieces = [rows_of(v, layers, r.sequence.label, len(r.sequence)) for r in results for v in r.values]
         totals = [(label, name, value, np.nan, null) for label, name, value, null in tally.totals]
         tokens = sum(n for _, n in tally.texts)
         for g in tally.groups.values():
             mean = Value(g.name, g.tag, g.key, g.axes, g.value.present, g.null.present, None, None)
-            pieces.append(_rows(mean, layers, ALL, tokens, g.value.std_error))
+            pieces.append(rows_of(mean, layers, ALL, tokens, g.value.std_error))
             if g.total is not None and g.total_null is not None:
                 value, error, null = (float(x) for x in (g.total.present, g.total.std_error, g.total_null.present))
                 totals.append((ALL, g.name + g.tag, value, error, null))
@@ -283,27 +284,6 @@ class SinkReport:
         if label != ALL and label not in self.texts:
             raise unknown("text in this report", label, [ALL, *self.texts])
         return label
-
-
-def _rows(value: Value, layers: Sequence[int], label: str, tokens: int, std_error: Array | None = None) -> pd.DataFrame:
-    """Lay an array out as rows; positions that a metric leaves out (NaN on the key axis) give none."""
-    shape = value.value.shape
-    index = dict(zip(value.axes, np.indices(shape).reshape(len(shape), value.value.size), strict=True))
-    n = int(np.prod(shape, dtype=int))
-    # Of several keys, those whose position differs from text to text would be one in the mean over texts.
-    columns: dict[str, Any] = {"text": label, "metric": value.name + (value.tag if value.key is None else "")}
-    for axis in ("layer", "head", "key"):
-        if axis in index:
-            columns[axis] = pd.array(np.asarray(layers)[index[axis]] if axis == "layer" else index[axis], dtype="Int64")
-        else:
-            fixed = value.key if axis == "key" else None
-            columns[axis] = pd.array([fixed] * n, dtype="Int64")
-    columns["value"] = value.value.reshape(-1)
-    columns["std_error"] = np.full(n, np.nan) if std_error is None else std_error.reshape(-1)
-    columns["null"] = np.broadcast_to(value.null, shape).reshape(-1)
-    columns["tokens"] = pd.array([tokens] * n, dtype="Int64")
-    rows = pd.DataFrame(columns, index=range(n))
-    return rows[rows["value"].notna()] if "key" in value.axes else rows
 
 
 def _across(summary: pd.DataFrame, asked: Iterable[AnyMetric]) -> pd.DataFrame:

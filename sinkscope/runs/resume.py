@@ -23,7 +23,8 @@ import numpy as np
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics.accumulate import Moments
-from sinkscope.results import Group, Run, Tally, TextResult, Value
+from sinkscope.metrics.values import Value
+from sinkscope.results import Group, Run, Tally, TextResult
 from sinkscope.runs.share import Share
 from sinkscope.tokens import TextTokens
 
