@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sinkscope import interventions, metrics, studies, testing
+    from sinkscope import interventions, metrics, studies, testing, where
     from sinkscope.attention import attention_map
     from sinkscope.block import Block
     from sinkscope.causal import evaluate
@@ -48,7 +48,7 @@ _HOME = {
     "metric": "metrics.base",
     "tokenize": "tokens",
 }
-_MODULES = {name: name for name in ("interventions", "metrics", "studies", "testing")} | {"plots": "reports.plots"}
+_MODULES = {name: name for name in ("interventions", "metrics", "studies", "testing", "where")} | {"plots": "reports.plots"}
 
 __all__ = [
     "Block",
@@ -71,6 +71,7 @@ __all__ = [
     "studies",
     "testing",
     "tokenize",
+    "where",
 ]
 
 

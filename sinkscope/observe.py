@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -16,7 +16,7 @@ from sinkscope.capture.cached import is_cache
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics import base_of, resolve
 from sinkscope.metrics.base import AnyMetric
-from sinkscope.metrics.observer import Finish, Key, Observer
+from sinkscope.metrics.observer import Finish, Key, Observer, countable, keys_of
 from sinkscope.models import adapt
 from sinkscope.observing import PER_TEXT, Observing
 from sinkscope.reports.sink import SinkReport
@@ -26,6 +26,7 @@ from sinkscope.runs.progress import bar
 from sinkscope.runs.resume import Finished, Running, Store, claimed
 from sinkscope.runs.share import Share
 from sinkscope.tokens import Batch, TextTokens, at_most, whole_number
+from sinkscope.where import Rule, as_rule
 
 
 def measure(
@@ -34,6 +35,8 @@ def measure(
     metrics: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None = None,
     *,
     key: SupportsIndex | str | Iterable[SupportsIndex | str] = 0,
+    where: Any = None,
+    compare: bool = False,
     bos: bool | None = None,
     max_tokens: SupportsIndex | None = None,
     attention_mask: Tensor | None = None,
@@ -56,6 +59,12 @@ def measure(
             `text`), the `Path` of a directory (its `.txt` files) or of a `.jsonl` file (the field `text` of its lines).
         metrics: names (see `sinkscope metrics`), metrics, or functions of a block; None for all built-in ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
+        where: which queries count: a rule of :mod:`sinkscope.where` (`next_loss(above=2.0)`, `tokens(".")`,
+            `positions(16, None)`), a function of a block that gives `[batch, query]` of bool, or a boolean per token: a
+            padded tensor, a list with a row per text, or a mapping from label to row. Means, nulls and thresholds are
+            then over these queries alone, and `where_share` says how many they are. None for all.
+        compare: put the same of the other queries beside it, named `sink_mass[others]`, and `sink_mass[difference]`: the
+            difference within each text, so that its interval is paired.
         bos: put BOS first? None takes the model's own convention; the report says which it was.
         max_tokens: keep at most this many tokens of each text, BOS included.
         attention_mask: for ids given as a tensor `[batch, position]`: 0 marks pads.
@@ -80,16 +89,23 @@ def measure(
     """
     cache = model if is_cache(model) else None
     adapter = adapt(model if cache is None else cache.model)
-    asked = resolve(metrics)
-    base, keys, most = base_of(asked), _keys(key), at_most(max_tokens)
+    asked = resolve(metrics) if where is None else countable(resolve(metrics), metrics is not None)
+    base, keys, most = base_of(asked), keys_of(key), at_most(max_tokens)
     share = Share.of(distributed)
     tokenizing = {"bos": bos, "max_tokens": most, "attention_mask": attention_mask}
-    observing = Observing(adapter, base, keys, tokenizing, engine, chunk, cache, _at_least_one(batch_size))
+    rule, sides = _rule(where, compare, texts, attention_mask)
+    size = _at_least_one(batch_size)
+    observing = Observing(adapter, base, keys, tokenizing, engine, chunk, cache, size, rule, sides)
     corpus = observing.corpus(texts)
-    tokens, capture = corpus.head
-    finish = Finish(asked, base, keys, adapter.causal, adapter.layers, adapter.windows)
-    about = adapter.describe() | _how(capture, tokens.bos, asked, keys, most, observing.batch_size)
-    store = Store.of(resume, about | adapter.state() | {"metrics": fingerprint(asked)} if resume else {})
+    tokens, (capture, _) = corpus.head
+    finish = Finish(asked, base, keys, adapter.causal, adapter.layers, adapter.windows, sides)
+    about = adapter.describe() | _how(capture, tokens.bos, asked, keys, most, size)
+    if rule is not None:
+        about["arguments"] |= {"where": repr(rule), "compare": compare}
+    store = Store.of(
+        resume,
+        about | adapter.state() | {"metrics": fingerprint(*([asked] if rule is None else [asked, rule]))} if resume else {},
+    )
     whole = len(tokens) <= PER_TEXT if per_text is None else per_text
     kept = Finished(store) if whole else Running(store, share)
     numbers = count()
@@ -110,22 +126,21 @@ def measure(
     return SinkReport.assemble(tally, asked, about, results)
 
 
+def _rule(where: Any, compare: bool, texts: Any, attention_mask: Tensor | None) -> tuple[Rule | None, int]:
+    """Read which queries count, and of how many sides."""
+    if compare and where is None:
+        raise SinkscopeError("compare=True compares the queries of where= with the others: say which, where=...")
+    if attention_mask is None and isinstance(texts, Mapping) and isinstance(where, Tensor):
+        attention_mask = texts.get("attention_mask")  # what a tokenizer gave: booleans are padded as its ids are
+    return None if where is None else as_rule(where, attention_mask), 2 if compare else 1
+
+
 def _at_least_one(batch_size: SupportsIndex) -> int:
     """Take how many texts a forward pass may have."""
     size = whole_number(batch_size, "batch_size")
     if size < 1:
         raise SinkscopeError(f"batch_size={size}: at least one text per batch is needed")
     return size
-
-
-def _keys(key: Any) -> list[Key]:
-    """Take one key or several, each once."""
-    one = isinstance(key, str) or not isinstance(key, Iterable) or getattr(key, "ndim", 1) == 0
-    given = [key] if one else list(key)
-    keys = [k if isinstance(k, str) else whole_number(k, "key", "a position or a token") for k in given]
-    if not keys:
-        raise SinkscopeError("key=[]: at least one key is needed")
-    return list(dict.fromkeys(keys))
 
 
 def _how(

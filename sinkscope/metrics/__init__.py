@@ -2,6 +2,7 @@
 
 from sinkscope.metrics.base import AcrossTexts, AnyMetric, Derived, Metric, metric
 from sinkscope.metrics.catalogue import BUILT_IN, DEFAULT, ENTRY_POINTS, MECHANISM, available, base_of, resolve
+from sinkscope.metrics.pattern import of_pattern
 
 __all__ = [
     "BUILT_IN",
@@ -15,5 +16,6 @@ __all__ = [
     "available",
     "base_of",
     "metric",
+    "of_pattern",
     "resolve",
 ]

@@ -29,8 +29,10 @@ BUILT_IN: dict[str, AnyMetric] = {
 
 #: Those that need more than attention: asked for by name.
 MECHANISM: tuple[str, ...] = tuple(name for name in BUILT_IN if name in vars(mechanism))
-#: What `measure` reports when nothing is asked for: all of attention but the per-head profile, which is large.
-DEFAULT: tuple[str, ...] = tuple(name for name in BUILT_IN if name != "head_profile" and name not in MECHANISM)
+#: One row per head and position: asked for by name.
+LARGE: tuple[str, ...] = ("head_profile", "query_profile")
+#: What `measure` reports when nothing is asked for: all of attention but what is large.
+DEFAULT: tuple[str, ...] = tuple(name for name in BUILT_IN if name not in LARGE and name not in MECHANISM)
 
 
 def _offered() -> dict[str, EntryPoint]:

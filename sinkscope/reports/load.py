@@ -10,7 +10,7 @@ import pandas as pd
 from sinkscope.errors import SinkscopeError
 from sinkscope.reports.effect import EffectReport
 from sinkscope.reports.files import SEAL
-from sinkscope.reports.sink import COLUMNS, SUMMARY_COLUMNS, SinkReport
+from sinkscope.reports.sink import COLUMNS, QUERY, SUMMARY_COLUMNS, SinkReport
 
 
 def load_report(directory: str | Path) -> SinkReport | EffectReport:
@@ -30,7 +30,7 @@ def load_report(directory: str | Path) -> SinkReport | EffectReport:
         frame, summary = (pd.read_parquet(path / f"{name}.parquet") for name in ("measurements", "summary"))
         attention = path / "attention.parquet"
         shown = pd.read_parquet(attention) if attention.is_file() else None
-        if list(frame.columns) != COLUMNS or list(summary.columns) != SUMMARY_COLUMNS:
+        if [c for c in frame.columns if c != QUERY] != COLUMNS or list(summary.columns) != SUMMARY_COLUMNS:
             raise ValueError("its tables have other columns")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SinkscopeError(f"the report in {str(path)!r} can't be read: {error}") from None

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Columns of `.frame` and measurements.csv, and of `.summary()` and summary.csv.
 COLUMNS = ["model", "text", "metric", "layer", "head", "key", "value", "std_error", "null", "tokens"]
+#: A column more where a metric is reported per query, after `key`.
+QUERY = "query"
 SUMMARY_COLUMNS = ["text", "metric", "value", "std_error", "null"]
 
 
@@ -76,7 +78,8 @@ class SinkReport:
         for text, r in zip(texts, results, strict=False):
             text["tokens"] = list(r.sequence.strings)
         said = sentences(summary[summary["text"] == ALL], about["arguments"]["key"])
-        return cls(frame[COLUMNS], summary, about | {"texts": texts, "sentences": said})
+        columns = [c for c in (*COLUMNS[:6], QUERY, *COLUMNS[6:]) if c in frame or c != QUERY]
+        return cls(frame[columns], summary, about | {"texts": texts, "sentences": said})
 
     @property
     def texts(self) -> list[str]:
@@ -177,7 +180,7 @@ class SinkReport:
         for name, rows in self.frame.groupby("metric", sort=False):
             axes = [a for a in ("text", "layer", "head") if rows[a].notna().all()]
             if rows.duplicated(axes).any():
-                axes.append("key")
+                axes.append(QUERY if QUERY in rows and rows[QUERY].notna().all() else "key")
             index = rows[axes].astype({a: int for a in axes if a != "text"})
             variables.append(index.assign(**{str(name): rows[column]}).set_index(axes).to_xarray())
         about = {name: str(self.about[name]) for name in ("model", "engine", "dtype", "bos")}
