@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from sinkscope.causal import evaluate
     from sinkscope.errors import InertHookError, SinkscopeError
     from sinkscope.interventions import MaskKeys, SinkWindow, Window
+    from sinkscope.masks import sink_mask
     from sinkscope.metrics.base import metric
     from sinkscope.models import load_model
     from sinkscope.observe import measure
     from sinkscope.reports import plots
     from sinkscope.reports.effect import EffectReport
     from sinkscope.reports.load import load_report
+    from sinkscope.reports.mask import SinkMask
     from sinkscope.reports.sink import SinkReport
     from sinkscope.tokens import tokenize
 
@@ -36,6 +38,7 @@ _HOME = {
     "EffectReport": "reports.effect",
     "InertHookError": "errors",
     "MaskKeys": "interventions",
+    "SinkMask": "reports.mask",
     "SinkReport": "reports.sink",
     "SinkWindow": "interventions",
     "SinkscopeError": "errors",
@@ -46,6 +49,7 @@ _HOME = {
     "load_report": "reports.load",
     "measure": "observe",
     "metric": "metrics.base",
+    "sink_mask": "masks",
     "tokenize": "tokens",
 }
 _MODULES = {name: name for name in ("interventions", "metrics", "studies", "testing", "where")} | {"plots": "reports.plots"}
@@ -55,6 +59,7 @@ __all__ = [
     "EffectReport",
     "InertHookError",
     "MaskKeys",
+    "SinkMask",
     "SinkReport",
     "SinkWindow",
     "SinkscopeError",
@@ -68,6 +73,7 @@ __all__ = [
     "metric",
     "metrics",
     "plots",
+    "sink_mask",
     "studies",
     "testing",
     "tokenize",

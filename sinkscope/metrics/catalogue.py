@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sinkscope.block import Block
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.metrics import across, mass, mechanism, shape
+from sinkscope.metrics import across, mass, mechanism, residual, shape
 from sinkscope.metrics.base import AcrossTexts, AnyMetric, Derived, Metric, metric
 
 #: Entry-point group through which other packages offer metrics: `name = "package.module:function"`.
@@ -22,13 +22,13 @@ ENTRY_POINTS = "sinkscope.metrics"
 
 BUILT_IN: dict[str, AnyMetric] = {
     thing.name: thing
-    for module in (mass, shape, across, mechanism)
+    for module in (mass, shape, across, mechanism, residual)
     for thing in vars(module).values()
     if isinstance(thing, Metric | Derived | AcrossTexts)
 }
 
 #: Those that need more than attention: asked for by name.
-MECHANISM: tuple[str, ...] = tuple(name for name in BUILT_IN if name in vars(mechanism))
+MECHANISM: tuple[str, ...] = tuple(name for name in BUILT_IN if name in vars(mechanism) | vars(residual))
 #: One row per head and position: asked for by name.
 LARGE: tuple[str, ...] = ("head_profile", "query_profile")
 #: What `measure` reports when nothing is asked for: all of attention but what is large.
