@@ -80,9 +80,9 @@ class SinkMask:
 
         Returns:
             Columns `text, position, token, layer, rules`, and one per rule with how strong the token is by it, whether it
-            flags it or not: `attention` is a share of heads, `norm` and `massive` are multiples of a median, `bos_cosine` is a
-            cosine. `layer` is the first in which a rule that flags it shows (-1 where none does: `first`), `rules` joins the
-            names of those that flag it with +.
+            flags it or not: `attention` is a share of heads, `norm` and `massive` are multiples of a median, `bos_cosine` is
+            a cosine. `layer` is the first in which a rule that flags it shows (-1 where none does: `first`), `rules` joins
+            the names of those that flag it with +.
         """
         return self.flagged.copy()
 

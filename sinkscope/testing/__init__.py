@@ -15,9 +15,19 @@ from sinkscope.metrics import resolve
 from sinkscope.metrics.accumulate import accumulator
 from sinkscope.metrics.base import AnyMetric, Array, Metric
 from sinkscope.models import bridge
+from sinkscope.testing.cache import CacheCheck, check_cache
 from sinkscope.testing.families import FAMILIES, tiny_hf_model, tiny_tokenizer
 
-__all__ = ["FAMILIES", "check_metric", "planted_sink", "tiny_hf_model", "tiny_model", "tiny_tokenizer"]
+__all__ = [
+    "FAMILIES",
+    "CacheCheck",
+    "check_cache",
+    "check_metric",
+    "planted_sink",
+    "tiny_hf_model",
+    "tiny_model",
+    "tiny_tokenizer",
+]
 
 #: Scores of the planted sink, `[layer][head]`, unless others are asked for: from no sink at all to a strong one.
 SCORES = ((0.0, 1.0, 2.0, 3.0), (4.0, 5.0, 6.0, 7.0))

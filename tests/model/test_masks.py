@@ -181,3 +181,20 @@ def test_bad_input_is_refused_by_name(tiny):
         found = attempt(call)
         assert isinstance(found, SinkscopeError), expected
         assert expected in str(found)
+
+
+@pytest.mark.model
+def test_smollm2s_sinks_are_its_bos_and_some_words_later(smollm2):
+    """Every rule takes BOS, a hundred times as long as the median token; attention also takes tokens that come later."""
+    import pydoc_data.topics
+
+    prose = " ".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    texts = [prose[start : start + 600] for start in (0, 10_000, 30_000, 40_000)]
+    mask = ss.sink_mask(smollm2, texts, ["attention", "norm", "massive", "bos_cosine"], max_tokens=64)
+    bos = mask.table().query("position == 0")
+    assert (bos["rules"] == "attention+norm+massive+bos_cosine").all()
+    assert len(bos) == 4
+    assert bos["norm"].between(120, 260).all()
+    later = mask.only("attention").table().query("position > 0")
+    assert len(later) > 0
+    assert (later["attention"] < bos["attention"].min()).all()
