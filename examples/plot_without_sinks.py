@@ -20,8 +20,8 @@ prose = " ".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.to
 texts = [prose[start : start + 2000] for start in range(0, 120_000, 10_000)]
 
 # %%
-# Which tokens are sinks? Three rules, how many tokens each takes, and how far they agree. Hard-coding "the first 16 positions"
-# takes an eighth of all tokens, nearly all of them ordinary, and misses the sinks that come later: here often a "the".
+# Which tokens are sinks? Three rules, how many tokens each takes, and how far they agree. Hard-coding "the first 16
+# positions" takes an eighth of all tokens, nearly all of them ordinary, and misses the sinks that come later.
 mask = ss.sink_mask(model, texts, by=["attention", "norm", "massive"], eps={"norm": 10}, max_tokens=128)
 print(mask.agreement().round(3).to_string(index=False))
 print(mask.table().head(12).to_string(index=False))
@@ -72,8 +72,8 @@ for name, chosen in (("with sinks", real), ("without", keep)):
     print(f"fitted {name}: explains {scores[name][0]:.3f} of the like, {scores[name][1]:.3f} of the ordinary tokens")
 
 # %%
-# **A linear probe**: does the next token begin a word? Least squares on standardised activations of half of the texts, accuracy
-# on the ordinary tokens of the others. A sink or two per text hardly matter to it.
+# **A linear probe**: does the next token begin a word? Least squares on standardised activations of half of the texts,
+# accuracy on the ordinary tokens of the others. A sink or two per text hardly matter to it.
 starts = torch.tensor([[s.startswith(" ") for s in model.to_str_tokens(row)] for row in ids])
 target = torch.zeros_like(starts)
 target[:, :-1] = starts[:, 1:]

@@ -29,7 +29,7 @@ from sinkscope.metrics.base import RowChoice
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch, TextTokens, Tokens
 
-__all__ = ["Rule", "next_loss", "positions", "rule", "tokens"]
+__all__ = ["next_loss", "positions", "rule", "tokens"]
 
 Sides = tuple[RowChoice, RowChoice]
 
