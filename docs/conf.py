@@ -31,6 +31,7 @@ suppress_warnings = ["config.cache"]
 TUTORIALS = (
     "plot_first_look",
     "plot_custom_metric",
+    "plot_without_sinks",
     "plot_four_edits",
     "plot_layer_by_layer",
     "plot_sliding_window",

@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sinkscope import interventions, metrics, studies, testing
+    from sinkscope import interventions, metrics, studies, testing, where
     from sinkscope.attention import attention_map
     from sinkscope.block import Block
     from sinkscope.causal import evaluate
     from sinkscope.errors import InertHookError, SinkscopeError
     from sinkscope.interventions import MaskKeys, SinkWindow, Window
+    from sinkscope.masks import sink_mask
     from sinkscope.metrics.base import metric
     from sinkscope.models import load_model
     from sinkscope.observe import measure
     from sinkscope.reports import plots
     from sinkscope.reports.effect import EffectReport
     from sinkscope.reports.load import load_report
+    from sinkscope.reports.mask import SinkMask
     from sinkscope.reports.sink import SinkReport
     from sinkscope.tokens import tokenize
 
@@ -41,6 +43,7 @@ _HOME = {
     "EffectReport": "reports.effect",
     "InertHookError": "errors",
     "MaskKeys": "interventions",
+    "SinkMask": "reports.mask",
     "SinkReport": "reports.sink",
     "SinkWindow": "interventions",
     "SinkscopeError": "errors",
@@ -51,15 +54,17 @@ _HOME = {
     "load_report": "reports.load",
     "measure": "observe",
     "metric": "metrics.base",
+    "sink_mask": "masks",
     "tokenize": "tokens",
 }
-_MODULES = {name: name for name in ("interventions", "metrics", "studies", "testing")} | {"plots": "reports.plots"}
+_MODULES = {name: name for name in ("interventions", "metrics", "studies", "testing", "where")} | {"plots": "reports.plots"}
 
 __all__ = [
     "Block",
     "EffectReport",
     "InertHookError",
     "MaskKeys",
+    "SinkMask",
     "SinkReport",
     "SinkWindow",
     "SinkscopeError",
@@ -73,9 +78,11 @@ __all__ = [
     "metric",
     "metrics",
     "plots",
+    "sink_mask",
     "studies",
     "testing",
     "tokenize",
+    "where",
 ]
 
 

@@ -1,40 +1,32 @@
-"""The observing loop: texts -> tokens -> blocks -> metric accumulators -> SinkReport."""
+"""The observing verb: texts -> tokens -> blocks -> metric accumulators -> SinkReport."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import numpy as np
 from torch import Tensor
 
 from sinkscope.block import Block
-from sinkscope.capture import Capture, cached, choose
+from sinkscope.capture import Capture
 from sinkscope.capture.cached import is_cache
 from sinkscope.errors import SinkscopeError
-from sinkscope.metrics import BUILT_IN, resolve
-from sinkscope.metrics.accumulate import RowMean
-from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Metric
-from sinkscope.metrics.null import uniform_mean
-from sinkscope.models import Adapter, adapt
+from sinkscope.metrics import base_of, resolve
+from sinkscope.metrics.base import AnyMetric
+from sinkscope.metrics.observer import Finish, Key, Observer, countable, keys_of
+from sinkscope.models import adapt
+from sinkscope.observing import PER_TEXT, Observing
 from sinkscope.reports.sink import SinkReport
-from sinkscope.results import TextResult, Value
+from sinkscope.results import TextResult
 from sinkscope.runs.fingerprint import fingerprint
 from sinkscope.runs.progress import bar
 from sinkscope.runs.resume import Finished, Running, Store, claimed
 from sinkscope.runs.share import Share
-from sinkscope.runs.undo import surely
-from sinkscope.tokens import Corpus, TextTokens, Tokens, at_most, key_positions, whole_number
-
-Key = int | str
-#: Texts whose finest rows are kept if nothing is said, and batches of a stream that are read and sorted at a time.
-PER_TEXT, PORTION = 100, 32
-#: Numbers of nulls that are kept to be used again: 64 MB.
-MOST_NULLS = 8 << 20
+from sinkscope.tokens import Batch, TextTokens, at_most, whole_number
+from sinkscope.where import Rule, as_rule
 
 
 def measure(
@@ -43,6 +35,8 @@ def measure(
     metrics: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None = None,
     *,
     key: SupportsIndex | str | Iterable[SupportsIndex | str] = 0,
+    where: Any = None,
+    compare: bool = False,
     bos: bool | None = None,
     max_tokens: SupportsIndex | None = None,
     attention_mask: Tensor | None = None,
@@ -65,6 +59,12 @@ def measure(
             `text`), the `Path` of a directory (its `.txt` files) or of a `.jsonl` file (the field `text` of its lines).
         metrics: names (see `sinkscope metrics`), metrics, or functions of a block; None for all built-in ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
+        where: which queries count: a rule of :mod:`sinkscope.where` (`next_loss(above=2.0)`, `tokens(".")`,
+            `positions(16, None)`), a function of a block that gives `[batch, query]` of bool, or a boolean per token: a
+            padded tensor, a list with a row per text, or a mapping from label to row. Means, nulls and thresholds are
+            then over these queries alone, and `where_share` says how many they are. None for all.
+        compare: put the same of the other queries beside it, named `sink_mass[others]`, and `sink_mass[difference]`: the
+            difference within each text, so that its interval is paired.
         bos: put BOS first? None takes the model's own convention; the report says which it was.
         max_tokens: keep at most this many tokens of each text, BOS included.
         attention_mask: for ids given as a tensor `[batch, position]`: 0 marks pads.
@@ -89,183 +89,58 @@ def measure(
     """
     cache = model if is_cache(model) else None
     adapter = adapt(model if cache is None else cache.model)
-    asked = resolve(metrics)
-    base = _base(asked)
-    keys, most = _keys(key), at_most(max_tokens)
-    batch_size = whole_number(batch_size, "batch_size")
-    if batch_size < 1:
-        raise SinkscopeError(f"batch_size={batch_size}: at least one text per batch is needed")
+    asked = resolve(metrics) if where is None else countable(resolve(metrics), metrics is not None)
+    base, keys, most = base_of(asked), keys_of(key), at_most(max_tokens)
     share = Share.of(distributed)
-
-    def prepare(first: int, some: Any) -> tuple[Tokens, Capture]:
-        tokens = adapter.tokenize(some, bos=bos, max_tokens=most, attention_mask=attention_mask, first=first)
-        adapter.check(tokens)
-        for k in keys:
-            key_positions(k, tokens.sequences)
-        groups = frozenset(m.group for m in base)
-        if cache is not None:
-            return tokens, cached.plan(adapter, groups, cache, tokens)
-        return tokens, choose(engine, adapter, groups, chunk, tokens)
-
-    corpus = Corpus(texts, max(PORTION * batch_size, 2 * PER_TEXT), prepare)
-    tokens, capture = corpus.head
-    finish = _Finish(asked, base, keys, adapter)
-    about = adapter.describe() | _how(capture, tokens.bos, asked, keys, most, batch_size)
-    store = Store.of(resume, about | adapter.state() | {"metrics": fingerprint(asked)} if resume else {})
+    tokenizing = {"bos": bos, "max_tokens": most, "attention_mask": attention_mask}
+    rule, sides = _rule(where, compare, texts, attention_mask)
+    size = _at_least_one(batch_size)
+    observing = Observing(adapter, base, keys, tokenizing, engine, chunk, cache, size, rule, sides)
+    corpus = observing.corpus(texts)
+    tokens, (capture, _) = corpus.head
+    finish = Finish(asked, base, keys, adapter.causal, adapter.layers, adapter.windows, sides)
+    about = adapter.describe() | _how(capture, tokens.bos, asked, keys, most, size)
+    if rule is not None:
+        about["arguments"] |= {"where": repr(rule), "compare": compare}
+    store = Store.of(
+        resume,
+        about | adapter.state() | {"metrics": fingerprint(*([asked] if rule is None else [asked, rule]))} if resume else {},
+    )
     whole = len(tokens) <= PER_TEXT if per_text is None else per_text
     kept = Finished(store) if whole else Running(store, share)
     numbers = count()
+
+    def skip(sequences: Sequence[TextTokens]) -> bool:
+        return not share.mine(next(numbers)) or kept.has(sequences)
+
+    def keep(batch: Batch, observer: Observer) -> None:
+        kept.add([TextResult(s, finish(observer, row, s)) for row, s in enumerate(batch.sequences)])
+
     with (
         claimed(resume if share.rank == 0 else None),
         closing(kept),
         bar(progress and share.rank == 0, corpus.total and corpus.total * len(adapter.layers), "measure") as tick,
     ):
-        for tokens, capture in corpus:
-            with surely(capture):
-                for batch in tokens.batches(batch_size, adapter.device):
-                    n = len(batch.sequences)
-                    if not share.mine(next(numbers)) or kept.has(batch.sequences):
-                        tick(n * len(adapter.layers))
-                        continue
-                    observer = _Observer(base, [key_positions(k, batch.sequences) for k in keys], adapter.layers)
-                    capture.run(batch, observer, partial(tick, n))
-                    kept.add([finish(observer, row, sequence) for row, sequence in enumerate(batch.sequences)])
+        observing.run(corpus, skip, keep, tick)
         tally, results = kept.end(share, list(corpus.labels))
     return SinkReport.assemble(tally, asked, about, results)
 
 
-def _keys(key: Any) -> list[Key]:
-    """Take one key or several, each once."""
-    one = isinstance(key, str) or not isinstance(key, Iterable) or getattr(key, "ndim", 1) == 0
-    given = [key] if one else list(key)
-    keys = [k if isinstance(k, str) else whole_number(k, "key", "a position or a token") for k in given]
-    if not keys:
-        raise SinkscopeError("key=[]: at least one key is needed")
-    return list(dict.fromkeys(keys))
+def _rule(where: Any, compare: bool, texts: Any, attention_mask: Tensor | None) -> tuple[Rule | None, int]:
+    """Read which queries count, and of how many sides."""
+    if compare and where is None:
+        raise SinkscopeError("compare=True compares the queries of where= with the others: say which, where=...")
+    if attention_mask is None and isinstance(texts, Mapping) and isinstance(where, Tensor):
+        attention_mask = texts.get("attention_mask")  # what a tokenizer gave: booleans are padded as its ids are
+    return None if where is None else as_rule(where, attention_mask), 2 if compare else 1
 
 
-def _base(asked: Sequence[AnyMetric]) -> list[Metric]:
-    """Collect the block metrics behind what was asked for, each once."""
-    base: dict[str, Metric] = {}
-    waiting = list(asked)
-    while waiting:
-        m = waiting.pop()
-        if isinstance(m, Metric):
-            base.setdefault(m.name, m)
-        else:
-            waiting += [BUILT_IN[name] for name in ((m.of,) if isinstance(m, AcrossTexts) else m.of)]
-    return list(base.values())
-
-
-class _Observer:
-    """Takes the blocks of one batch and keeps row means per (metric, sink position)."""
-
-    def __init__(self, metrics: Sequence[Metric], positions: Sequence[Tensor], layers: Sequence[int]) -> None:
-        self.metrics = metrics
-        self.positions = positions
-        self.place = {layer: place for place, layer in enumerate(layers)}
-        self.rows: dict[tuple[str, int], RowMean] = {}
-        self.means: dict[tuple[str, int], Array] = {}
-
-    def __call__(self, block: Block, group: frozenset[str]) -> None:
-        """Update the metrics that wait for what this block carries."""
-        for index, keys in enumerate(self.positions):
-            here = block.at(keys.to(block.lengths.device))
-            for m in self.metrics:
-                if m.group == group and (index == 0 or m.at_key):
-                    rows = self.rows.setdefault((m.name, index), RowMean(m, len(self.place)))
-                    rows.update(here, self.place[block.layer])
-
-    def value(self, name: str, index: int, row: int) -> Array:
-        """Give one sequence's means, `[layer, head]` or `[layer, head, key]`."""
-        if (name, index) not in self.means:
-            self.means[name, index] = self.rows[name, index].mean()
-        return np.asarray(self.means[name, index][:, row])
-
-
-class _Finish:
-    """Turns the means of one sequence into reported values, with the null beside each."""
-
-    def __init__(self, asked: Sequence[AnyMetric], base: Sequence[Metric], keys: Sequence[Key], adapter: Adapter) -> None:
-        self.asked, self.base, self.keys, self.adapter = asked, base, keys, adapter
-        self._nulls: dict[tuple[str, str, int, int, int | None], Array] = {}
-        self._room = MOST_NULLS
-
-    def __call__(self, observer: _Observer, row: int, sequence: TextTokens) -> TextResult:
-        values = []
-        for index, key in enumerate(self.keys):
-            position = int(key_positions(key, [sequence])[0])
-            tag = f"[key={key}]" if len(self.keys) > 1 else ""
-            means = {}
-            nulls = {}
-            for m in self.base:
-                means[m.name] = observer.value(m.name, index if m.at_key else 0, row)
-                if means[m.name].ndim == 3:
-                    means[m.name] = means[m.name][..., : len(sequence)]
-                nulls[m.name] = self._null(m, sequence, position, means[m.name])
-            for reported in self.asked:
-                at_key = getattr(reported, "at_key", False)
-                if at_key or index == 0:
-                    at, mark = (position, tag) if at_key else (None, "")
-                    values += _values(reported, means, nulls, at, mark, len(sequence), self.adapter.causal)
-        return TextResult(sequence, tuple(values))
-
-    def _null(self, m: Metric, sequence: TextTokens, position: int, like: Array) -> Array:
-        """Give the null in the shape of the value: a layer's window may matter, heads never do."""
-        if m.null is None:
-            return np.full(like.shape, np.nan)
-        # Of the built-in metrics none looks at the text, only at its length; another one may.
-        text = "" if m.name in BUILT_IN else sequence.label
-        causal, rows = self.adapter.causal, []
-        for layer in self.adapter.layers:
-            window = self.adapter.windows.get(layer) if m.null == "visible" else None
-            at = (m.name, text, len(sequence), position, window)
-            if at not in self._nulls:
-                null = uniform_mean(m, len(sequence), position, causal=causal, window=window, tokens=sequence.ids)
-                self._room -= null.size
-                if self._room < 0:
-                    self._nulls, self._room = {}, MOST_NULLS - null.size
-                self._nulls[at] = null
-            rows.append(self._nulls[at])
-        return np.broadcast_to(np.stack(rows)[:, None], like.shape)
-
-
-def _values(
-    m: AnyMetric,
-    means: dict[str, Array],
-    nulls: dict[str, Array],
-    key: int | None,
-    tag: str,
-    tokens: int,
-    causal: bool,
-) -> list[Value]:
-    """Finish one metric for one sequence."""
-    if isinstance(m, AcrossTexts):
-        return []
-    if isinstance(m, Metric):
-        axes = ("layer", "head", "key")[: means[m.name].ndim]
-        null = m.finish(nulls[m.name])
-        return [
-            Value(
-                name,
-                tag,
-                key,
-                axes,
-                value,
-                null[name],
-                *((None, None) if "key" in axes else (_mean(value), _mean(null[name]))),
-            )
-            for name, value in m.finish(means[m.name]).items()
-        ]
-    value, null_value = m(means, tokens, causal), m(nulls, tokens, causal)
-    total = (float(m.total(value)), float(m.total(null_value))) if m.total else (None, None)
-    return [Value(m.name, tag, key, m.axes, value, null_value, *total)]
-
-
-def _mean(values: Array) -> float:
-    """Mean over layers and heads of what is defined; NaN where nothing is."""
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if defined.size else float("nan")
+def _at_least_one(batch_size: SupportsIndex) -> int:
+    """Take how many texts a forward pass may have."""
+    size = whole_number(batch_size, "batch_size")
+    if size < 1:
+        raise SinkscopeError(f"batch_size={size}: at least one text per batch is needed")
+    return size
 
 
 def _how(

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from sinkscope.metrics.accumulate import Moments
-from sinkscope.metrics.base import Array
+from sinkscope.metrics.values import Value
 from sinkscope.tokens import TextTokens
 
 #: Labels: the rows that hold means over texts; the run without an edit.
@@ -26,31 +26,6 @@ NOTHING = np.zeros(0)
 
 
 # --- measure --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Value:
-    """One metric of one text.
-
-    Attributes:
-        name: as reported, such as `sink_rate@0.3`.
-        tag: tells several sink positions apart in the summary, such as `[key=3]`; else empty.
-        key: sink position looked at, or None.
-        axes: axes of `value`, of `("layer", "head", "key")`.
-        value: the numbers.
-        null: the same on uniform attention.
-        total: the model-level number, or None.
-        total_null: its null.
-    """
-
-    name: str
-    tag: str
-    key: int | None
-    axes: tuple[str, ...]
-    value: Array
-    null: Array
-    total: float | None
-    total_null: float | None
 
 
 @dataclass(frozen=True)

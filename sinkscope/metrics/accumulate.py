@@ -1,7 +1,7 @@
 """The accumulators that stream a metric: means over rows within a sequence, moments across sequences. Both merge.
 
-Rows are averaged within a sequence (:class:`RowMean`); a threshold is applied per sequence; means and standard errors are
-taken across sequences (:class:`Moments`), since tokens of one sequence are not independent.
+Rows are averaged within a sequence (:class:`RowMean`), or kept (:class:`RowSeries`); a threshold is applied per sequence;
+means and standard errors are taken across sequences (:class:`Moments`), since tokens of one sequence are not independent.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,12 +34,23 @@ class RowMean:
     sums: Array | None = None
     rows: Array | None = None
 
-    def update(self, block: Block, place: int = 0) -> None:
+    def update(self, block: Block, place: int = 0, counted: Bool[Tensor, "batch query"] | None = None) -> None:
         """Add a block, of the layer at a place among those that are kept.
+
+        Args:
+            block: some rows.
+            place: where its layer's numbers go.
+            counted: which rows may enter at all; None for those that the metric chooses.
 
         Raises:
             SinkscopeError: the metric raised, or returned the wrong shape; names it and the layer.
         """
+        kept, chosen = self._chosen(block, counted)
+        sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32)).double().cpu().numpy()
+        self._add(sums, chosen.sum(-1).double().cpu().numpy(), place)
+
+    def _chosen(self, block: Block, counted: Tensor | None, absent: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Apply the metric; give its values, with something else in the rows that do not enter, and which do."""
         version = block.rows_version()
         try:
             values = self.metric.fn(block)
@@ -57,11 +69,11 @@ class RowMean:
         if block.rows_version() != version:
             raise MetricError(f"metric {self.metric.name!r} changes the block's pattern in place: work on a copy")
         chosen = block.valid & self.metric.over(block)
+        chosen = chosen if counted is None else chosen & counted.to(chosen.device)
         kept = values if values.is_floating_point() else values.float()
         if not bool(chosen.all()):
-            kept = torch.where(chosen.reshape(batch, 1, -1, *[1] * (len(shape) - 3)), kept, 0)
-        sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32)).double().cpu().numpy()
-        self._add(sums, chosen.sum(-1).double().cpu().numpy(), place)
+            kept = torch.where(chosen.reshape(batch, 1, -1, *[1] * (len(shape) - 3)), kept, absent)
+        return kept, chosen
 
     def _add(self, sums: Array, rows: Array, place: int | slice) -> None:
         shape = sums.shape if isinstance(place, slice) else (self.layers, *sums.shape)
@@ -93,6 +105,47 @@ def _line(metric: Metric, trace: TracebackType | None) -> str:
     file = getattr(getattr(metric.fn, "__code__", None), "co_filename", None)
     frames = [frame for frame in traceback.extract_tb(trace) if frame.filename == file]
     return f'\n  File "{file}", line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}' if frames else ""
+
+
+@dataclass
+class RowSeries(RowMean):
+    """The rows of each sequence themselves, of a metric that is reported per query: `sums` is `[layer, batch, head, query]`.
+
+    NaN where no row entered.
+    """
+
+    def update(self, block: Block, place: int = 0, counted: Bool[Tensor, "batch query"] | None = None) -> None:
+        """Put a block's rows in their places; see :meth:`RowMean.update`."""
+        kept, _ = self._chosen(block, counted, torch.nan)
+        if kept.ndim != 3:
+            raise SinkscopeError(f"metric {self.metric.name!r} is reported per query, and gives one number per key")
+        stop = block.start + block.n_queries
+        rows = kept.double().cpu().numpy()
+        if self.sums is None:
+            self.sums = np.full((self.layers, *rows.shape[:2], stop), np.nan)
+        if stop > self.sums.shape[3]:
+            self.sums = np.pad(self.sums, [(0, 0)] * 3 + [(0, stop - self.sums.shape[3])], constant_values=np.nan)
+        self.sums[place][..., block.start : stop] = rows
+
+    def merge(self, other: RowMean) -> RowSeries:
+        """Combine with the same metric's rows from elsewhere in the same sequences."""
+        a, b = (part.sums for part in (self, other))
+        if a is None or b is None:
+            return RowSeries(self.metric, self.layers, b if a is None else a)
+        longest = max(a.shape[3], b.shape[3])
+        a, b = (np.pad(x, [(0, 0)] * 3 + [(0, longest - x.shape[3])], constant_values=np.nan) for x in (a, b))
+        return RowSeries(self.metric, self.layers, np.where(np.isnan(a), b, a))
+
+    def mean(self) -> Array:
+        """Give the rows, `[layer, sequence, head, query]`."""
+        if self.sums is None:
+            raise SinkscopeError(f"metric {self.metric.name!r} saw no block")
+        return self.sums
+
+
+def accumulator(metric: Metric, layers: int = 1) -> RowMean:
+    """Make what streams a metric over this many layers."""
+    return (RowSeries if metric.per_query else RowMean)(metric, layers)
 
 
 @dataclass

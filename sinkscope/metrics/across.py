@@ -64,7 +64,10 @@ def _consistency(values: Array) -> Mapping[str, float]:
 
     Source: seed analysis.
     """
+    values = values[~np.isnan(values)]
     n = len(values)
+    if not n:
+        return dict.fromkeys(("std", "cv", "low", "high"), float("nan"))
     mean = float(values.mean())
     std = float(values.std(ddof=1)) if n > 1 else float("nan")
     low, high = t_interval(mean, std / np.sqrt(n), n, SHARE)

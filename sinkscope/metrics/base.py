@@ -42,6 +42,7 @@ class Metric:
         thresholds: report, per sequence, whether the mean exceeds each of these (named `name@0.3`), not the mean.
         at_key: it looks at the sink key, so that its rows carry the key's position.
         unit: unit of the value, for axes.
+        per_query: report one number per query, not their mean.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Metric:
     thresholds: tuple[float, ...] = ()
     at_key: bool = False
     unit: str = ""
+    per_query: bool = False
 
     @property
     def doc(self) -> str:
@@ -94,6 +96,7 @@ class Derived:
         of: the metrics that it is made from.
         axes: axes of the result, of `("layer", "key")`; `()` for one number per sequence.
         total: result -> the number for the summary, or None where there is none.
+        every_query: it takes for granted that all queries were averaged, so that `where=` has no meaning for it.
     """
 
     name: str
@@ -104,6 +107,7 @@ class Derived:
     eps: float | None = None
     at_key: bool = False
     unit: str = ""
+    every_query: bool = False
 
     @property
     def doc(self) -> str:
@@ -156,6 +160,7 @@ def metric(
     thresholds: tuple[float, ...] = ...,
     at_key: bool = ...,
     unit: str = ...,
+    per_query: bool = ...,
 ) -> Callable[[Callable[[Block], Tensor]], Metric]: ...
 def metric(
     fn: Callable[[Block], Tensor] | None = None,
@@ -168,6 +173,7 @@ def metric(
     thresholds: tuple[float, ...] = (),
     at_key: bool = False,
     unit: str = "",
+    per_query: bool = False,
 ) -> Metric | Callable[[Callable[[Block], Tensor]], Metric]:
     """Make a metric of a function of a block.
 
@@ -182,9 +188,10 @@ def metric(
         thresholds: see :class:`Metric`.
         at_key: it looks at `block.keys`, the sink key; what needs mass does.
         unit: for axes.
+        per_query: report one number per query, in the column `query`, not their mean.
 
     Raises:
-        SinkscopeError: a function without a name.
+        SinkscopeError: a function without a name, or thresholds per query.
 
     >>> @metric(needs="pattern")
     ... def distance(block):
@@ -200,7 +207,10 @@ def metric(
             raise SinkscopeError("a lambda has no name: write ss.metric(needs=..., name='my_metric')(lambda block: ...)")
         wanted = (needs,) if isinstance(needs, str) else tuple(needs)
         attention_only = set(wanted) <= {"mass", "pattern"}
-        return Metric(label, fn, wanted, over, null if attention_only else None, thresholds, at_key or "mass" in wanted, unit)
+        if per_query and thresholds:
+            raise SinkscopeError(f"metric {label!r}: a threshold is applied to a mean over queries, not per query")
+        chance = null if attention_only else None
+        return Metric(label, fn, wanted, over, chance, thresholds, at_key or "mass" in wanted, unit, per_query)
 
     return make(fn) if fn is not None else make
 
@@ -213,11 +223,12 @@ def derived(
     eps: float | None = None,
     at_key: bool = False,
     unit: str = "",
+    every_query: bool = False,
 ) -> Callable[[Callable[..., Any]], Derived]:
     """Make a derived metric of a function of finished values; see :class:`Derived`."""
 
     def make(fn: Callable[..., Any]) -> Derived:
         summary = total if total is not None or axes else (lambda value: float(value))
-        return Derived(fn.__name__, fn, tuple(of), axes, summary, eps, at_key, unit)
+        return Derived(fn.__name__, fn, tuple(of), axes, summary, eps, at_key, unit, every_query)
 
     return make

@@ -114,7 +114,25 @@ def first_to_rest_ratio(sink_mass: Array, tokens: int, causal: bool) -> float:
     m / ((1 - m) / (T - 1)), m = sink_mass averaged over the model. Source: seed analysis (GPT-2, 10 tokens: 20.4).
     """
     m = float(sink_mass.mean())
-    return m / ((1.0 - m) / (tokens - 1)) if m < 1.0 else float("inf")
+    return float("inf") if m >= 1.0 else m / ((1.0 - m) / (tokens - 1))
+
+
+@metric(needs="mass", over=seeing_key, unit="share of attention", per_query=True)
+def query_profile(block: Block) -> Tensor:
+    """Attention that each query pays to the sink key, one number per query; 0 to 1; large: asked for by name.
+
+    A[i, k] for every i >= k. Null: 1 / (i + 1). A key whose score is c above all others gets e^c / (e^c + i), so that the
+    logit of its share falls with slope -1 in the logarithm of i, the number of other keys in sight:
+
+    >>> import numpy as np, sinkscope as ss
+    >>> report = ss.measure(ss.testing.planted_sink([[5.0]]), "the quick brown fox jumps", ["query_profile"])
+    >>> rows = report.frame.query("text == 'all' and query > 0")
+    >>> logit = np.log(rows["value"] / (1 - rows["value"]))
+    >>> slope, score = np.polyfit(np.log(rows["query"].astype(float)), logit, 1)
+    >>> round(float(slope), 3), round(float(score), 3)
+    (-1.0, 5.0)
+    """
+    return block.mass
 
 
 def late_minus_early(series: Array) -> float:

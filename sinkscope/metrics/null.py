@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.block import Block
-from sinkscope.metrics.accumulate import RowMean
+from sinkscope.metrics.accumulate import accumulator
 from sinkscope.metrics.base import Array, Metric
 
 #: Rows of the null pattern made at a time.
@@ -59,7 +59,14 @@ class UniformRows:
 
 
 def uniform_mean(
-    metric: Metric, length: int, key: int, *, causal: bool, window: int | None, tokens: Tensor | None = None
+    metric: Metric,
+    length: int,
+    key: int,
+    *,
+    causal: bool,
+    window: int | None,
+    tokens: Int[Tensor, " position"] | None = None,
+    counted: Bool[Tensor, " position"] | None = None,
 ) -> Array:
     """Apply a metric to uniform attention over one text.
 
@@ -69,10 +76,11 @@ def uniform_mean(
         key: sink position.
         causal: False for an encoder.
         window: the layer's sliding window, or None.
-        tokens: the text's ids `[position]`, for metrics that look at them.
+        tokens: the text's ids, for metrics that look at them.
+        counted: which queries may enter the mean; None for those that the metric chooses.
 
     Returns:
-        A number, or one per key `[key]`; NaN where the metric has no null.
+        A number, or one per key `[key]` or query `[query]`; NaN where the metric has no null.
 
     >>> from sinkscope.metrics.mass import sink_mass
     >>> round(float(uniform_mean(sink_mass, 3, 0, causal=True, window=None)), 6)  # H_3 / 3
@@ -81,7 +89,7 @@ def uniform_mean(
     if metric.null is None:
         return np.array(math.nan)
     window = window if metric.null == "visible" else None
-    mean = RowMean(metric)
+    mean = accumulator(metric)
     for start in range(0, length, ROWS):
         stop = min(start + ROWS, length)
         rows = UniformRows(start, stop, length, causal, window)
@@ -96,6 +104,7 @@ def uniform_mean(
                 causal=causal,
                 window=window,
                 tokens=None if tokens is None else tokens[None],
-            )
+            ),
+            counted=None if counted is None else counted[None, start:stop],
         )
     return np.asarray(mean.mean()[0, 0, 0])

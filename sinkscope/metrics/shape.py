@@ -52,7 +52,7 @@ def position_profile(head_profile: Array, tokens: int, causal: bool) -> Array:
     return np.asarray(head_profile.mean(axis=1))
 
 
-@derived(of=("head_profile",), axes=("layer", "key"), unit="share of attention")
+@derived(of=("head_profile",), axes=("layer", "key"), unit="share of attention", every_query=True)
 def received_profile(head_profile: Array, tokens: int, causal: bool) -> Array:
     """alpha_k of every position, averaged over heads: what it receives from the queries that can see it; 0 to 1.
 
@@ -71,6 +71,7 @@ SHARE_OF_HEADS = 0.1
     total=lambda share: float(np.isfinite(share).sum()),
     eps=0.3,
     unit="share of heads",
+    every_query=True,
 )
 def sink_positions(head_profile: Array, tokens: int, causal: bool, eps: float) -> Array:
     """Every position whose alpha_k exceeds the threshold in at least a tenth of the heads, with that share.

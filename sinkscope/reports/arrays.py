@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pandas import DataFrame
 
 from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.reports.tables import QUERY
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -22,7 +23,7 @@ def of_measurements(frame: DataFrame, column: str, about: Mapping[str, Any]) -> 
     for name, rows in frame.groupby("metric", sort=False):
         axes = [a for a in ("text", "layer", "head") if rows[a].notna().all()]
         if rows.duplicated(axes).any():
-            axes.append("key")
+            axes.append(QUERY if QUERY in rows and rows[QUERY].notna().all() else "key")
         index = rows[axes].astype({a: int for a in axes if a != "text"})
         variables.append(index.assign(**{str(name): rows[column]}).set_index(axes).to_xarray())
     merged: xr.Dataset = xarray.merge(variables, join="outer", compat="no_conflicts")

@@ -14,6 +14,7 @@ from sinkscope.reports import effect, sink
 from sinkscope.reports.effect import EffectReport
 from sinkscope.reports.seals import SEAL, Sealed
 from sinkscope.reports.sink import SinkReport
+from sinkscope.reports.tables import QUERY
 from sinkscope.results import ALL
 from sinkscope.runs.schema import fits
 
@@ -80,7 +81,7 @@ def _table(files: Mapping[str, bytes], stem: str, columns: list[str], labels: se
         table = pd.read_parquet(io.BytesIO(files[name]))
     except Exception as error:  # whatever the reader raises
         raise ValueError(f"{name} is damaged: {error or type(error).__name__}") from None
-    if list(table.columns)[: len(columns)] != columns:
+    if [c for c in table.columns if c != QUERY or QUERY in columns][: len(columns)] != columns:
         raise ValueError(f"{name} has the columns {list(table.columns)}, not {columns}")
     for column in columns if len(table) else ():  # a table without rows has no types
         if not _is_kind(table[column], column):

@@ -8,13 +8,16 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array
-from sinkscope.results import ALL, Group, Tally, TextResult, Value
+from sinkscope.metrics.base import AcrossTexts, AnyMetric
+from sinkscope.metrics.values import Value, rows_of
+from sinkscope.results import ALL, Group, Tally, TextResult
 
 Measured = TypeVar("Measured", Value, Group)
 
 #: Columns of `.frame` and measurements.csv, and of `.summary()` and summary.csv.
 COLUMNS = ["model", "text", "metric", "layer", "head", "key", "value", "std_error", "null", "tokens"]
+#: A column more where a metric is reported per query, after `key`.
+QUERY = "query"
 SUMMARY_COLUMNS = ["text", "metric", "value", "std_error", "null"]
 
 
@@ -37,33 +40,13 @@ def tables(
     summary = pd.concat([summary, _across(summary, asked)], ignore_index=True)
     frame = pd.concat(pieces, ignore_index=True) if pieces else pd.DataFrame(columns=COLUMNS[1:])
     frame.insert(0, "model", about["model"])
-    return frame[COLUMNS], summary
+    columns = [c for c in (*COLUMNS[:6], QUERY, *COLUMNS[6:]) if c in frame or c != QUERY]
+    return frame[columns], summary
 
 
 def _once(values: Iterable[Measured]) -> list[Measured]:
     """Keep one of those of a metric that look at one position: of six tokens, keys 5 and -1 are the same."""
     return list({(v.name, v.tag if v.key is None else v.key): v for v in values}.values())
-
-
-def rows_of(value: Value, layers: Sequence[int], label: str, tokens: int, std_error: Array | None = None) -> pd.DataFrame:
-    """Lay an array out as rows; positions that a metric leaves out (NaN on the key axis) give none."""
-    shape = value.value.shape
-    index = dict(zip(value.axes, np.indices(shape).reshape(len(shape), value.value.size), strict=True))
-    n = int(np.prod(shape, dtype=int))
-    # Of several keys, those whose position differs from text to text would be one in the mean over texts.
-    columns: dict[str, Any] = {"text": label, "metric": value.name + (value.tag if value.key is None else "")}
-    for axis in ("layer", "head", "key"):
-        if axis in index:
-            columns[axis] = pd.array(np.asarray(layers)[index[axis]] if axis == "layer" else index[axis], dtype="Int64")
-        else:
-            fixed = value.key if axis == "key" else None
-            columns[axis] = pd.array([fixed] * n, dtype="Int64")
-    columns["value"] = value.value.reshape(-1)
-    columns["std_error"] = np.full(n, np.nan) if std_error is None else std_error.reshape(-1)
-    columns["null"] = np.broadcast_to(value.null, shape).reshape(-1)
-    columns["tokens"] = pd.array([tokens] * n, dtype="Int64")
-    rows = pd.DataFrame(columns, index=range(n))
-    return rows[rows["value"].notna()] if "key" in value.axes else rows
 
 
 def _across(summary: pd.DataFrame, asked: Iterable[AnyMetric]) -> pd.DataFrame:

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics.accumulate import Moments
-from sinkscope.results import Group, Run, Tally, TextResult, Value
+from sinkscope.metrics.values import Value
+from sinkscope.results import Group, Run, Tally, TextResult
 from sinkscope.runs.schema import fits
 from sinkscope.runs.share import Share
 from sinkscope.runs.store import FOLDER, LOCK, Arrays, Store, claimed, forget

@@ -12,12 +12,22 @@ from torch import Tensor
 from sinkscope.block import Block, PatternRows
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics import resolve
-from sinkscope.metrics.accumulate import RowMean
+from sinkscope.metrics.accumulate import accumulator
 from sinkscope.metrics.base import AnyMetric, Array, Metric
 from sinkscope.models import bridge
+from sinkscope.testing.cache import CacheCheck, check_cache
 from sinkscope.testing.families import FAMILIES, tiny_hf_model, tiny_tokenizer
 
-__all__ = ["FAMILIES", "check_metric", "planted_sink", "tiny_hf_model", "tiny_model", "tiny_tokenizer"]
+__all__ = [
+    "FAMILIES",
+    "CacheCheck",
+    "check_cache",
+    "check_metric",
+    "planted_sink",
+    "tiny_hf_model",
+    "tiny_model",
+    "tiny_tokenizer",
+]
 
 #: Scores of the planted sink, `[layer][head]`, unless others are asked for: from no sink at all to a strong one.
 SCORES = ((0.0, 1.0, 2.0, 3.0), (4.0, 5.0, 6.0, 7.0))
@@ -140,7 +150,7 @@ def _means(
         pattern, lengths = pattern[only : only + 1, :, :t, :t], (t,)
         activations = {name: value[only : only + 1, :t] for name, value in activations.items()}
         longest = t
-    mean = RowMean(metric)
+    mean = accumulator(metric)
     step = rows or longest
     for start in range(0, longest, step):
         stop = min(start + step, longest)
@@ -162,11 +172,11 @@ def _means(
         if not torch.equal(before, held):
             raise SinkscopeError(f"metric {metric.name!r} changes the block's pattern: work on a copy")
     result = np.asarray(mean.mean()[0])
-    if not np.isfinite(result).all():
+    if np.isinf(result).any() or (np.isnan(result).any() and not metric.per_query):  # there NaN marks rows that do not count
         raise SinkscopeError(f"metric {metric.name!r} gives NaN or infinity on ordinary attention")
     return result
 
 
 def _same(metric: Metric, a: Array, b: Array, how: str) -> None:
-    if a.shape != b.shape or not np.allclose(a, b, atol=1e-6, rtol=1e-5):
+    if a.shape != b.shape or not np.allclose(a, b, atol=1e-6, rtol=1e-5, equal_nan=True):
         raise SinkscopeError(f"metric {metric.name!r} gives other numbers when {how}: {a.ravel()[:4]} and {b.ravel()[:4]}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.metrics import MECHANISM
+from sinkscope.metrics import BUILT_IN, MECHANISM
 from sinkscope.testing import check_metric, tiny_hf_model
 from tests.conftest import table, total
 from tests.model.compare import IDS
@@ -90,6 +90,10 @@ def oracle(layer, key):
     size = np.abs(layer["h"])
     at = max((size[i, d], i, d) for i in range(t) for d in range(size.shape[1]))
     found["massive_magnitude"], found["massive_position"], found["massive_dimension"] = [at[0]], [at[1]], [at[2]]
+    found["residual_norm"] = [norm(layer["h"][i]) for i in range(t)]
+    found["residual_peak"] = [max(abs(x) for x in layer["h"][i]) for i in range(t)]
+    at_key = layer["h"][key]
+    found["sink_cosine"] = [float(layer["h"][i] @ at_key) / norm(layer["h"][i]) / norm(at_key) for i in range(t)]
     found["massive_activation"] = [at[0] / sorted(size.flatten())[(size.size - 1) // 2]]
     p = np.linalg.svd(layer["h"], compute_uv=False) ** 2
     found["matrix_entropy"] = [-math.fsum(x * math.log(x) for x in p / p.sum() if x > 0)]
@@ -112,7 +116,8 @@ def test_every_number_is_the_oracles(tiny, family, engine):
                 at = rows["key"].isna().all()
                 if at and key:
                     continue
-                got = (rows if at else rows[rows["key"] == key]).pivot(index="layer", columns="head", values="value")
+                axis = "query" if BUILT_IN[name].per_query else "head"
+                got = (rows if at else rows[rows["key"] == key]).pivot(index="layer", columns=axis, values="value")
                 np.testing.assert_allclose(got, [e[name] for e in expected], rtol=2e-5, atol=1e-6, err_msg=f"{name} {label}")
                 compared.add(name)
     assert compared | {"nop_rate", "massive_rule"} == set(MECHANISM)

@@ -17,7 +17,7 @@ from sinkscope.cli import app
 from sinkscope.metrics import BUILT_IN
 
 TEXT = "so it goes"
-COMMANDS = ["demo", "measure", "evaluate", "study", "compare", "metrics"]
+COMMANDS = ["demo", "measure", "evaluate", "mask", "study", "compare", "metrics"]
 
 
 def run(*arguments):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.metrics import _as_metric, available, resolve
+from sinkscope.metrics import available, resolve
 from sinkscope.metrics.base import Metric
+from sinkscope.metrics.catalogue import _as_metric
 from sinkscope.testing import check_metric, tiny_hf_model, tiny_tokenizer
 from tests import oracles
 from tests.conftest import TEXTS, attempt, play, table, total

@@ -125,7 +125,7 @@ def test_the_planted_model_pays_what_was_planted():
 
 def test_the_oracle_covers_every_built_in_metric():
     covered = {n.partition("@")[0] for n in [*PER_HEAD, *PROFILES, *MODEL_LEVEL]}
-    assert covered | {"head_profile", "sink_positions", "consistency"} == set(EVERYTHING)
+    assert covered | {"head_profile", "query_profile", "sink_positions", "consistency"} == set(EVERYTHING)
 
 
 @TEN
@@ -295,7 +295,7 @@ def test_every_metric_says_in_one_line_what_it_is(name):
 
 def test_the_default_is_everything_but_the_large_one():
     report = play([random_pattern(0, t=5)])
-    assert {n.partition("@")[0] for n in report.metrics} == set(EVERYTHING) - {"head_profile", "consistency"}
+    assert {n.partition("@")[0] for n in report.metrics} == set(EVERYTHING) - {"head_profile", "query_profile", "consistency"}
 
 
 @pytest.mark.parametrize("name", ["sink_strength", "layer_progression", "position_profile", "sink_positions"])

@@ -13,7 +13,7 @@ from scipy import stats
 import sinkscope as ss
 from sinkscope.attention import attention_map
 from sinkscope.metrics import BUILT_IN
-from sinkscope.observe import _keys
+from sinkscope.metrics.observer import keys_of
 from sinkscope.reports import files, words
 from sinkscope.reports.compare import lengths_differ, side_by_side
 from sinkscope.testing import tiny_hf_model
@@ -357,7 +357,7 @@ def test_several_keys_of_any_type(llama):
     assert set(report.frame["key"]) == {3}
     for bad in (True, 1.0, None, [0, None], []):
         with pytest.raises(ss.SinkscopeError, match="key="):
-            _keys(bad)
+            keys_of(bad)
 
 
 def test_an_interval_counts_the_texts_that_have_the_number():

@@ -1,0 +1,107 @@
+"""`sinkscope mask`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sinkscope.cli.inputs import errors, texts
+from sinkscope.cli.options import AsJson, Bos, Debug, Device, DeviceMap, Files, MaxTokens, Model, Out, Texts
+from sinkscope.cli.shown import print_table, say
+
+EPILOG = "Example: sinkscope mask smollm2-135m --file corpus.jsonl --by attention --by norm=10 --out sinks"
+
+
+def rule_names(begun: str) -> list[str]:
+    """Complete the name of a rule."""
+    from sinkscope.masks import RULES
+
+    return [name for name in RULES if name.startswith(begun)]
+
+
+def mask(
+    model: Model,
+    text: Texts = None,
+    file: Files = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by",
+            help="attention, norm, massive, bos_cosine or first, or with a threshold: norm=10; repeat for more.",
+            autocompletion=rule_names,
+        ),
+    ] = None,
+    layer: Annotated[list[int] | None, typer.Option("--layer", help="A layer that counts; repeat. Default: all.")] = None,
+    max_tokens: MaxTokens = None,
+    bos: Bos = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts per forward pass.")] = 8,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tell which tokens of texts are sinks; --out holds one row per flagged token."""
+    with errors(debug):
+        from sinkscope.masks import RULES, sink_mask
+        from sinkscope.models import load_model
+        from sinkscope.reports.files import check_writable
+
+        rules, eps = thresholds(by or ["attention"])
+        given = texts(text or [], file or [])
+        for name in rules:
+            if name not in RULES:
+                from sinkscope.errors import unknown
+
+                raise unknown("rule", name, RULES)
+        if out is not None:
+            check_writable(out)
+        found = sink_mask(
+            load_model(model, device=device, device_map=device_map),
+            given,
+            rules,
+            layers=layer or None,
+            eps=eps or None,
+            bos=bos,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            progress=True,
+            resume=out,
+        )
+        if out is not None:
+            found.save(out)
+        if as_json:
+            typer.echo(found.agreement().to_json(orient="records"))
+            return
+        say(f"{found}\n")
+        table = found.agreement()
+        also = [name for name in table if str(name).startswith("also_")]
+        cells = [
+            [r["rule"], str(r["tokens"]), f"{r['share']:.4f}", str(r["texts"]), *(f"{r[name]:.2f}" for name in also)]
+            for r in table.to_dict("records")
+        ]
+        header = ["rule", "tokens", "share", "texts", *(f"also by {str(name).removeprefix('also_')}" for name in also)]
+        print_table(header, cells)
+        if out is not None:
+            say(f"\none row per flagged token: {out / 'mask.parquet'}")
+
+
+def thresholds(by: list[str]) -> tuple[list[str], dict[str, float]]:
+    """Read rules such as `norm` and `norm=10`.
+
+    Raises:
+        SinkscopeError: a threshold that is no number.
+    """
+    from sinkscope.errors import SinkscopeError
+
+    rules, eps = [], {}
+    for given in by:
+        name, at, threshold = given.partition("=")
+        rules.append(name)
+        if at:
+            try:
+                eps[name] = float(threshold)
+            except ValueError:
+                raise SinkscopeError(f"--by {given}: the threshold after = must be a number, as in {name}=10") from None
+    return rules, eps
