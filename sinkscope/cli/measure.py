@@ -90,7 +90,7 @@ def measured(
 
     Of several processes that `torchrun` started, the first gives the report.
     """
-    from sinkscope.attention import attention_map
+    from sinkscope.attention import attention_map, attention_patterns
     from sinkscope.metrics import resolve
     from sinkscope.models import load_model
     from sinkscope.observe import measure as run
@@ -111,6 +111,8 @@ def measured(
         if out is not None:
             if isinstance(texts, dict):
                 short = min(texts.values(), key=len)
-                report = replace(report, attention=attention_map(model, short, bos=how.get("bos")))
+                bos = how.get("bos")
+                kept = {"attention": attention_map(model, short, bos=bos), "patterns": attention_patterns(model, short, bos=bos)}
+                report = replace(report, **kept)
             report.save(out)
     return report

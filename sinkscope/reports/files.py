@@ -23,7 +23,7 @@ SEAL = "summary.json"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 #: What an earlier report, also of the other kind, may have left behind.
 PICTURES = ("heatmap", "progression", "distribution", "positions", "attention", "loss")
-TABLES = ("measurements", "summary", "attention", "effects", "details", "curves")
+TABLES = ("measurements", "summary", "attention", "effects", "details", "curves", "patterns")
 
 
 def check_writable(directory: str | Path) -> Path:
@@ -49,6 +49,7 @@ def save(
     figures: Mapping[str, Figure],
     page: str,
     about: Mapping[str, Any],
+    large: Mapping[str, pd.DataFrame] | None = None,
 ) -> Path:
     """Write a report: its tables, its pictures, its page, and last the seal that says that all of it is there.
 
@@ -58,6 +59,7 @@ def save(
         figures: stem -> picture, written as `.png`.
         page: `report.html`.
         about: the seal, `summary.json`.
+        large: stem -> table that nobody reads as text, written as `.parquet` alone.
 
     Returns:
         The directory.
@@ -70,6 +72,8 @@ def save(
         _unseal(path)
         for name, table in tables.items():
             write_table(table, path / name)
+        for name, table in (large or {}).items():
+            write(path / f"{name}.parquet", partial(table.to_parquet, index=False))
         for name, figure in figures.items():
             write(path / f"{name}.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
         write(path / "report.html", lambda p: p.write_text(page, encoding="utf-8"))

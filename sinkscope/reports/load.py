@@ -28,10 +28,13 @@ def load_report(directory: str | Path) -> SinkReport | EffectReport:
             tables = [pd.read_parquet(path / f"{name}.parquet") for name in ("effects", "details", "curves")]
             return EffectReport(tables[0], tables[1], tables[2], about)
         frame, summary = (pd.read_parquet(path / f"{name}.parquet") for name in ("measurements", "summary"))
-        attention = path / "attention.parquet"
-        shown = pd.read_parquet(attention) if attention.is_file() else None
+        attention, patterns = (_optional(path / f"{name}.parquet") for name in ("attention", "patterns"))
         if list(frame.columns) != COLUMNS or list(summary.columns) != SUMMARY_COLUMNS:
             raise ValueError("its tables have other columns")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SinkscopeError(f"the report in {str(path)!r} can't be read: {error}") from None
-    return SinkReport(frame, summary, about, shown)
+    return SinkReport(frame, summary, about, attention, patterns)
+
+
+def _optional(table: Path) -> pd.DataFrame | None:
+    return pd.read_parquet(table) if table.is_file() else None
