@@ -5,7 +5,7 @@ import {extent, html, number, roomFor, svg, ticks} from "./tools.js";
 // view: x, lines (kind, name, y), band (name, low, high), dots ([x, y]), log, zero, first, direct (names at the lines' ends),
 // label, xName, tell, say, pick.
 export const chart = (host, view) => {
-  const {x, lines, band} = view, frame = framed(host, view), {W, H, left, right, top, bottom, px, py} = frame;
+  const {x, lines, band} = view, frame = framed(host, view), {W, H, right, top, bottom, px, py} = frame;
   const drawing = svg("svg", {viewBox: `0 0 ${W} ${H}`, width: W, height: H, role: "slider", tabindex: 0, "aria-label": view.label,
     "aria-valuemin": x[0], "aria-valuemax": x[x.length - 1], "aria-valuenow": x[0], "aria-valuetext": view.tell(0)});
   axes(drawing, view, frame);
@@ -28,7 +28,7 @@ export const chart = (host, view) => {
     svg("circle", {class: "first", cx: px(x[0]), cy: py(lines[0].y[0]), r: 5}),
     svg("text", {class: "first", x: px(x[0]) + 10, y: py(lines[0].y[0]) + 4}, `position 0: ${number(lines[0].y[0])}`));
   const shown = lines.filter(line => line.y.some(drawn));
-  if (view.direct) names(drawing, shown, x, frame, drawn);
+  if (view.direct) names(drawing, shown, frame, drawn);
   const cursor = svg("line", {class: "cursor", y1: top, y2: H - bottom, visibility: "hidden"});
   drawing.append(cursor);
   const move = follow(drawing, view, cursor, px, W);
@@ -41,7 +41,7 @@ const framed = (host, view) => {
   const {x, lines, band, log} = view;
   const all = [...lines.flatMap(line => line.y), ...(band ? [...band.low, ...band.high] : []), ...(view.dots || []).map(dot => dot[1])];
   let [low, high] = extent(log ? all.filter(y => y > 0) : all);
-  if (!isFinite(low)) [low, high] = log ? [0.1, 1] : [0, 1];
+  if (!Number.isFinite(low)) [low, high] = log ? [0.1, 1] : [0, 1];
   if (log) [low, high] = [10 ** Math.floor(Math.log10(low)), 10 ** Math.ceil(Math.log10(high) + 1e-9)];
   else [low, high] = [Math.min(0, low * 1.05), high > 0 ? high * 1.05 : low < 0 ? 0 : 1];
   const across = v => log ? Math.log10(1 + v) : v, up = v => log ? Math.log10(v) : v;
@@ -64,7 +64,7 @@ const axes = (drawing, view, {W, H, left, right, bottom, low, high, px, py}) => 
 };
 
 // Names beside the lines' last points, none over another.
-const names = (drawing, lines, x, {W, right, py}, drawn) => {
+const names = (drawing, lines, {W, right, py}, drawn) => {
   const ends = lines.map(line => ({line, y: py(line.y.findLast(drawn)) + 4})).sort((a, b) => a.y - b.y);
   ends.forEach((end, i) => { if (i && end.y < ends[i - 1].y + 14) end.y = ends[i - 1].y + 14; });
   for (const {line, y} of ends) drawing.append(svg("text", {class: `name ${line.kind}`, x: W - right + 6, y}, line.name));

@@ -39,8 +39,8 @@ export const drawCompared = page => {
 const drawRows = ({root, data}) => {
   const of = data.of === "measure" ? "value" : "delta", points = row => row && {value: row[of], low: row.low, high: row.high, null: row.null};
   for (const cell of root.querySelectorAll("td.drawn")) {
-    const {in: found} = data.rows[+cell.dataset.row], name = (found.find(Boolean) || {}).name || "";
-    const rows = found.map(points).map((row, i) => row && {...row, kind: KINDS[i % KINDS.length]}), known = rows.filter(row => row && row.value !== null);
+    const {in: found} = data.rows[+cell.dataset.row], name = found.find(Boolean)?.name || "";
+    const rows = found.map(points).map((row, i) => row && {...row, kind: KINDS[i % KINDS.length]}), known = rows.filter(row => (row?.value ?? null) !== null);
     if (known.length) cell.replaceChildren(interval(rows, axisOf(known, name), `${name}: ${known.map(row => number(row.value)).join(", ")}`));
   }
   for (const swatch of root.querySelectorAll("[data-report]")) swatch.classList.add(KINDS[+swatch.dataset.report % KINDS.length]);
@@ -50,7 +50,7 @@ const tableOf = (report, metric) => report.layers.map((_, r) => report.heads.map
 
 const drawMaps = ({data, $, state, colours}) => {
   const tables = data.reports.map(report => tableOf(report, state.metric)), [least, most] = extent(tables.flat(2));
-  const range = [Math.min(0, isFinite(least) ? least : 0), isFinite(most) ? most : 1];
+  const range = [Math.min(0, Number.isFinite(least) ? least : 0), Number.isFinite(most) ? most : 1];
   $("maps").replaceChildren(...data.reports.map((report, i) => {
     const figure = html("figure"), host = html("div", {class: "scroll"}), say = html("output", {"aria-live": "polite"});
     figure.append(html("figcaption", {}, `${data.names[i]} (${report.model})`), host, say);

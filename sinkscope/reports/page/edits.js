@@ -49,7 +49,7 @@ const drawFamily = (page, jump) => {
   const {data, $, state, by} = page, family = data.families[state.family];
   if (!family) return;
   const {values, edits, placebos} = family, of = (names, key) => names.map(name => name && by[name] ? by[name][key] : null);
-  const slider = $("family-slider"), here = edits.indexOf(state.edit), now = here < 0 ? 0 : here;
+  const slider = $("family-slider"), here = edits.indexOf(state.edit), now = Math.max(0, here);
   Object.assign(slider, {min: 0, max: values.length - 1, step: 1, value: now});
   const words = i => `${family.over} = ${values[i]}: ${signed(by[edits[i]].delta)} nats`
     + (placebos[i] ? `; placebo ${signed(by[placebos[i]].delta)}` : "") + `; on the first token ${percent(by[edits[i]].sink_mass)}`;
@@ -60,7 +60,7 @@ const drawFamily = (page, jump) => {
   $("family-caption").textContent = `Difference in loss (nats per token) over ${family.over}, of ${family.name}`;
   const {move} = chart($("family"), {
     x: values, lines, band: band(of(edits, "low"), of(edits, "high"), "95% interval"), zero: true, direct: true, wide: 560, xName: family.over, parts: true,
-    label: `difference in loss over ${family.over}`, tell: words, say: (text, i) => say(i), pick: i => page.choose(edits[i]),
+    label: `difference in loss over ${family.over}`, tell: words, say: (_, i) => say(i), pick: i => page.choose(edits[i]),
   });
   move(now);
   say(now);
@@ -113,8 +113,8 @@ const drawStretches = ({$, state}, text, placebo, shown) => {
 // The text, shaded by the difference of each token's loss: one nat is full.
 const drawTokens = ({$, by, state}, text, delta, show) => {
   const host = $("tokens");
-  host.hidden = !text.tokens.length;
-  if (host.hidden) return null;
+  if (host) host.hidden = !text.tokens.length;
+  if (!host || host.hidden) return null;
   const spans = text.tokens.map((token, position) => {
     const span = html("span", {role: "option", "aria-selected": "false"}, token), y = delta[position - text.first];
     if (y) span.style.setProperty(y > 0 ? "--shade" : "--cool", Math.min(1, Math.abs(y)).toFixed(3));

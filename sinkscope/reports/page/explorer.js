@@ -8,7 +8,7 @@ import {patternsOf} from "./patterns.js";
 export const drawExplorer = page => {
   const {data, $, state} = page, from = data.patterns, patterns = patternsOf(from);
   Object.assign(state, {token: patterns.T - 1, without: $("without").checked, log: $("log").checked, pinned: null});
-  const show = page.patterns = {patterns, panels: []};
+  let panels = [];
   const row = () => Math.max(0, from.layers.indexOf(data.layers[state.layer])), column = () => Math.max(0, from.heads.indexOf(data.heads[state.head]));
   const map = grid($("map"), {
     rows: from.layers, columns: from.heads, rowName: "layer", columnName: "head", label: "every head’s pattern, by layer and head", wide: 640,
@@ -22,12 +22,15 @@ export const drawExplorer = page => {
   const redraw = () => {
     map.mark(row(), column());
     const heads = [[row(), column()], ...(state.pinned ? [state.pinned] : [])];
-    show.panels = heads.map(([r, c], i) => panel(page, patterns, r, c, i === 1));
-    $("panels").replaceChildren(...show.panels.map(made => made.node));
-    show.panels.forEach(made => made.draw());
+    panels = heads.map(([r, c], i) => panel(page, patterns, r, c, i === 1));
+    $("panels").replaceChildren(...panels.map(made => made.node));
+    for (const made of panels) made.draw();
     token(state.token);
   };
-  const token = i => { state.token = i; show.panels.forEach(made => made.token(i)); };
+  const token = i => {
+    state.token = i;
+    for (const made of panels) made.token(i);
+  };
   page.pickToken = token;
   page.pin = head => { state.pinned = head; redraw(); };
   page.listen("head", "explorer", redraw);
@@ -40,15 +43,15 @@ const takenWords = (patterns, head) => `${percent(patterns.takenOut(head))} of i
 
 const paintMap = (context, side, patterns, from, state, colours) => {
   const width = side * from.heads.length, image = context.createImageData(width, side * from.layers.length), gap = side > 9 ? 1 : 0;
-  from.layers.forEach((_, r) => from.heads.forEach((_, c) =>
-    patterns.paint(image.data, width, c * side, r * side, side - gap, patterns.index(r, c), state, colours)));
+  for (let r = 0; r < from.layers.length; r++) for (let c = 0; c < from.heads.length; c++)
+    patterns.paint(image.data, width, c * side, r * side, side - gap, patterns.index(r, c), state, colours);
   Object.assign(context.canvas, {width, height: side * from.layers.length});
   context.putImageData(image, 0, 0);
 };
 
 // One head: its title and pin, its pattern, the text shaded, and bars. `token` shows a token's row and column in all of them.
 const panel = (page, patterns, r, c, pinned) => {
-  const {data, state} = page, from = data.patterns, head = patterns.index(r, c), {T, tokens} = patterns;
+  const {data, state} = page, from = data.patterns, head = patterns.index(r, c), {tokens} = patterns;
   const node = html("article", {class: "panel"}), title = html("h3", {}, `Layer ${from.layers[r]}, head ${from.heads[c]}`);
   const pin = html("button", {type: "button"}, pinned ? "Unpin" : "Pin, to see another beside it");
   pin.onclick = () => page.pin(pinned ? null : [r, c]);
@@ -96,7 +99,7 @@ const facts = (data, r, c) => {
 };
 
 const drawMatrix = (page, patterns, at) => {
-  const {state, colours} = page, {T, tokens} = patterns, size = roomFor(at.matrix, 330), left = 0, side = size - left;
+  const {state, colours} = page, {T, tokens} = patterns, side = roomFor(at.matrix, 330);
   const ratio = Math.min(2, window.devicePixelRatio || 1), pixels = Math.max(T, Math.floor(side * ratio / T) * T || T);
   const canvas = html("canvas", {role: "img", "aria-label": "the head’s pattern: queries down, keys across"});
   Object.assign(canvas, {width: pixels, height: pixels});

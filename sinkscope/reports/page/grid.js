@@ -18,9 +18,9 @@ export const grid = (host, view, colours) => {
   const [low, upper] = view.range || (view.paint ? [0, 1] : rangeOf(view));
   const shade = share => view.paint ? "transparent" : share === null ? "none" : colours.name((share - low) / (upper - low || 1));
   const items = [];
-  rows.forEach((row, r) => {
+  rows.forEach((_row, r) => {
     const line = svg("g", {role: "row"});
-    columns.forEach((column, c) => {
+    columns.forEach((_column, c) => {
       const cell = svg("rect", {role: "gridcell", x: left + c * wide, y: top + r * high, width: wide, height: high,
                                 fill: shade(view.paint ? null : view.value[r][c]), "aria-label": view.cellName(r, c)});
       cell.dataset.row = r;
@@ -43,15 +43,14 @@ export const grid = (host, view, colours) => {
   const box = html("div", {class: "stack"});  // an svg that listens for focus would be a tab stop itself
   const repaint = view.paint ? behind(box, frame, view.paint) : () => {};
   box.append(drawing);
-  if (items.length) explore(box, items, columns.length, i => { place(ring, i); view.say(...spot(i)); },
-                            i => view.pick && view.pick(...spot(i)));
+  if (items.length) explore(box, items, columns.length, i => { place(ring, i); view.say(...spot(i)); }, i => view.pick?.(...spot(i)));
   host.replaceChildren(box);
   return {repaint, mark: (row, column) => place(picked, row * columns.length + column)};
 };
 
 const rangeOf = view => {
   const [least, most] = extent(view.value.flat());
-  return [isFinite(least) ? Math.min(0, least) : 0, isFinite(most) ? Math.max(most, view.mark ?? most) : 1];
+  return [Number.isFinite(least) ? Math.min(0, least) : 0, Number.isFinite(most) ? Math.max(most, view.mark ?? most) : 1];
 };
 
 const labels = (drawing, view, {left, top, wide, high, width, height}) => {
@@ -71,8 +70,8 @@ const labels = (drawing, view, {left, top, wide, high, width, height}) => {
 
 const colourBar = (drawing, view, {left, top, width, height}, colours, low, upper) => {
   const x = left + width + 16, size = Math.max(height, 120) - 32, y0 = top + 16, steps = colours.names.length;
-  colours.names.forEach((fill, i) => drawing.append(svg("rect", {x, width: 14, fill, y: y0 + size * (1 - (i + 1) / steps),
-                                                                height: size / steps + 0.5})));
+  for (const [i, fill] of colours.names.entries())
+    drawing.append(svg("rect", {x, width: 14, fill, y: y0 + size * (1 - (i + 1) / steps), height: size / steps + 0.5}));
   const word = (dx, y, text, more = {}) => drawing.append(svg("text", {x: x + dx, y, ...more}, text));
   word(0, y0 - 5, number(upper));
   word(0, y0 + size + 14, number(low));

@@ -34,7 +34,7 @@ const drawMeasured = page => {
   const best = state.metric && data.cells[state.metric][state.text];
   if (best && Array.isArray(best.value)) {
     const flat = best.value.flat(), most = below => Math.max(...flat.filter(x => x !== null && x < below));
-    const at = flat.indexOf(isFinite(most(0.9)) ? most(0.9) : most(Infinity));  // all on the sink shows nothing else
+    const at = flat.indexOf(Number.isFinite(most(0.9)) ? most(0.9) : most(Infinity));  // all on the sink shows nothing else
     [state.layer, state.head] = [Math.floor(at / data.heads.length), at % data.heads.length].map(i => Math.max(0, i));
   }
   if ($("profile-picker")) $("profile-picker").onchange = () => drawAlong(page);

@@ -28,28 +28,28 @@ export const patternsOf = data => {
     return sum / T;
   };
 
-  // One head's pattern as pixels, `side` by `side`: where cells are smaller than pixels the largest is kept, not the mean.
-  const paint = (pixels, stride, x0, y0, side, head, {without, log}, colours) => {
-    const best = new Float32Array(side * side).fill(-1);
+  // One head's pattern, `side` by `side`: where cells are smaller than pixels the largest is kept, not the mean; -1 where none is.
+  const largest = (side, head, without) => {
+    const best = new Float32Array(side * side).fill(-1), cell = i => Math.floor(i * side / T);
     for (let q = 0; q < T; q++) {
-      const rest = without ? left(head, q) : 1, base = head * per + first(q), count = seen(q);
-      const top = Math.floor(q * side / T), bottom = Math.max(top + 1, Math.floor((q + 1) * side / T));
-      for (let k = 0; k < count; k++) {
-        if (without && (isSink[k] || rest === null)) continue;
-        const share = packed.share[packed.whole[base + k]] / rest;
-        const start = Math.floor(k * side / T), end = Math.max(start + 1, Math.floor((k + 1) * side / T));
-        for (let y = top; y < bottom; y++) for (let x = start; x < end; x++) if (share > best[y * side + x]) best[y * side + x] = share;
+      const rest = without ? left(head, q) : 1, base = head * per + first(q), bottom = Math.max(cell(q) + 1, cell(q + 1));
+      for (let k = 0; k < (rest === null ? 0 : seen(q)); k++) {
+        if (without && isSink[k]) continue;
+        const share = packed.share[packed.whole[base + k]] / rest, right = Math.max(cell(k) + 1, cell(k + 1));
+        for (let y = cell(q); y < bottom; y++) for (let x = cell(k); x < right; x++) best[y * side + x] = Math.max(best[y * side + x], share);
       }
     }
-    for (let y = 0; y < side; y++) for (let x = 0; x < side; x++) {
-      const share = best[y * side + x], to = 4 * ((y0 + y) * stride + x0 + x);
-      if (share < 0) continue;
-      const [r, g, b] = colours.bytes(shade(share, log));
-      pixels[to] = r;
-      pixels[to + 1] = g;
-      pixels[to + 2] = b;
+    return best;
+  };
+  const paint = (pixels, stride, x0, y0, side, head, {without, log}, colours) => {
+    largest(side, head, without).forEach((share, i) => {
+      if (share < 0) return;
+      const to = 4 * ((y0 + Math.floor(i / side)) * stride + x0 + i % side), rgb = colours.bytes(shade(share, log));
+      pixels[to] = rgb[0];
+      pixels[to + 1] = rgb[1];
+      pixels[to + 2] = rgb[2];
       pixels[to + 3] = 255;
-    }
+    });
   };
   return {T, tokens, sinks, index: (r, c) => r * heads.length + c, weight, chance, taken, takenOut, paint};
 };

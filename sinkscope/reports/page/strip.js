@@ -117,8 +117,8 @@ const paintRow = (image, row, columns, count, value, floor, colours) => {
 // The text, shaded by the mean over layers: an equal share for every token, 1 / T, is unshaded; all attention fully shaded.
 const drawText = (page, {text, profile}, show) => {
   const {$} = page, host = $("tokens");
-  host.hidden = !text.tokens.length;
-  if (host.hidden) return null;
+  if (host) host.hidden = !text.tokens.length;
+  if (!host || host.hidden) return null;
   const shade = y => y ? Math.max(0, Math.min(1, 1 + Math.log(y) / Math.log(Math.max(2, text.count)))) : 0;
   const spans = text.tokens.map((token, i) => {
     const span = html("span", {role: "option", "aria-selected": "false"}, token);
