@@ -111,14 +111,14 @@ def attention_patterns(model: Any, text: Any, *, bos: bool | None = None, max_to
     query, key = np.tril_indices(t) if adapter.causal else (axis.reshape(-1) for axis in np.indices((t, t)))
     values = np.stack([held[layer][:, query, key] for layer in adapter.layers])
     layer, head, pair = (axis.reshape(-1) for axis in np.indices(values.shape, dtype=np.int32))
-    codes, words = pd.factorize(np.array(sequence.strings, dtype=object))
+    words = pd.Categorical(list(sequence.strings))
     return pd.DataFrame(
         {
             "layer": np.asarray(adapter.layers, dtype=np.int16)[layer],
             "head": head.astype(np.int16),
             "query": query[pair].astype(np.int16),
             "key": key[pair].astype(np.int16),
-            "query_token": pd.Categorical.from_codes(codes[query[pair]], words),
+            "query_token": words[query[pair]],
             "value": values.reshape(-1),
         }
     )

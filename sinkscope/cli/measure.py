@@ -110,9 +110,21 @@ def measured(
             return None
         if out is not None:
             if isinstance(texts, dict):
-                short = min(texts.values(), key=len)
+                short = _short(texts, report)
                 bos = how.get("bos")
-                kept = {"attention": attention_map(model, short, bos=bos), "patterns": attention_patterns(model, short, bos=bos)}
+                kept: dict[str, Any] = {
+                    "attention": attention_map(model, short, bos=bos),
+                    "patterns": attention_patterns(model, short, bos=bos),
+                }
                 report = replace(report, **kept)
             report.save(out)
     return report
+
+
+def _short(texts: dict[str, str], report: SinkReport) -> str:
+    """Choose the text that is shown whole: the longest of those that need no cut, else the shortest."""
+    from sinkscope.attention import LONGEST
+
+    tokens = {text["label"]: text["n_tokens"] for text in report.about["texts"]}
+    whole = [label for label in tokens if tokens[label] <= LONGEST]
+    return texts[max(whole, key=tokens.__getitem__) if whole else min(tokens, key=tokens.__getitem__)]

@@ -22,7 +22,7 @@ def side_by_side(reports: Mapping[str, SinkReport | EffectReport]) -> pd.DataFra
 
     Returns:
         Of measurements, indexed by metric: for every report the columns `NAME` (value) and `NAME null`. Of edits, indexed by
-        intervention: `NAME` (difference in loss, nats per token), `NAME low` and `NAME high`. What a report does not have is NaN.
+        intervention: `NAME` (difference in loss, nats per token), `NAME low`, `NAME high`. What a report has not is NaN.
 
     Raises:
         SinkscopeError: fewer than two reports, or reports of different kinds.
@@ -32,7 +32,9 @@ def side_by_side(reports: Mapping[str, SinkReport | EffectReport]) -> pd.DataFra
     kinds = {type(report) for report in reports.values()}
     if len(kinds) > 1:
         effects = [name for name, report in reports.items() if isinstance(report, EffectReport)]
-        raise SinkscopeError(f"{effects[0]!r} holds what evaluate wrote, others what measure wrote: compare takes one kind at a time")
+        raise SinkscopeError(
+            f"{effects[0]!r} holds what evaluate wrote, another what measure wrote: give reports of one kind"
+        )
     by, columns = ("metric", {"": "value", " null": "null"})
     if kinds == {EffectReport}:
         by, columns = ("intervention", {"": "delta_loss", " low": "low", " high": "high"})

@@ -37,8 +37,8 @@ class SinkReport:
         totals: one row per model-level number; see :meth:`summary`.
         about: model, versions, engine and why, dtype, BOS decision, texts and their tokens, arguments.
         attention: `query, key, value`: attention of one short text averaged over layers and heads, where it was asked for.
-        patterns: `layer, head, query, key, query_token, value`: every head's attention of one short text, where it was asked for
-            (:func:`sinkscope.attention_patterns`); the page's explorer shows it.
+        patterns: `layer, head, query, key, query_token, value`: every head's attention of one short text, where it was
+            asked for (:func:`sinkscope.attention_patterns`); the page's explorer shows it.
     """
 
     frame: pd.DataFrame

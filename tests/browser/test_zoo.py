@@ -12,7 +12,9 @@ from tests.browser.zoo import ZOO, page_of
 
 pytestmark = pytest.mark.browser
 AXE = Path(__file__).parent / "node_modules" / "axe-core" / "axe.min.js"
-ACTIVE = "let e = document.activeElement; while (e && e.shadowRoot && e.shadowRoot.activeElement) e = e.shadowRoot.activeElement; "
+ACTIVE = (
+    "let e = document.activeElement; while (e && e.shadowRoot && e.shadowRoot.activeElement) e = e.shadowRoot.activeElement; "
+)
 
 
 @pytest.fixture(scope="module", params=[*ZOO, "snippet"])
@@ -44,13 +46,17 @@ def test_axe_finds_nothing(animal):
     if not AXE.is_file():
         pytest.skip("axe-core is not installed: make script, with npm")
     browser, name = animal
+    if name == "largest":
+        pytest.skip("of the same elements as `plain`, six thousand of them")
     browser.execute_script(AXE.read_text(encoding="utf-8"))
     for colours in ("light", "dark"):
         scheme(browser, colours)
         found = browser.execute_async_script(
-            "const done = arguments[arguments.length - 1]; for (const d of document.querySelectorAll('details')) d.open = true;"
-            "axe.run(document, {resultTypes: ['violations']}).then(r => done(r.violations.map(v =>"
-            "  [v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 160) + n.failureSummary)])), e => done([String(e)]))"
+            "const done = arguments[arguments.length - 1];"
+            "for (const d of document.querySelectorAll('details')) d.open = true;"
+            "axe.run(document, {resultTypes: ['violations'], ...arguments[0]}).then(r => done(r.violations.map(v =>"
+            "  [v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 160) + n.failureSummary)])), e => done([String(e)]))",
+            {} if colours == "light" else {"runOnly": ["color-contrast"]},
         )
         assert found == [], (name, colours)
 
@@ -58,12 +64,15 @@ def test_axe_finds_nothing(animal):
 def test_the_keyboard_reaches_everything_and_leaves_it(animal):
     """Tab goes from stop to stop, none twice, until it leaves the page; each is seen; arrows and Enter do no harm."""
     browser, _ = animal
-    browser.execute_script("for (const d of document.querySelectorAll('details')) d.open = false; document.activeElement.blur(); window.scrollTo(0, 0)")
+    browser.execute_script(
+        "for (const d of document.querySelectorAll('details')) d.open = false; document.activeElement.blur()"
+    )
     stops = []
     for _ in range(80):
         ActionChains(browser).send_keys(Keys.TAB).perform()
         stop = browser.execute_script(
-            ACTIVE + "if (!e || e === document.body) return null; e.dataset.stop = e.dataset.stop || Math.random();"
+            ACTIVE + "if (!e || e === document.body) return null;"
+            "e.dataset.stop = e.dataset.stop || Math.random();"
             "const s = getComputedStyle(e); return [e.dataset.stop, e.tagName, e.getAttribute('role') || e.type, s.outlineStyle]"
         )
         if stop is None:
@@ -78,15 +87,16 @@ def test_the_keyboard_reaches_everything_and_leaves_it(animal):
     assert browser.get_log("browser") == []
 
 
+POINT = ".dispatchEvent(new Event('pointerover', {bubbles: true}))"
+CLICK = ".dispatchEvent(new Event('click', {bubbles: true}))"
 INTERACTIONS = {
-    "a token of the explorer": "root.querySelector('#panels [role=option]:nth-child(' + (3 + i) + ')').dispatchEvent(new Event('pointerover', {bubbles: true}))",
-    "a head": "root.querySelector('#map [data-row=\"' + i + '\"][data-column=\"3\"]').dispatchEvent(new Event('click', {bubbles: true}))",
-    "without the sink": "root.getElementById('without').click()",
-    "a place in the strip": "{const s = root.querySelector('#strip svg'), b = s.getBoundingClientRect(); s.dispatchEvent("
-    "new PointerEvent('pointermove', {clientX: b.left + 200 + 99 * i, clientY: b.top + 40}))}",
-    "another profile": "{const p = root.getElementById('profile-picker'); p.selectedIndex = 1 - p.selectedIndex; p.onchange()}",
-    "a cell of the map of heads": "root.querySelector('#heat [data-row=\"' + i + '\"][data-column=\"5\"]').dispatchEvent("
-    "new Event('pointerover', {bubbles: true}))",
+    "a token of the explorer": "find(`#panels [role=option]:nth-child(${3 + i})`)" + POINT,
+    "a head": "find(`#map [data-row='${i}'][data-column='3']`)" + CLICK,
+    "without the sink": "find('#without').click()",
+    "a place in the strip": "const s = find('#strip svg'), b = s.getBoundingClientRect(); s.dispatchEvent("
+    "new PointerEvent('pointermove', {clientX: b.left + 200 + 99 * i, clientY: b.top + 40}))",
+    "another profile": "const p = find('#profile-picker'); p.selectedIndex = 1 - p.selectedIndex; p.onchange()",
+    "a cell of the map of heads": "find(`#heat [data-row='${i}'][data-column='5']`)" + POINT,
 }
 
 
@@ -102,7 +112,8 @@ def test_the_largest_is_fast(driver, tmp_path):
     took = {"first paint": statistics.median(paints)}
     for name, act in INTERACTIONS.items():
         times = driver.execute_script(
-            "const root = document, found = []; for (let i = 0; i < 5; i++) { const t = performance.now(); " + act + ";"
+            "const find = what => document.querySelector(what), found = [];"
+            "for (let i = 0; i < 5; i++) { const t = performance.now(); " + act + ";"
             "document.body.getBoundingClientRect(); found.push(performance.now() - t); } return found"
         )
         took[name] = statistics.median(times)

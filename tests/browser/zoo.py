@@ -12,6 +12,7 @@ from sinkscope.reports import page
 from tests.synthetic import HOSTILE, report, words
 
 RIGHT_TO_LEFT = ["<s>", "שלום", " עולם", "مرحبا", " بالعالم", " left", " وِ", "‏", "👩‍👩‍👧", "e\u0301\u0301\u0301", *HOSTILE]
+RIGHT_TO_LEFT.remove("\ud800")  # no tokenizer gives half a character, and no table holds it
 
 
 def patterns(layers, heads, tokens, causal=True, sink=0.7):
@@ -24,7 +25,9 @@ def patterns(layers, heads, tokens, causal=True, sink=0.7):
     values = (1 - strength) * rest + strength * (key == 0)
     head, pair = (axis.ravel() for axis in np.indices(values.shape))
     table = {"layer": head // heads, "head": head % heads, "query": query[pair], "key": key[pair]}
-    words = pd.Categorical.from_codes(pd.factorize(np.array(tokens, dtype=object))[0][query[pair]], list(dict.fromkeys(tokens)))
+    words = pd.Categorical.from_codes(
+        pd.factorize(np.array(tokens, dtype=object))[0][query[pair]], list(dict.fromkeys(tokens))
+    )
     return pd.DataFrame(table | {"query_token": words, "value": values.ravel()})
 
 
@@ -90,16 +93,24 @@ def evaluated(scale=1.0, length=400):
     sunk = [SinkWindow(size, sinks=1) for size in sizes]
     edits = [*map(Window, sizes), *sunk, *(edit.placebo() for edit in sunk)]
     names = ["none", *map(str, edits)]
-    cost = scale * np.array([0, *(1 / np.log(size) for size in sizes), *(0.02 for _ in sizes), *(0.9 / np.log(size) for size in sizes)])
+    kinds = [(0.0, (1,)), (1.0, sizes), (0.0, sizes), (0.9, sizes)]  # of `none`, windows, those with sinks, placebos
+    cost = scale * np.array([a and a / np.log(n) for a, of in kinds for n in of])
     noise = np.random.default_rng(0).normal(size=(len(names), length - 1))
     losses = 3 + cost[:, None] * (1 + np.linspace(0, 1, length - 1)) + 0.3 * noise
     delta = (losses - losses[0]).mean(1)
     error = 0.1 * (np.arange(len(names)) > 0)
-    summary = pd.DataFrame({"intervention": names, "tokens": length - 1, "loss": losses.mean(1), "perplexity": np.exp(losses.mean(1))})
-    summary = summary.assign(delta_loss=delta, low=delta - error, high=delta + error, kl=np.abs(delta) / 2, top1_agreement=0.8)
+    summary = pd.DataFrame(
+        {"intervention": names, "tokens": length - 1, "loss": losses.mean(1), "perplexity": np.exp(losses.mean(1))}
+    )
+    summary = summary.assign(
+        delta_loss=delta, low=delta - error, high=delta + error, kl=np.abs(delta) / 2, top1_agreement=0.8
+    )
     summary = summary.assign(sink_mass=0.5 - 0.03 * np.arange(len(names)), sink_position=0, sink_token="<script>")
     at = range(1, length)
-    curves = [pd.DataFrame({"text": "essay", "intervention": n, "position": at, "loss": y}) for n, y in zip(names, losses, strict=True)]
+    curves = [
+        pd.DataFrame({"text": "essay", "intervention": n, "position": at, "loss": y})
+        for n, y in zip(names, losses, strict=True)
+    ]
     texts = [{"label": "essay", "n_tokens": length, "tokens": words(length)}]
     about = {"model": "toy", "texts": texts, "interval": "95%, Student's t, paired", "dtype": "float32"}
     return page.evaluated(summary, pd.concat(curves, ignore_index=True), about)
@@ -119,6 +130,7 @@ def page_of(name):
     """Render an animal of the zoo, once; `snippet` is one in somebody else's page, twice."""
     if name == "snippet":
         twice = 2 * page.snippet(plain())
-        style = "<style>h1 { color: pink; font-size: 99px } svg, span { display: none !important } * { font-size: 30px }</style>"
-        return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>A notebook</title>{style}<main><h1>A notebook</h1>{twice}</main></html>'
+        style = "h1 { color: purple; font-size: 99px } svg, span { display: none !important } * { font-size: 30px }"
+        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{style}</style>'
+        return f'<!doctype html><html lang="en">{head}<title>A notebook</title><div><h1>A notebook</h1>{twice}</div></html>'
     return page.render(ZOO[name]())

@@ -73,7 +73,9 @@ def parsed(rendered):
 
 def test_sentences_and_key_numbers(parsed):
     assert "An average query pays 48% of its attention to the first token." in parsed.text
-    row = re.search(r"sink_mass \(share of attention\)Mean attention[^\n]*1\.(0\.\d{3})(0\.\d{3}) to (0\.\d{3})(0\.\d{3})\n", parsed.text)
+    row = re.search(
+        r"sink_mass \(share of attention\)Mean attention[^\n]*1\.(0\.\d{3})(0\.\d{3}) to (0\.\d{3})(0\.\d{3})\n", parsed.text
+    )
     value, half = mass(1.5, 1, 1), 4.302653 * 0.02  # t for two degrees of freedom
     null = np.mean([uniform(n)[0] for n in (12, 80, 30)])
     assert [float(x) for x in row.groups()] == pytest.approx([value, value - half, value + half, null], abs=6e-4)
@@ -200,7 +202,9 @@ def test_thirty_layers_nine_heads_five_texts_stay_below_5_megabytes():
 
 @pytest.mark.parametrize(("numbers", "shown"), [(1_000_000, 8), (1000, 4), (1, 1)])
 def test_large_models_and_long_texts_leave_room_for_fewer(monkeypatch, numbers, shown):
-    monkeypatch.setattr("sinkscope.reports.page.data.MOST_NUMBERS", numbers)  # a text here has 4 layers x (3 heads x 3 metrics + 50 tokens)
+    monkeypatch.setattr(
+        "sinkscope.reports.page.data.MOST_NUMBERS", numbers
+    )  # a text here has 4 layers x (3 heads x 3 metrics + 50 tokens)
     html = render(*report({f"text {i}": words(50) for i in range(12)}))
     data = Page(html).data
     assert len(data["texts"]) == shown
@@ -336,7 +340,12 @@ def test_the_snippet_is_a_shadow_root_of_its_own(measured):
 
 def edits_table(delta=0.5):
     """Losses of three edits and one placebo, on one text of 40 tokens."""
-    names = ["none", "sink_window(size=8, sinks=1)", "sink_window(size=16, sinks=1)", str(ss.SinkWindow(8, sinks=1).placebo())]
+    names = [
+        "none",
+        "sink_window(size=8, sinks=1)",
+        "sink_window(size=16, sinks=1)",
+        str(ss.SinkWindow(8, sinks=1).placebo()),
+    ]
     summary = pd.DataFrame({"intervention": names, "tokens": 39, "loss": 3.0, "perplexity": 20.0, "kl": 0.1})
     summary = summary.assign(delta_loss=[0, delta, delta / 2, 0.1], low=-0.1, high=1.0, top1_agreement=0.5)
     summary = summary.assign(sink_mass=[0.6, 0.5, np.nan, 0.1], sink_position=pd.array([0, 0, None, 3], dtype="Int64"))
@@ -355,6 +364,8 @@ def evaluated(delta=0.5):
 
 def test_the_data_of_edits():
     data = evaluated()
+    names = [edit["name"] for edit in data["edits"]]
+    assert names.index(str(ss.SinkWindow(8, sinks=1).placebo())) == names.index("sink_window(size=8, sinks=1)") + 1
     by = {edit["name"]: edit for edit in data["edits"]}
     placebo = str(ss.SinkWindow(8, sinks=1).placebo())
     assert by[placebo]["placebo_of"] == "sink_window(size=8, sinks=1)"
@@ -366,7 +377,10 @@ def test_the_data_of_edits():
     stretch = text["stretches"]["sink_window(size=8, sinks=1)"]
     assert stretch["edges"][0] == [1, 10]
     assert stretch["low"][0] < stretch["mean"][0] < stretch["high"][0]
-    assert "raises the loss by 0.500 nats per token (95% interval -0.100 to +1.000); its placebo changes it by +0.100" in data["sentences"][0]
+    assert (
+        "raises the loss by 0.500 nats per token (95% interval -0.100 to +1.000); its placebo changes it by +0.100"
+        in data["sentences"][0]
+    )
 
 
 def test_the_page_of_edits():

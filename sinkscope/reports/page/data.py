@@ -190,7 +190,7 @@ def _sinks(frame: DataFrame, texts: list[dict[str, Any]]) -> list[list[Any]]:
     """The five strongest sinks of each text: its name, position, token, share of heads."""
     rows, found = frame[frame["metric"].str.startswith("sink_positions")], []
     for text in texts:
-        top = rows[rows["text"] == text["label"]].nlargest(5, "value")
+        top = rows[rows["text"] == text["label"]].dropna(subset="value").nlargest(5, "value")
         for key, share in zip(top["key"].tolist(), top["value"].tolist(), strict=True):
             token = text["tokens"][key].replace("\n", "") if key < len(text["tokens"]) else ""
             found.append([text["name"], key, token, float(f"{share:.3g}")])

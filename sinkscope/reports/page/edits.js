@@ -3,7 +3,7 @@
 import {html, mean, number, percent, signed} from "./tools.js";
 import {axisOf, interval} from "./numbers.js";
 import {chart} from "./chart.js";
-import {explore} from "./keys.js";
+import {windowed} from "./strip.js";
 
 const NONE = "none";
 const band = (low, high, name, kind) => ({low, high, name, kind});
@@ -110,29 +110,19 @@ const drawStretches = ({$, state}, text, placebo, shown) => {
   });
 };
 
-// The text, shaded by the difference of each token's loss: one nat is full.
+// The text, shaded by the difference of each token's loss: three nats are full.
 const drawTokens = ({$, by, state}, text, delta, show) => {
   const host = $("tokens");
   if (host) host.hidden = !text.tokens.length;
   if (!host || host.hidden) return null;
-  const spans = text.tokens.map((token, position) => {
-    const span = html("span", {role: "option", "aria-selected": "false"}, token), y = delta[position - text.first];
-    if (y) span.style.setProperty(y > 0 ? "--shade" : "--cool", Math.min(1, Math.abs(y)).toFixed(3));
-    return span;
-  });
-  const box = html("div", {role: "listbox", "aria-label": `tokens of ${text.name} under ${by[state.edit].shown}`});
-  box.append(...spans);
-  host.replaceChildren(box);
-  let last = null;
-  const mark = i => {
-    if (last) last.classList.remove("here");
-    last = spans[i + text.first] || null;
-    if (last) last.classList.add("here");
-    if (last) host.scrollTop = last.offsetTop - host.offsetTop - host.clientHeight / 2;
+  const shaded = position => {
+    const y = delta[position - text.first];
+    return [y > 0 ? "--shade" : "--cool", y ? Math.min(1, Math.abs(y) / 3) : 0];
   };
-  explore(box, spans, 1, i => {
+  const named = {tokens: text.tokens, name: `${text.name} under ${by[state.edit].shown}`};
+  const mark = windowed(host, named, shaded, i => {
     if (i >= text.first) show(i - text.first);
     else $("loss-readout").textContent = `Position ${i} “${text.tokens[i]}”: not scored`;
   });
-  return mark;
+  return i => mark(i + text.first);
 };

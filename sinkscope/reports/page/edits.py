@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ def evaluated(summary: DataFrame, curves: DataFrame, about: Mapping[str, Any]) -
         token = visible(str(row["sink_token"] or ""))
         place = None if pd.isna(row["sink_position"]) or not token else int(row["sink_position"])
         edits.append(edit | {"placebo_of": placebos.get(edit["name"]), "sink_position": place, "sink_token": token})
+    edits.sort(key=lambda edit: (names.index(edit["placebo_of"] or edit["name"]), edit["placebo_of"] is not None))
     texts = about.get("texts", [])
     return {
         "schema_version": SCHEMA_VERSION,
@@ -61,7 +63,9 @@ def evaluated(summary: DataFrame, curves: DataFrame, about: Mapping[str, Any]) -
 
 def _sentences(edits: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say what the edit that costs most does, and its placebo."""
-    by = sorted((e for e in edits if e["name"] != NONE and e["delta"] is not None and not e["placebo_of"]), key=lambda e: -e["delta"])
+    by = sorted(
+        (e for e in edits if e["name"] != NONE and e["delta"] is not None and not e["placebo_of"]), key=lambda e: -e["delta"]
+    )
     if not by:
         return []
     worst = by[0]
@@ -109,14 +113,15 @@ def _families(names: Sequence[str], placebos: Mapping[str, str]) -> list[dict[st
                     "placebos": [placebo_of.get(edit) for edit in edits],
                 }
             )
-    return families
+    return sorted(families, key=lambda family: -sum(name is not None for name in family["placebos"]))
 
 
 def _texts(curves: DataFrame, names: Sequence[str], texts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Give each text's losses along it, for as many texts as there is room for."""
     tokens = {text["label"]: text.get("tokens", []) for text in texts}
     counts = {text["label"]: text["n_tokens"] for text in texts}
-    found, room = [], MOST_LOSSES
+    found: list[dict[str, Any]] = []
+    room = MOST_LOSSES
     for label, rows in curves.groupby("text", sort=False):
         table = rows.pivot(index="position", columns="intervention", values="loss")
         table = table[[name for name in names if name in table]]
@@ -144,7 +149,10 @@ def _stretches(table: DataFrame) -> dict[str, Any]:
         parts = np.array_split(np.arange(len(delta)), count)
         values = [delta.iloc[part] for part in parts]
         means = [float(part.mean()) for part in values]
-        bounds = [t_interval(float(part.mean()), float(part.sem()), len(part)) for part in values]
+        bounds = [
+            t_interval(float(part.mean()), float(part.to_numpy().std(ddof=1) / math.sqrt(len(part))), len(part))
+            for part in values
+        ]
         edges = [[int(part.index[0]), int(part.index[-1])] for part in values]
         low, high = (floats([bound[side] for bound in bounds]) for side in (0, 1))
         found[str(name)] = {"edges": edges, "mean": floats(means), "low": low, "high": high}

@@ -7,7 +7,7 @@ import {patternsOf} from "./patterns.js";
 
 export const drawExplorer = page => {
   const {data, $, state} = page, from = data.patterns, patterns = patternsOf(from);
-  Object.assign(state, {token: patterns.T - 1, without: $("without").checked, log: $("log").checked, pinned: null});
+  Object.assign(state, {token: state.token ?? patterns.T - 1, without: $("without").checked, log: $("log").checked, pinned: state.pinned ?? null});
   let panels = [];
   const row = () => Math.max(0, from.layers.indexOf(data.layers[state.layer])), column = () => Math.max(0, from.heads.indexOf(data.heads[state.head]));
   const map = grid($("map"), {
@@ -41,12 +41,22 @@ export const drawExplorer = page => {
 const sinkWords = ({sinks, tokens}) => sinks.length ? sinks.map(k => `position ${k} “${tokens[k]}”`).join(", ") : "no sink in this text";
 const takenWords = (patterns, head) => `${percent(patterns.takenOut(head))} of its attention goes to the sink (${sinkWords(patterns)})`;
 
+// Row after row, as many as fit into a frame: thousands of heads keep nobody waiting. A later call ends an earlier one.
 const paintMap = (context, side, patterns, from, state, colours) => {
-  const width = side * from.heads.length, image = context.createImageData(width, side * from.layers.length), gap = side > 9 ? 1 : 0;
-  for (let r = 0; r < from.layers.length; r++) for (let c = 0; c < from.heads.length; c++)
-    patterns.paint(image.data, width, c * side, r * side, side - gap, patterns.index(r, c), state, colours);
-  Object.assign(context.canvas, {width, height: side * from.layers.length});
-  context.putImageData(image, 0, 0);
+  const width = side * from.heads.length, gap = side > 9 ? 1 : 0, canvas = context.canvas, call = String(Number(canvas.dataset.call || 0) + 1);
+  Object.assign(canvas, {width, height: side * from.layers.length});
+  canvas.dataset.call = call;
+  let r = 0;
+  const some = () => {
+    for (const end = performance.now() + 25; r < from.layers.length && performance.now() < end; r++) {
+      const image = context.createImageData(width, side);
+      for (let c = 0; c < from.heads.length; c++)
+        patterns.paint(image.data, width, c * side, 0, side - gap, patterns.index(r, c), state, colours);
+      context.putImageData(image, 0, r * side);
+    }
+    if (r < from.layers.length) requestAnimationFrame(() => { if (canvas.dataset.call === call) some(); });
+  };
+  some();
 };
 
 // One head: its title and pin, its pattern, the text shaded, and bars. `token` shows a token's row and column in all of them.

@@ -32,11 +32,12 @@ def glance(rows: DataFrame, inside: Mapping[str, Any], keys: Sequence[int | str]
     cells = inside["cells"]
     metric = next((name for name in cells if base(name) == FIRST), next(iter(cells), None))
     text = None if metric is None else "all" if "all" in cells[metric] else next(iter(cells[metric]), None)
-    known = {name: (value, null) for name, value, null in zip(rows["metric"], rows["value"], rows["null"], strict=True)}
+    given = zip(rows["metric"], rows["value"], rows["null"], strict=True)
+    known = {name: (value, null) for name, value, null in given if not math.isnan(value)}
     numbers = []
     if metric is not None and base(metric) == FIRST and metric in known:
         where = visible(key_name(list(keys)))
-        numbers.append(_number(f"of an average token’s attention goes to {where}", *known[metric]))
+        numbers.append(_number(f"of an average token's attention goes to {where}", *known[metric]))
         rate = next((name for name in known if base(name) == "sink_rate"), None)
         if rate is not None:
             bar = rate.partition("@")[2].partition("[")[0]
@@ -66,4 +67,4 @@ def _deepest(grids: Mapping[str, Any] | None, layers: Sequence[int]) -> tuple[in
     means = [np.nanmean(row) if np.isfinite(row).any() else -math.inf for row in value]
     at = int(np.argmax(means))
     chance = float(null if null.ndim == 0 else np.nanmean(null[at]))
-    return layers[at], float(means[at]), chance
+    return (layers[at], float(means[at]), chance) if math.isfinite(means[at]) else None

@@ -7,9 +7,10 @@ from typing import Any
 
 from sinkscope.metrics import BUILT_IN
 
-#: The kinds, in the order in which a page folds them; where a metric's module leaves open which, its name's beginning says it.
+#: The kinds, in the order in which a page folds them. A metric's module says which, but for a few names.
 ATTENTION, HEADS, SPREAD = "Attention to the sink", "How many heads, which positions", "How far rows spread"
-MECHANISM, ACROSS, OTHER, QUIET = "Mechanism", "From text to text", "Other metrics", "Nothing to see: empty, or 0 as by chance"
+MECHANISM, ACROSS, OTHER = "Mechanism", "From text to text", "Other metrics"
+QUIET = "Nothing to see: empty, or 0 as by chance"
 KINDS = (ATTENTION, HEADS, SPREAD, MECHANISM, ACROSS, OTHER, QUIET)
 BY_NAME = {"sink_rate": HEADS, "visible_sink_rate": HEADS, "sink_positions": HEADS}
 BY_MODULE = {"mass": ATTENTION, "shape": SPREAD, "mechanism": MECHANISM, "across": ACROSS}

@@ -4,6 +4,11 @@ import {unpack} from "./tools.js";
 
 const FLOOR = 1e-3;  // of the logarithmic colours
 
+// A rectangle of a square of `side` by `side` is at least `share`.
+const keep = (best, side, share, left, right, top, bottom) => {
+  for (let y = top; y < bottom; y++) for (let x = left; x < right; x++) if (share > best[y * side + x]) best[y * side + x] = share;
+};
+
 export const patternsOf = data => {
   const {tokens, causal, sinks, heads, value} = data, packed = unpack(value), T = tokens.length, per = value.shape[1];
   const first = q => causal ? q * (q + 1) / 2 : q * T, seen = q => causal ? q + 1 : T;
@@ -30,13 +35,13 @@ export const patternsOf = data => {
 
   // One head's pattern, `side` by `side`: where cells are smaller than pixels the largest is kept, not the mean; -1 where none is.
   const largest = (side, head, without) => {
-    const best = new Float32Array(side * side).fill(-1), cell = i => Math.floor(i * side / T);
+    const best = new Float32Array(side * side).fill(-1), hidden = without ? isSink : new Uint8Array(T), cell = i => Math.floor(i * side / T);
     for (let q = 0; q < T; q++) {
       const rest = without ? left(head, q) : 1, base = head * per + first(q), bottom = Math.max(cell(q) + 1, cell(q + 1));
       for (let k = 0; k < (rest === null ? 0 : seen(q)); k++) {
-        if (without && isSink[k]) continue;
+        if (hidden[k]) continue;
         const share = packed.share[packed.whole[base + k]] / rest, right = Math.max(cell(k) + 1, cell(k + 1));
-        for (let y = cell(q); y < bottom; y++) for (let x = cell(k); x < right; x++) best[y * side + x] = Math.max(best[y * side + x], share);
+        keep(best, side, share, cell(k), right, cell(q), bottom);
       }
     }
     return best;

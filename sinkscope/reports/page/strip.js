@@ -1,6 +1,6 @@
 // Along a text: attention received by layer and position, reduced to the screen by maxima; the text below goes with it.
 
-import {html, mean, number, roomFor, svg, unpack} from "./tools.js";
+import {html, number, roomFor, svg, unpack} from "./tools.js";
 import {explore} from "./keys.js";
 import {chart} from "./chart.js";
 
@@ -13,11 +13,22 @@ const opened = (page, text, name) => {
   if (!packed) return null;
   const key = `${name} ${text.label}`;
   if (!page.opened.has(key)) {
-    const {shape: [layers, count], at} = unpack(packed.layers), value = (l, k) => { const y = at(l * count + k); return Number.isNaN(y) ? null : y; };
-    const average = Array.from({length: count}, (_, k) => mean(Array.from({length: layers}, (_, l) => value(l, k))));
-    page.opened.set(key, {layers, count, value, mean: average, null: packed.null});
+    const {shape: [layers, count], at, whole, share: shares} = unpack(packed.layers);
+    const value = (l, k) => { const y = at(l * count + k); return Number.isNaN(y) ? null : y; };
+    page.opened.set(key, {layers, count, value, mean: averages(shares, whole, count), null: packed.null});
   }
   return page.opened.get(key);
+};
+
+const averages = (shares, whole, count) => {
+  const sums = new Float64Array(count), known = new Uint16Array(count);
+  for (let i = 0; i < whole.length; i++) {
+    const y = shares[whole[i]];
+    if (Number.isNaN(y)) continue;
+    sums[i % count] += y;
+    known[i % count] += 1;
+  }
+  return Array.from(sums, (y, k) => known[k] ? y / known[k] : null);
 };
 
 export const drawAlong = page => {
@@ -120,37 +131,61 @@ const drawText = (page, {text, profile}, show) => {
   if (host) host.hidden = !text.tokens.length;
   if (!host || host.hidden) return null;
   const shade = y => y ? Math.max(0, Math.min(1, 1 + Math.log(y) / Math.log(Math.max(2, text.count)))) : 0;
-  const spans = text.tokens.map((token, i) => {
-    const span = html("span", {role: "option", "aria-selected": "false"}, token);
-    span.style.setProperty("--shade", shade(profile.mean[i]).toFixed(3));
-    return span;
-  });
-  const box = html("div", {role: "listbox", "aria-label": `tokens of ${text.name}`});
-  box.append(...spans);
-  host.replaceChildren(box);
-  let last = null;
+  return windowed(host, text, i => ["--shade", shade(profile.mean[i])], show);
+};
+
+// The tokens around a place, MOST at a time: what a strip of thousands of positions is scrolled through.
+const MOST = 1000;
+export const windowed = (host, {tokens, name}, shaded, show) => {
+  let from = 0, spans = [], last = null;
+  const fill = start => {
+    from = Math.max(0, Math.min(start, tokens.length - MOST));
+    spans = tokens.slice(from, from + MOST).map((token, i) => {
+      const span = html("span", {role: "option", "aria-selected": "false"}, token), [property, share] = shaded(from + i);
+      if (share) span.style.setProperty(property, share.toFixed(3));
+      return span;
+    });
+    const box = html("div", {role: "listbox", "aria-label": `tokens of ${name}`});
+    box.append(...spans);
+    host.replaceChildren(box);
+    const before = from;
+    explore(box, spans, 1, i => { mark(before + i); show(before + i); });
+  };
   const mark = i => {
     if (last) last.classList.remove("here");
-    last = spans[i] || null;
+    last = spans[i - from] || null;
     if (last) last.classList.add("here");
   };
-  explore(box, spans, 1, i => { mark(i); show(i); });
+  fill(0);
   return i => {  // scroll the box alone, not the page
+    if (i < from || i >= from + MOST) fill(i - MOST / 2);
     mark(i);
     if (last) host.scrollTop = last.offsetTop - host.offsetTop - host.clientHeight / 2;
   };
 };
 
+// Of many positions those that are drawn: of each step of the logarithmic axis the largest.
+const thinned = ({count, value}, layer) => {
+  if (count <= 1500) return Array.from({length: count}, (_, k) => k);
+  const steps = 900 / Math.log(count + 1), best = new Map();
+  for (let k = 0; k < count; k++) {
+    const step = Math.floor(Math.log(k + 1) * steps), held = best.get(step);
+    if (held === undefined || (value(layer, k) ?? -1) > (value(layer, held) ?? -1)) best.set(step, k);
+  }
+  return [...best.values()];
+};
+
 const drawLayer = page => {
   const {data, $, state} = page, text = detail(page), profile = opened(page, text, $("profile-picker").value);
   if (!profile) return;
-  const x = profile.mean.map((_, i) => i), layer = data.layers[state.layer], y = x.map(k => share(profile.value(state.layer, k)));
+  const x = thinned(profile, state.layer), layer = data.layers[state.layer], y = x.map(k => share(profile.value(state.layer, k)));
+  const of = values => x.map(k => values[k]);
   $("profile-caption").textContent = `Attention received by position in layer ${layer}, text: ${text.name}`;
   chart($("profile"), {
-    x, log: x.length > 64, first: true, xName: "key position", wide: 720, label: `attention received in layer ${layer}`,
-    lines: [{kind: "main", name: `layer ${layer}, mean of heads`, y}, {kind: "pale", name: "mean of layers", y: profile.mean},
-            {kind: "null", name: "uniform attention (null)", y: profile.null}],
-    tell: i => `Position ${i}${i in text.tokens ? ` “${text.tokens[i]}”` : ""}: ${number(y[i])}; mean of layers ${number(profile.mean[i])}; null ${number(profile.null[i])}`,
+    x, log: profile.count > 64, first: true, xName: "key position", wide: 720, label: `attention received in layer ${layer}`,
+    lines: [{kind: "main", name: `layer ${layer}, mean of heads`, y}, {kind: "pale", name: "mean of layers", y: of(profile.mean)},
+            {kind: "null", name: "uniform attention (null)", y: of(profile.null)}],
+    tell: i => `Position ${x[i]}${x[i] in text.tokens ? ` “${text.tokens[x[i]]}”` : ""}: ${number(y[i])}; mean of layers ${number(profile.mean[x[i]])}; null ${number(profile.null[x[i]])}`,
     say: words => { $("profile-readout").textContent = words; },
   });
 };
