@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sinkscope import interventions, metrics, studies, testing, where
-    from sinkscope.attention import attention_map
+    from sinkscope.attention import attention_map, attention_patterns
     from sinkscope.block import Block
     from sinkscope.causal import evaluate
     from sinkscope.errors import InertHookError, SinkscopeError
@@ -49,6 +49,7 @@ _HOME = {
     "SinkscopeError": "errors",
     "Window": "interventions",
     "attention_map": "attention",
+    "attention_patterns": "attention",
     "evaluate": "causal",
     "load_model": "models",
     "load_report": "reports.load",
@@ -70,6 +71,7 @@ __all__ = [
     "SinkscopeError",
     "Window",
     "attention_map",
+    "attention_patterns",
     "evaluate",
     "interventions",
     "load_model",

@@ -3,49 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sinkscope.cli.inputs import errors
 from sinkscope.cli.options import AsJson, Debug
-from sinkscope.cli.shown import print_table, say
+from sinkscope.cli.shown import print_table, say, say_where
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sinkscope.reports.sink import SinkReport
 
-EPILOG = "Example: sinkscope compare gpt2-results smollm2-results"
+EPILOG = "Example: sinkscope compare gpt2-results smollm2-results --out both"
 
 
 def compare(
-    directories: Annotated[list[Path], typer.Argument(help="Directories that measure wrote.")],
+    directories: Annotated[list[Path], typer.Argument(help="Directories that measure wrote, or evaluate.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Directory for the page of all of them, report.html.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Put saved reports side by side: value and null of every model-level number, and differences to the first."""
+    """Put saved reports side by side: every model-level number, null and difference to the first; or what each edit costs."""
     with errors(debug):
-        from sinkscope.errors import SinkscopeError
         from sinkscope.reports.compare import side_by_side
         from sinkscope.reports.load import load_report
-        from sinkscope.reports.sink import SinkReport
+        from sinkscope.reports.together import edits_side_by_side, of_one_kind, save_compared
 
-        reports = {}
-        for directory in directories:
-            report = load_report(directory)
-            if not isinstance(report, SinkReport):
-                raise SinkscopeError(f"{str(directory)!r} holds what evaluate wrote; compare takes what measure wrote")
-            reports[str(directory)] = report
+        reports: dict[str, Any] = {str(directory): load_report(directory) for directory in directories}
+        edits = of_one_kind(reports)
         if not as_json and len({Path(name).name for name in reports}) == len(reports):
             reports = {Path(name).name: report for name, report in reports.items()}
-        both = side_by_side(reports).reset_index()
+        both = (edits_side_by_side if edits else side_by_side)(reports).reset_index()
+        if out is not None:
+            save_compared(reports, out)
         if as_json:
             typer.echo(both.to_json(orient="records"))
             return
-        print_table(*_cells(both, list(reports)))
-        for note in _notes(both, reports):
-            say(f"note: {note}")
+        if edits:
+            print_table([str(c) for c in both], [[str(x) for x in row] for row in both.to_numpy()])
+        else:
+            print_table(*_cells(both, list(reports)))
+            for note in _notes(both, reports):
+                say(f"note: {note}")
+        say_where(out, as_json)
 
 
 def _notes(both: pd.DataFrame, reports: dict[str, SinkReport]) -> list[str]:

@@ -89,7 +89,7 @@ def measured(
 
     Of several processes that `torchrun` started, the first gives the report.
     """
-    from sinkscope.attention import attention_map
+    from sinkscope.attention import attention_map, attention_patterns
     from sinkscope.metrics import resolve
     from sinkscope.models import load_model
     from sinkscope.observe import measure as run
@@ -109,7 +109,21 @@ def measured(
             return None
         if out is not None:
             if isinstance(texts, dict):
-                short = min(texts.values(), key=len)
-                report = replace(report, attention=attention_map(model, short, bos=how.get("bos")))
+                short = _short(texts, report)
+                bos = how.get("bos")
+                kept: dict[str, Any] = {
+                    "attention": attention_map(model, short, bos=bos),
+                    "patterns": attention_patterns(model, short, bos=bos),
+                }
+                report = replace(report, **kept)
             report.save(out)
     return report
+
+
+def _short(texts: dict[str, str], report: SinkReport) -> str:
+    """Choose the text that is shown whole: the longest of those that need no cut, else the shortest."""
+    from sinkscope.attention import LONGEST
+
+    tokens = {text["label"]: text["n_tokens"] for text in report.about["texts"]}
+    whole = [label for label in tokens if tokens[label] <= LONGEST]
+    return texts[max(whole, key=tokens.__getitem__) if whole else min(tokens, key=tokens.__getitem__)]

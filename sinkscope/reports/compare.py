@@ -34,7 +34,7 @@ def side_by_side(reports: Mapping[str, SinkReport]) -> pd.DataFrame:
         `high`, and `interval` and `note` as in :meth:`SinkReport.compare`. A metric that a report does not have is NaN there.
 
     Raises:
-        SinkscopeError: fewer than two reports.
+        SinkscopeError: fewer than two reports, or reports of different kinds.
     """
     if len(reports) < 2:
         raise SinkscopeError(f"nothing to compare: give at least two reports, got {len(reports)}")

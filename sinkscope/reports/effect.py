@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -156,13 +155,34 @@ class EffectReport:
         """Give the self-contained HTML page."""
         from sinkscope.reports import page
 
-        return page.render_effects(self.summary(), self.about, self.loss_curve)
+        return page.render(self.data())
+
+    def snippet(self) -> str:
+        """Give the page as a fragment for another page: what a notebook shows."""
+        from sinkscope.reports import page
+
+        return page.snippet(self.data())
+
+    def json(self) -> str:
+        """Give all that the page shows as JSON; the documentation says what every key means."""
+        from sinkscope.reports import page
+
+        return page.as_json(self.data())
+
+    def markdown(self) -> str:
+        """Give the numbers and how they were made as Markdown, for an issue or an appendix."""
+        from sinkscope.reports import page
+
+        return page.markdown(self.data())
+
+    def data(self) -> dict[str, Any]:
+        """Give all that the page shows as a dictionary, that of :meth:`json`."""
+        from sinkscope.reports import page
+
+        return page.evaluated(self.summary(), self.curves, self.about)
 
     def _repr_html_(self) -> str:
-        columns = ["loss", "perplexity", "delta_loss", "low", "high", "interval", "kl", "sink_mass"]
-        shown = self.summary().set_index("intervention")[columns]
-        said = "".join(f"<p>{html.escape(line)}</p>" for line in [self.headline, *self._notes])
-        return f"{said}{shown.to_html(float_format='{:.3f}'.format, na_rep='', escape=True)}"
+        return self.snippet()
 
     @property
     def headline(self) -> str:

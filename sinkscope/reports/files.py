@@ -46,6 +46,7 @@ def save(
     figures: Mapping[str, Figure],
     page: str,
     about: Mapping[str, Any],
+    large: Mapping[str, pd.DataFrame] | None = None,
 ) -> Path:
     """Write a report beside the old one, and put it in its place when it is whole.
 
@@ -55,6 +56,7 @@ def save(
         figures: stem -> picture, written as `.png`.
         page: `report.html`.
         about: the seal, `summary.json`; the SHA-256 of every file is added.
+        large: stem -> table that nobody reads as text, written as `.parquet` alone.
 
     Returns:
         The directory.
@@ -66,6 +68,7 @@ def save(
     fills: dict[str, Callable[[Path], Any]] = {}
     for stem, table in tables.items():
         fills |= {f"{stem}{kind}": partial(fill, table) for kind, fill in TABLE.items()}
+    fills |= {f"{stem}.parquet": partial(_to_parquet, table) for stem, table in (large or {}).items()}
     for stem, figure in figures.items():
         fills[f"{stem}.png"] = partial(figure.savefig, format="png", dpi=160, bbox_inches="tight")
     fills["report.html"] = lambda p: p.write_text(page, encoding="utf-8")

@@ -28,6 +28,7 @@ TEXT = frozenset({"model", "text", "metric", "intervention", "sink_token", "quer
 WHOLE = frozenset({"layer", "head", "key", "tokens", "position", "sink_position", "query"})
 DETAILS = ["text", "intervention", "low", "high", "top1_agreement", "sink_token"]
 CURVES = ["text", "intervention", "position", "loss"]
+PATTERNS = ["layer", "head", "query", "key", "query_token", "value"]
 SHOWN = ["query", "key", "query_token", "key_token", "value"]
 
 
@@ -69,7 +70,8 @@ def _read(sealed: Sealed) -> SinkReport | EffectReport:
     frame = _table(files, "measurements", sink.COLUMNS, labels)
     summary = _table(files, "summary", sink.SUMMARY_COLUMNS, labels)
     shown = _table(files, "attention", SHOWN, labels) if "attention.parquet" in files else None
-    return SinkReport(frame, summary, about, shown)
+    patterns = _table(files, "patterns", PATTERNS, labels) if "patterns.parquet" in files else None
+    return SinkReport(frame, summary, about, shown, patterns)
 
 
 def _table(files: Mapping[str, bytes], stem: str, columns: list[str], labels: set[str]) -> pd.DataFrame:
@@ -93,6 +95,8 @@ def _table(files: Mapping[str, bytes], stem: str, columns: list[str], labels: se
 
 def _is_kind(values: pd.Series[Any], column: str) -> bool:
     if column in TEXT:
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            values = values.astype(values.cat.categories.dtype)
         return pd.api.types.infer_dtype(values, skipna=False) == "string" and not bool(values.isna().any())
     if column in WHOLE:
         return pd.api.types.is_integer_dtype(values.dtype)

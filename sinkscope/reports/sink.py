@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,12 +39,15 @@ class SinkReport:
         about: model, versions, engine and why, dtype, BOS decision, texts and their tokens, arguments; `notes`: what to know
             before reading the numbers, such as texts of unequal length and metrics without a number.
         attention: `query, key, value`: attention of one short text averaged over layers and heads, where it was asked for.
+        patterns: `layer, head, query, key, query_token, value`: every head's attention of one short text, where it was
+            asked for (:func:`sinkscope.attention_patterns`); the page's explorer shows it.
     """
 
     frame: pd.DataFrame
     totals: pd.DataFrame
     about: dict[str, Any] = field(repr=False)
     attention: pd.DataFrame | None = field(default=None, repr=False)
+    patterns: pd.DataFrame | None = field(default=None, repr=False)
 
     @classmethod
     def assemble(
@@ -234,7 +236,32 @@ class SinkReport:
         """Give the self-contained HTML page."""
         from sinkscope.reports import page
 
-        return page.render(self.frame, self.totals, self.about, self.attention)
+        return page.render(self.data())
+
+    def snippet(self) -> str:
+        """Give the page as a fragment for another page: what a notebook shows."""
+        from sinkscope.reports import page
+
+        return page.snippet(self.data())
+
+    def json(self) -> str:
+        """Give all that the page shows as JSON; the documentation says what every key means."""
+        from sinkscope.reports import page
+
+        return page.as_json(self.data())
+
+    def markdown(self) -> str:
+        """Give the numbers and how they were measured as Markdown, for an issue or an appendix."""
+        from sinkscope.reports import page
+
+        return page.markdown(self.data())
+
+    def data(self) -> dict[str, Any]:
+        """Give all that the page shows as a dictionary, that of :meth:`json`."""
+        from sinkscope.reports import page
+
+        numbers = pd.concat([self.totals[self.totals["text"] != ALL], self.intervals()], ignore_index=True)
+        return page.measured(self.frame, numbers, self.about, self.attention, self.patterns)
 
     def save(self, directory: str | Path) -> Path:
         """Write tables, pictures and the page into a directory.
@@ -243,8 +270,8 @@ class SinkReport:
             directory: made if need be; files of an earlier report in it are replaced.
 
         Returns:
-            The directory: `measurements.csv`, `summary.csv`, both as `.parquet`, `summary.json`, the pictures as PNG and
-            `report.html`.
+            The directory: `measurements.csv`, `summary.csv`, both as `.parquet`, `summary.json`, the pictures as PNG,
+            `report.html`, and `patterns.parquet` where there are patterns.
 
         Raises:
             SinkscopeError: the directory can't be written.
@@ -255,16 +282,15 @@ class SinkReport:
         if self.attention is not None:
             tables["attention"] = self.attention
         files.check_writable(directory)
-        return files.save(directory, tables, self.figures(), self.page(), self.about)
+        large = {} if self.patterns is None else {"patterns": self.patterns}
+        return files.save(directory, tables, self.figures(), self.page(), self.about, large)
 
     def show(self, height: int = 720) -> Shown:
         """Open the page inside a notebook's cell, `height` pixels high."""
         return Shown(self.page(), height)
 
     def _repr_html_(self) -> str:
-        shown = self.intervals().set_index("metric")[["value", "low", "high", "null", "interval"]]
-        said = "".join(f"<p>{html.escape(line)}</p>" for line in str(self).split("\n"))
-        return f"{said}{shown.to_html(float_format='{:.3f}'.format, na_rep='', escape=True)}"
+        return self.snippet()
 
     def __str__(self) -> str:
         """Say in one line what this is, and in one each what to know before reading the numbers."""

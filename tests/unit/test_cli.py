@@ -441,6 +441,15 @@ def test_evaluate_says_what_is_wrong_before_loading(never_loads, arguments, mess
     fails(message, "evaluate", "anything", "--text", TEXT, *arguments)
 
 
-def test_compare_refuses_what_evaluate_wrote(model, tmp_path):
-    ss.evaluate(model, "so it goes", ss.Window(4)).save(tmp_path)
-    fails("compare takes what measure wrote", "compare", tmp_path)
+def test_compare_takes_one_kind_at_a_time(model, tmp_path):
+    for name, size in (("x", 4), ("y", 2)):
+        ss.evaluate(model, "so it goes on and on", ss.Window(size)).save(tmp_path / name)
+    ss.measure(model, "so it goes", ["sink_mass"]).save(tmp_path / "z")
+    x, y, z = (tmp_path / name for name in "xyz")
+    fails("holds what evaluate wrote, another what measure wrote: give reports of one kind", "compare", x, z)
+    rows = json.loads(run("compare", x, y, "--json", "--out", tmp_path / "both").stdout)
+    assert [row["intervention"] for row in rows] == ["none", "window(size=4)", "window(size=2)"]
+    assert rows[1][str(x)] == pytest.approx(ss.load_report(x).summary()["delta_loss"][1])
+    assert rows[1][str(y)] is None
+    page = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    assert "window(size=2)" in page
