@@ -39,7 +39,7 @@ echo "installed: $(left) s left"
 # shellcheck disable=SC2046
 SINKSCOPE_GPU_RECORD=$out timeout -k 10 $((seconds * 2 / 5)) "$python" -m pytest -q -m gpu -p tests.gpu.plugin -p no:cacheprovider \
     -n "$([ -n "$cpu" ] && echo 2 || echo 6)" --durations 15 \
-    $("$python" -c 'import pytest_timeout' 2>/dev/null && echo --timeout 90 --timeout-method thread) \
+    $([ -z "$cpu" ] && "$python" -c "import pytest_timeout" 2>/dev/null && echo --timeout 90 --timeout-method thread) \
     $(grep -rlE 'mark\.gpu' tests --include='test_*.py' | sort) >"$out/pytest.log" 2>&1
 code=$?
 tail -n 3 "$out/pytest.log"

@@ -38,7 +38,7 @@ EDITS = [
 def there():
     """Give the tiny model of a family on the device; `plain`: Hugging Face's, without a bridge."""
     return functools.cache(
-        lambda family, plain=False: tiny_hf_model(family).to(DEVICE) if plain else fresh(tiny_model(family).to(DEVICE))
+        lambda family, plain=False: tiny_hf_model(family).to(DEVICE) if plain else fresh(tiny_model(family)).to(DEVICE)
     )
 
 
