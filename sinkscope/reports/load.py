@@ -29,6 +29,8 @@ WHOLE = frozenset({"layer", "head", "key", "tokens", "position", "sink_position"
 DETAILS = ["text", "intervention", "low", "high", "top1_agreement", "sink_token"]
 CURVES = ["text", "intervention", "position", "loss"]
 PATTERNS = ["layer", "head", "query", "key", "query_token", "value"]
+#: What tells the rows of a table apart, where one row is expected.
+ONCE = {"attention": ["query", "key"], "effects": ["text", "intervention"], "details": ["text", "intervention"]}
 SHOWN = ["query", "key", "query_token", "key_token", "value"]
 
 
@@ -88,6 +90,8 @@ def _table(files: Mapping[str, bytes], stem: str, columns: list[str], labels: se
     for column in columns if len(table) else ():  # a table without rows has no types
         if not _is_kind(table[column], column):
             raise ValueError(f"{name}: the column {column!r} holds something else than it must")
+    if stem in ONCE and table.duplicated(ONCE[stem]).any():
+        raise ValueError(f"{name} has two rows of one {' and '.join(ONCE[stem])}")
     if "text" in columns and not labels.issuperset(table["text"]):
         raise ValueError(f"{name} has rows of texts that {SEAL} does not know")
     return table
@@ -99,5 +103,5 @@ def _is_kind(values: pd.Series[Any], column: str) -> bool:
             values = values.astype(values.cat.categories.dtype)
         return pd.api.types.infer_dtype(values, skipna=False) == "string" and not bool(values.isna().any())
     if column in WHOLE:
-        return pd.api.types.is_integer_dtype(values.dtype)
+        return pd.api.types.is_integer_dtype(values.dtype) and bool((values.dropna() >= 0).all())
     return pd.api.types.is_float_dtype(values.dtype)

@@ -147,8 +147,8 @@ def _beginning(encoded: Callable[[str], list[int]], text: str, max_tokens: int |
     """
     size = len(text) if max_tokens is None else 4096 + 16 * max_tokens
     while 3 * size < len(text):
-        one, *others = (encoded(text[:n])[:max_tokens] for n in (size, 2 * size, 2 * size + 1))
-        if len(one) == max_tokens and all(other == one for other in others):
+        one = encoded(text[:size])[:max_tokens]
+        if len(one) == max_tokens and all(encoded(text[:n])[:max_tokens] == one for n in (2 * size, 2 * size + 1)):
             return one
         size *= 3
     return encoded(text)[:max_tokens]

@@ -189,19 +189,19 @@ def test_the_damaged_file_is_named(kind, tmp_path):
         assert ("missing" in str(got) or "no finished report" in str(got)) == needed, (name, got)
 
 
-def column(name, values):
+def column(name, values, table="summary"):
     """Put something else into a column of a table."""
 
-    def change(folder, table):
-        frame = pd.read_parquet(folder / table)
+    def change(folder):
+        frame = pd.read_parquet(folder / f"{table}.parquet")
         frame[name] = values(len(frame)) if values else frame[name]
-        (frame if values else frame.drop(columns=name)).to_parquet(folder / table)
+        (frame if values else frame.drop(columns=name)).to_parquet(folder / f"{table}.parquet")
 
     return change
 
 
 def said(change):
-    def changed(folder, _):
+    def changed(folder):
         about = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         change(about)
         (folder / SEAL).write_text(json.dumps(about), encoding="utf-8")
@@ -217,9 +217,11 @@ FORGED = {
     "nothing for words": column("metric", lambda n: ["a"] * (n - 1) + [None]),
     "a column less": column("null", None),
     "another text": column("text", lambda n: ["who?"] * n),
-    "no seal of JSON": lambda folder, _: (folder / SEAL).write_text("[" * 100_000),
-    "a list for a seal": lambda folder, _: (folder / SEAL).write_text("[]"),
-    "not UTF-8": lambda folder, _: (folder / SEAL).write_bytes(b'{"a": "\xff"}'),
+    "numbers below zero": column("tokens", lambda n: [-1] * n, "measurements"),
+    "a query twice": column("query", lambda n: [0] * n, "attention"),
+    "no seal of JSON": lambda folder: (folder / SEAL).write_text("[" * 100_000),
+    "a list for a seal": lambda folder: (folder / SEAL).write_text("[]"),
+    "not UTF-8": lambda folder: (folder / SEAL).write_bytes(b'{"a": "\xff"}'),
     "no texts": said(lambda about: about.pop("texts")),
     "texts that are words": said(lambda about: about.update(texts=["a"])),
     "tokens that are numbers": said(lambda about: about["texts"][0].update(tokens=[1])),
@@ -234,7 +236,7 @@ FORGED = {
 @pytest.mark.parametrize("what", FORGED)
 def test_what_looks_otherwise_than_a_report_is_refused_in_one_line(what, tmp_path):
     shutil.copytree(next(p for p in SAVED if p.name == "measure"), tmp_path / "bad")  # of 0.1.0: no checksums
-    FORGED[what](tmp_path / "bad", "summary.parquet")
+    FORGED[what](tmp_path / "bad")
     with pytest.raises(ss.SinkscopeError, match="can't be read: ") as error:
         ss.load_report(tmp_path / "bad")
     assert "\n" not in str(error.value)

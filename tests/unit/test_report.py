@@ -485,6 +485,16 @@ def test_numbers_have_three_digits(value, text):
     assert words.number(value) == text
 
 
+@pytest.mark.parametrize("texts", [[list(range(5, 11)), list(range(5, 14))], [list(range(5, 11))]], ids=len)
+def test_two_keys_at_one_position_are_one(llama, texts):
+    report = ss.measure(llama, texts, ["sink_mass", "sink_rate"], key=[5, -1])
+    assert not report.frame.duplicated(["text", "metric", "layer", "head", "key"]).any()
+    assert set(report.frame.query("text == 'text 0'")["key"].dropna()) == {5}
+    assert {"sink_mass[key=5]", "sink_mass[key=-1]"} <= set(report.summary()["metric"])
+    pytest.importorskip("xarray")
+    assert np.isfinite(report.to_xarray()["sink_mass"].sel(text="text 0").max())
+
+
 # --- files ---------------------------------------------------------------------------------------------------------------
 
 
@@ -578,7 +588,8 @@ def test_hostile_labels_and_tokens_survive_and_are_escaped(llama, tmp_path):
     assert back.texts == labels
     pd.testing.assert_frame_equal(back.frame, report.frame)
     read = pd.read_csv(tmp_path / "measurements.csv", lineterminator=None)
-    assert read["text"].tolist() == report.frame["text"].tolist()
+    shown = report.frame["text"].str.replace("\n", "\\n").str.replace("\x1b", "\\x1b")
+    assert read["text"].tolist() == shown.tolist()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<img src=x" not in page
     assert "<script>alert" not in page
