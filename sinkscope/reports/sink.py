@@ -14,7 +14,7 @@ from sinkscope.metrics import BUILT_IN
 from sinkscope.metrics.base import AcrossTexts, AnyMetric
 from sinkscope.reports import intervals, notes
 from sinkscope.reports.compare import compared
-from sinkscope.reports.shown import Shown
+from sinkscope.reports.shown import Shown, inline
 from sinkscope.reports.tables import COLUMNS as COLUMNS
 from sinkscope.reports.tables import SUMMARY_COLUMNS as SUMMARY_COLUMNS
 from sinkscope.reports.tables import tables
@@ -264,7 +264,8 @@ class SinkReport:
     def _repr_html_(self) -> str:
         shown = self.intervals().set_index("metric")[["value", "low", "high", "null", "interval"]]
         said = "".join(f"<p>{html.escape(line)}</p>" for line in str(self).split("\n"))
-        return f"{said}{shown.to_html(float_format='{:.3f}'.format, na_rep='', escape=True)}"
+        table = shown.to_html(float_format="{:.3f}".format, na_rep="", escape=True)
+        return f"{said}{inline(self.figures().get('heatmap'))}{table}"
 
     def __str__(self) -> str:
         """Say in one line what this is, and in one each what to know before reading the numbers."""
