@@ -26,7 +26,7 @@ def demo(
         from sinkscope.models import SMOLLM2
         from sinkscope.samples import samples
 
-        report = measured(SMOLLM2, samples(), None, out, {"device": device})
+        report = measured(SMOLLM2, samples(), None, out, {"device": device}, quiet=as_json)
         if report is None:
             return
         show(report, as_json)

@@ -67,7 +67,7 @@ def evaluate(
             check_writable(out)
         how: dict[str, Any] = {"score_from": score_from, "bos": bos, "max_tokens": max_tokens, "per_text": per_text}
         with joined() as share, claimed(out if share.rank == 0 else None):
-            with saying(share.rank == 0, f"loading {model} ..."):
+            with saying(share.rank == 0 and not as_json, f"loading {model} ..."):
                 loaded = load_model(model, device=device, device_map=device_map)
             report = run(loaded, given, edits, progress=True, resume=out, distributed=share.world > 1, **how)
             if share.rank > 0:

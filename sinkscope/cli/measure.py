@@ -64,6 +64,7 @@ def measure(
             metric or None,
             out,
             {"backend": backend, "device": device, "device_map": device_map},
+            quiet=as_json,
             key=[key_of(k) for k in key] if key else 0,
             bos=bos,
             max_tokens=max_tokens,
@@ -83,6 +84,8 @@ def measured(
     metric: list[str] | None,
     out: Path | None,
     load: dict[str, Any],
+    *,
+    quiet: bool = False,
     **how: Any,
 ) -> SinkReport | None:
     """Check what can be checked before the model is loaded; then load, measure and write.
@@ -102,7 +105,7 @@ def measured(
     if out is not None:
         check_writable(out)
     with joined() as share, claimed(out if share.rank == 0 else None):
-        with saying(share.rank == 0, f"loading {plain(name)} ..."):
+        with saying(share.rank == 0 and not quiet, f"loading {plain(name)} ..."):
             model = load_model(name, **load)
         report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)
         if share.rank > 0:

@@ -73,7 +73,7 @@ def study(
             raise SinkscopeError("study all writes a directory: give it, --out DIR")
         if out is not None:
             check_writable(out)
-        with saying(True, f"loading {', '.join([model, *(also or [])])} ..."):
+        with saying(not as_json, f"loading {', '.join([model, *(also or [])])} ..."):
             if also:
                 how["also"] = [load_model(other, device=device) for other in also]
             loaded = model if "checkpoints" in how else load_model(model, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -15,14 +15,27 @@ from sinkscope.reports import intervals
 from sinkscope.reports.notes import tokens_of
 from sinkscope.results import ALL
 
-if TYPE_CHECKING:
-    from sinkscope.reports.sink import SinkReport
-
 #: Letters of a text that are compared, and the share of them that must agree: tokenizers write a text differently.
 LETTERS, ALIKE = 200, 0.9
 
 
-def side_by_side(reports: Mapping[str, SinkReport]) -> pd.DataFrame:
+@runtime_checkable
+class Measured(Protocol):
+    """What is compared: a :class:`sinkscope.SinkReport`."""
+
+    @property
+    def totals(self) -> pd.DataFrame:
+        """One row per model-level number, of every text and of all."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How it was made."""
+
+    def summary(self, text: str | None = None) -> pd.DataFrame:
+        """Give the rows of a text, or of all."""
+
+
+def side_by_side(reports: Mapping[str, Measured]) -> pd.DataFrame:
     """Put the summaries of several reports into one table, with the differences to the first.
 
     Args:
@@ -52,7 +65,7 @@ def side_by_side(reports: Mapping[str, SinkReport]) -> pd.DataFrame:
     return pd.DataFrame(columns).reindex(list(order))
 
 
-def compared(first: SinkReport, second: SinkReport) -> pd.DataFrame:
+def compared(first: Measured, second: Measured) -> pd.DataFrame:
     """Compare two reports metric by metric; see :meth:`SinkReport.compare`."""
     columns = ["metric", "value", "std_error", "null"]
     both = first.summary(ALL)[columns].merge(second.summary(ALL)[columns], on="metric", suffixes=("", "_other"))
@@ -79,16 +92,16 @@ def compared(first: SinkReport, second: SinkReport) -> pd.DataFrame:
     return both.assign(difference=differences, low=low, high=high, interval=said, note=notes)
 
 
-def _by_text(report: SinkReport) -> pd.DataFrame:
+def _by_text(report: Measured) -> pd.DataFrame:
     """Lay out the numbers of single texts, a row per text and a column per metric."""
     return report.totals[report.totals["text"] != ALL].pivot(index="text", columns="metric", values="value")
 
 
-def _units(*reports: SinkReport) -> dict[str, str]:
+def _units(*reports: Measured) -> dict[str, str]:
     return {name: unit for report in reports for name, unit in report.about.get("units", {}).items()}
 
 
-def _why_not_paired(first: SinkReport, second: SinkReport) -> str:
+def _why_not_paired(first: Measured, second: Measured) -> str:
     """Say why texts can't be compared pair by pair; empty where they can."""
     ours, theirs = ({t["label"]: t for t in r.about["texts"]} for r in (first, second))
     if ours.keys() != theirs.keys():
@@ -119,7 +132,7 @@ def _note(row: Mapping[Any, Any], why: str) -> str:
     return "; ".join(filter(None, (why, chance)))
 
 
-def lengths_differ(reports: Mapping[str, SinkReport]) -> str:
+def lengths_differ(reports: Mapping[str, Measured]) -> str:
     """Say how long the texts of each report are, where these lengths differ; empty where they don't."""
     lengths = {name: [t["n_tokens"] for t in report.about["texts"]] for name, report in reports.items()}
     if len({tuple(sorted(of)) for of in lengths.values()}) == 1:

@@ -64,6 +64,7 @@ def test_a_study_prints_and_writes_what_python_gives(saved_model, model, tmp_pat
     assert result.exit_code == 0, result.output
     expected = ss.studies.non_first(model, {"t.txt": (tmp_path / "t.txt").read_text()}, sequences=4, tokens=40)
     assert expected.said in result.stdout
+    assert repr(expected) == str(expected) == f"StudyReport: non-first, tiny-llama\n{expected.verdict}"
     assert result.stdout.splitlines()[-1].endswith("study.html")
     same(pd.read_csv(tmp_path / "out" / "study.csv", keep_default_na=False, na_values=[""]), expected.table.replace("", None))
     printed = json.loads(run(*given, "--json").stdout)
