@@ -194,6 +194,15 @@ def test_a_report_with_a_column_more_survives_the_round_trip(llama, tmp_path):
     assert report.to_xarray()["query_profile"].dims == ("text", "layer", "head", "query")
 
 
+def test_a_number_per_query_is_no_picture_of_heads(llama, tmp_path):
+    report = ss.measure(llama, ["so it goes", "and on"], ["query_profile"], key=[0, 1])
+    assert report.figures() == {}
+    assert isinstance(attempt(lambda: report.heatmap("query_profile")), SinkscopeError)
+    assert report.to_xarray()["query_profile"].dims == ("text", "layer", "head", "query", "key")
+    report.save(tmp_path)
+    assert ss.load_report(tmp_path).frame.equals(report.frame)
+
+
 def test_a_run_with_other_queries_is_not_taken_up(llama, tmp_path):
     texts = ["so it goes", "and on"]
     ss.measure(llama, texts, ["sink_mass"], where=ss.where.positions(2, None), resume=tmp_path)
