@@ -11,7 +11,7 @@ ENV    := .venv
 ENV39  := .venv-tl39
 PIP    := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint test43 test39 pages docs bench fuzz clean
+.PHONY: demo test lint script test43 test39 pages docs bench fuzz clean
 
 demo: $(ENV)/ready
 	$(ENV)/bin/sinkscope demo --out sinkscope-demo
@@ -27,6 +27,18 @@ lint: $(ENV)/ready
 	$(ENV)/bin/mypy --config-file= examples/*.py tests/benchmarks/*.py
 	$(ENV)/bin/basedpyright --pythonpath $(ENV)/bin/python
 	$(ENV)/bin/lint-imports
+	$(MAKE) --no-print-directory script
+
+# The page's script and style by biome, from npm; the same packages have axe, for the tests in a browser.
+NODE := tests/browser
+script:
+	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory $(NODE)/node_modules/ready && \
+	$(NODE)/node_modules/.bin/biome lint --error-on-warnings --config-path=$(NODE) sinkscope/reports/page; \
+	else echo "notice: npm is not installed; the page's script is not linted"; fi
+
+$(NODE)/node_modules/ready: $(NODE)/package-lock.json
+	npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund --silent
+	touch $@
 
 test43: $(ENV)/ready
 	$(ENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -7,7 +7,17 @@ import sinkscope
 
 sys.path.insert(0, str(Path(__file__).parent))  # sphinx-gallery looks `conf.in_order` up by its name
 project, author, release = "sinkscope", "The sinkscope developers", sinkscope.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_gallery.gen_gallery"]
+copyright = f"2026, {author}"
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",  # links to the source
+    "sphinx_gallery.gen_gallery",
+]
+myst_enable_extensions = ["deflist"]
+html_static_path, html_css_files = ["static"], ["wide.css"]
+viewcode_line_numbers = True
 exclude_patterns = ["build", "tutorials/*.ipynb", "tutorials/*.py"]
 html_theme, html_title = "furo", "sinkscope"
 maximum_signature_line_length = 100
@@ -37,6 +47,9 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "download_all_examples": False,
     "min_reported_time": 1,
+    "show_memory": False,
+    "capture_repr": ("_repr_html_",),  # what says itself in a notebook; no `Out: <Axes: ...>`
+    "write_computation_times": False,
     "reset_modules": ("matplotlib",),
 }
 

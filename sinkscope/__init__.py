@@ -5,17 +5,22 @@ Data flow::
     measure:   texts -> tokens -> capture (an engine) -> Block -> metric accumulators -> SinkReport -> plots, files
     evaluate:  intervention -> edited attention -> per-token loss, KL -> EffectReport -> plots, files
 
-A metric is a function of a block, an intervention a frozen dataclass; everything around them is the library's.
+Two contracts carry it: a metric is a function of a :class:`~sinkscope.block.Block`, an intervention an
+:class:`~sinkscope.edit.Edit`; engines know these alone. Modules import downwards::
+
+    cli > studies > observe, causal, attention > interventions > capture > models > reports > runs > results > metrics
+        > tokens > block, edit > errors
 """
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sinkscope import interventions, metrics, studies, testing, where
-    from sinkscope.attention import attention_map
+    from sinkscope.attention import attention_map, attention_patterns
     from sinkscope.block import Block
     from sinkscope.causal import evaluate
     from sinkscope.errors import InertHookError, SinkscopeError
@@ -44,6 +49,7 @@ _HOME = {
     "SinkscopeError": "errors",
     "Window": "interventions",
     "attention_map": "attention",
+    "attention_patterns": "attention",
     "evaluate": "causal",
     "load_model": "models",
     "load_report": "reports.load",
@@ -65,6 +71,7 @@ __all__ = [
     "SinkscopeError",
     "Window",
     "attention_map",
+    "attention_patterns",
     "evaluate",
     "interventions",
     "load_model",
@@ -88,9 +95,34 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         value = importlib.import_module(f"sinkscope.{_MODULES[name]}")
     else:
-        raise AttributeError(f"module 'sinkscope' has no attribute {name!r}")
+        raise AttributeError(f"module 'sinkscope' has no attribute {name!r}{_hint(name)}")
     globals()[name] = value
     return value
+
+
+def _hint(name: str) -> str:
+    """Say in which public module a name is; their source is read, since importing them takes seconds."""
+    for module, path in _MODULES.items():
+        file = Path(__file__).parent.joinpath(*path.split("."))
+        source = (file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text(encoding="utf-8")
+        if not name.startswith("_") and name in source and name in _names(source):
+            return f": it is sinkscope.{module}.{name}"
+    return ""
+
+
+def _names(source: str) -> set[str]:
+    """Give what a module defines, takes from other modules of this package, or lists in `__all__`."""
+    import ast
+
+    found: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("sinkscope"):
+            found.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
+            found.update(str(part.value) for part in ast.walk(node.value) if isinstance(part, ast.Constant))
+    return found
 
 
 def __dir__() -> list[str]:

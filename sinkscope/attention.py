@@ -1,7 +1,9 @@
-"""The attention of one short text, averaged over layers and heads: the one place where a pattern is kept, and small."""
+"""The attention of one short text, whole: the one place where patterns are kept, and small."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,14 @@ import pandas as pd
 from sinkscope.block import Block
 from sinkscope.capture import choose
 from sinkscope.errors import SinkscopeError
-from sinkscope.models import adapt
+from sinkscope.models import Adapter, adapt
 from sinkscope.runs.undo import surely
+from sinkscope.tokens import TextTokens, Tokens, at_most
 
 #: Longest text that is drawn whole.
 LONGEST = 64
+#: Numbers that all heads' patterns may have; many heads leave room for fewer tokens.
+MOST_NUMBERS = 1_100_000
 
 
 def attention_map(
@@ -37,20 +42,18 @@ def attention_map(
         max_tokens: the text is cut to this many tokens.
 
     Returns:
-        One row per (query, key): `query, key, query_token, key_token, value`.
+        One row per (query, key): `query, key, query_token, key_token, value`; `attrs` says of which model, layer and head.
 
     Raises:
         SinkscopeError: no such layer or head, or more than one text.
     """
     adapter = adapt(model)
     tokens = adapter.tokenize(text, bos=bos, max_tokens=max_tokens)
-    if len(tokens) != 1:
-        raise SinkscopeError(f"one text at a time; got {len(tokens)}")
+    sequence = _only(tokens)
     if layer is not None and layer not in adapter.layers:
         raise SinkscopeError(f"layer={layer}: the layers with attention are {adapter.layers[0]} to {adapter.layers[-1]}")
     if head is not None and not 0 <= head < adapter.n_heads:
         raise SinkscopeError(f"head={head}: the heads are 0 to {adapter.n_heads - 1}")
-    sequence = tokens.sequences[0]
     t = len(sequence)
     total = np.zeros((t, t))
     count = 0
@@ -62,11 +65,10 @@ def attention_map(
             total[block.start : block.start + block.n_queries, : pattern.shape[-1]] += pattern.mean(0).double().cpu().numpy()
             count += block.start == 0
 
-    with surely(choose("auto", adapter, frozenset({frozenset({"pattern"})}), None, tokens)) as capture:
-        capture.run(next(tokens.batches(1, adapter.device)), add, lambda: None)
+    _run(adapter, tokens, add)
     query, key = (axis.reshape(-1) for axis in np.indices((t, t)))
     words = np.array(sequence.strings, dtype=object)
-    return pd.DataFrame(
+    shown = pd.DataFrame(
         {
             "query": query,
             "key": key,
@@ -75,3 +77,67 @@ def attention_map(
             "value": (total / max(count, 1)).reshape(-1),
         }
     )
+    shown.attrs = {"model": adapter.name, "layer": layer, "head": head}
+    return shown
+
+
+def attention_patterns(model: Any, text: Any, *, bos: bool | None = None, max_tokens: int | None = None) -> pd.DataFrame:
+    """Every head's whole attention pattern of one short text.
+
+    Args:
+        model: as for :func:`sinkscope.measure`.
+        text: one text, path or row of ids.
+        bos: as for :func:`sinkscope.measure`.
+        max_tokens: the text is cut to this many tokens; None: 64, or fewer where that is over a million numbers in all heads.
+
+    Returns:
+        One row per (layer, head, query, key): `layer, head, query, key, query_token, value`, float32; of a causal model the
+        keys up to the query. A :class:`SinkReport` that has it as `patterns` shows it on its page.
+
+    Raises:
+        SinkscopeError: more than one text.
+    """
+    adapter = adapt(model)
+    most = at_most(max_tokens) or _longest(adapter)
+    tokens = adapter.tokenize(text, bos=bos, max_tokens=most)
+    sequence = _only(tokens)
+    t = len(sequence)
+    held = {layer: np.zeros((adapter.n_heads, t, t), dtype=np.float32) for layer in adapter.layers}
+
+    def add(block: Block, group: frozenset[str]) -> None:
+        pattern = block.pattern[0]
+        rows = slice(block.start, block.start + block.n_queries)
+        held[block.layer][:, rows, : pattern.shape[-1]] = pattern.float().cpu().numpy()
+
+    _run(adapter, tokens, add)
+    query, key = np.tril_indices(t) if adapter.causal else (axis.reshape(-1) for axis in np.indices((t, t)))
+    values = np.stack([held[layer][:, query, key] for layer in adapter.layers])
+    layer, head, pair = (axis.reshape(-1) for axis in np.indices(values.shape, dtype=np.int32))
+    words = pd.Categorical(list(sequence.strings))
+    return pd.DataFrame(
+        {
+            "layer": np.asarray(adapter.layers, dtype=np.int16)[layer],
+            "head": head.astype(np.int16),
+            "query": query[pair].astype(np.int16),
+            "key": key[pair].astype(np.int16),
+            "query_token": words[query[pair]],
+            "value": values.reshape(-1),
+        }
+    )
+
+
+def _longest(adapter: Adapter) -> int:
+    """How many tokens there is room for in all heads."""
+    heads = len(adapter.layers) * adapter.n_heads
+    return max(2, min(LONGEST, int(math.sqrt((2 if adapter.causal else 1) * MOST_NUMBERS / heads))))
+
+
+def _only(tokens: Tokens) -> TextTokens:
+    if len(tokens) != 1:
+        raise SinkscopeError(f"one text at a time; got {len(tokens)}")
+    return tokens.sequences[0]
+
+
+def _run(adapter: Adapter, tokens: Tokens, add: Callable[[Block, frozenset[str]], None]) -> None:
+    with surely(choose("auto", adapter, frozenset({frozenset({"pattern"})}), None, tokens)) as capture:
+        capture.run(next(tokens.batches(1, adapter.device)), add, lambda: None)

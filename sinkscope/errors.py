@@ -14,6 +14,10 @@ class InertHookError(SinkscopeError):
     """TransformerLens would discard an edit, or never fire a hook, at the place that was asked for."""
 
 
+class MetricError(SinkscopeError):
+    """A metric raised, or returned what it may not; its last line is the line of the metric where that was."""
+
+
 def unknown(kind: str, name: object, available: Iterable[str]) -> SinkscopeError:
     """Build the error for a name that does not exist: the nearest name and the whole list.
 

@@ -54,7 +54,15 @@ def no_browser() -> str | None:
     return f"{' and '.join(missing)} not installed" if missing else None
 
 
-NEEDS = {"hub": hub_unreachable, "browser": no_browser}
+#: Where tests marked `gpu` run: `tests/gpu/run.sh --cpu` rehearses them without a GPU.
+DEVICE = torch.device(os.environ.get("SINKSCOPE_TEST_DEVICE", "cuda"))
+
+
+def no_gpu() -> str | None:
+    return "no CUDA device here" if DEVICE.type == "cuda" and not torch.cuda.is_available() else None
+
+
+NEEDS = {"hub": hub_unreachable, "browser": no_browser, "gpu": no_gpu}
 
 
 def why_not(marker: str, config: pytest.Config) -> str | None:
@@ -110,14 +118,6 @@ def fresh(model):
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))
     return model
-
-
-@pytest.fixture(autouse=True)
-def unproved():
-    """Have every test prove the engine anew: some break it, and tiny models are shared."""
-    from sinkscope.capture import proof
-
-    proof.PROVED.clear()
 
 
 @pytest.fixture(scope="session")
@@ -267,7 +267,7 @@ def fingerprint(model: nn.Module) -> dict:
         replaced = {key: id(value) for key, value in own.items() if callable(value) or key == "_pattern"}
         found[name] = (module.training, hooks, replaced, sorted(own.keys() - {"_fired_hook_out"}))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        checksum = zlib.crc32(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        checksum = zlib.crc32(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
         found["tensor " + name] = (tensor.data_ptr(), tensor.requires_grad, tensor.grad is None, checksum)
     return found
 

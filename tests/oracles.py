@@ -116,7 +116,11 @@ def consistency(values: Iterable[float]) -> dict[str, float]:
     if len(values) < 2:
         return {"std": math.nan, "cv": math.nan, "low": math.nan, "high": math.nan}
     margin = float(stats.t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
-    return {"std": std, "cv": _divide(std, mean), "low": mean - margin, "high": mean + margin}
+    if not 0 < mean < 1:
+        return {"std": std, "cv": _divide(std, mean), "low": max(0.0, mean - margin), "high": min(1.0, mean + margin)}
+    logit, slope = math.log(mean / (1 - mean)), 1 / (mean * (1 - mean))  # a share: the interval is made on the logit scale
+    low, high = (1 / (1 + math.exp(-(logit + way * margin * slope))) for way in (-1, 1))
+    return {"std": std, "cv": _divide(std, mean), "low": low, "high": high}
 
 
 def standard_error(values: Iterable[float]) -> float:

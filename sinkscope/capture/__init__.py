@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sinkscope.block import Block
 from sinkscope.capture import chunks, proof
+from sinkscope.capture.blocks import OnBlock
+from sinkscope.capture.engine import Capture as Engine
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models import Adapter
-from sinkscope.models.adapter import WRAP
+from sinkscope.models.adapting import WRAP
 from sinkscope.tokens import Batch, Tokens
 
 #: What `engine=` takes.
 ENGINES = ("auto", "flash", "hooks")
-
-OnBlock = Callable[[Block, frozenset[str]], None]
 
 
 @runtime_checkable
 class Capture(Protocol):
     """What an engine offers: entered once, run once per batch."""
 
-    name: str
-    why: str
-    chunk: int | None
+    @property
+    def name(self) -> str:
+        """The engine's name."""
+        ...
+
+    @property
+    def why(self) -> str:
+        """Why this one."""
+        ...
+
+    @property
+    def chunk(self) -> int | None:
+        """Query rows per step, or None for one shot."""
+        ...
 
     def __enter__(self) -> Capture:
         """Prepare the model."""
         ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *how: Any) -> None:
         """Restore the model."""
         ...
 
@@ -51,7 +60,7 @@ class Capture(Protocol):
 
 def choose(
     engine: str, adapter: Adapter, groups: frozenset[frozenset[str]], chunk: int | str | None, tokens: Tokens
-) -> Capture:
+) -> Engine:
     """Pick the engine that can run these metrics on this model.
 
     Args:

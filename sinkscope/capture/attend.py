@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,24 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.capture.op import scores_of
+from sinkscope.capture.stream import Rotation, turn
+from sinkscope.edit import NOTHING, Edit
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions import Intervention
 
 #: Query rows at a time.
 ROWS = 128
-NONE = Intervention()
-
-
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """How to turn a query to its position inside a cache: rotary frequencies, and how far positions lie below the text's."""
-
-    frequencies: Tensor
-    shift: int = 0
 
 
 def attend(
-    edit: Intervention,
+    edit: Edit,
     layer: int,
     query: Float[Tensor, "batch head query d_head"],
     key: Float[Tensor, "batch kv_head key d_head"],
@@ -40,7 +31,7 @@ def attend(
     """Attend as edited; a window costs tokens x window.
 
     Args:
-        edit: the intervention.
+        edit: what is edited.
         layer: which layer this is.
         query: the latest tokens' queries, rotated and normed.
         key: those of all keys that are held; grouped keys are not expanded.
@@ -53,7 +44,7 @@ def attend(
     Returns:
         The output, and the attention that each key received, summed over batch, heads and queries, in float64 on the CPU.
     """
-    edit = edit if edit.edits(layer) else NONE
+    edit = edit if edit.edits(layer) else NOTHING
     n, held = query.shape[2], key.shape[2]
     scale, softcap, sinks, window = (given[name] for name in ("scale", "softcap", "sinks", "window"))
     cache, value = edit.cache(layer), edit.values(layer, value, at, length)
@@ -99,13 +90,3 @@ def attend(
         grouped = weights.view(b, k.shape[1], -1, w) @ v.to(weights.dtype)
         out[:, :, start:stop] = grouped.view(b, h, m, -1).to(out.dtype)
     return out, received
-
-
-def turn(x: Float[Tensor, "batch head position d"], by: Int[Tensor, " position"], frequencies: Tensor) -> Tensor:
-    """Turn rotary queries or keys by some positions: the pairs are (j, j + d/2) of the first 2 x `frequencies` numbers."""
-    angles = by[:, None].double() * frequencies.to(by.device).double()
-    cos, sin = (torch.cat([f(angles)] * 2, -1).to(x.dtype) for f in (torch.cos, torch.sin))
-    d = cos.shape[-1]
-    rotary, rest = x[..., :d], x[..., d:]
-    first, second = rotary.chunk(2, -1)
-    return torch.cat([rotary * cos + torch.cat([-second, first], -1) * sin, rest], -1)

@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sinkscope.block import HOOK_OF
-from sinkscope.capture.hooks import ATTENTION, HooksCapture, _NotFiniteError, _Pass
-from sinkscope.capture.rows import StoredPattern
+from sinkscope.capture.blocks import ATTENTION, NotFiniteError, OnBlock, Pass
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
-from sinkscope.runs.undo import Undo
 from sinkscope.tokens import Batch, Tokens
 
-if TYPE_CHECKING:
-    from sinkscope.capture import OnBlock
 
-
-@dataclass
-class CachedCapture(HooksCapture):
+@dataclass(frozen=True)
+class CachedCapture:
     """The engine, for one call of `measure`; `rows` gives each text's row in the cache."""
 
+    adapter: Adapter
+    groups: frozenset[frozenset[str]]
+    cache: Any
+    rows: dict[str, int]
     name: str = "cache"
-    cache: Any = None
-    rows: dict[str, int] = field(default_factory=dict)
+    why: str = "patterns of an ActivationCache; nothing was run"
+    chunk: int | None = None
 
     def __enter__(self) -> CachedCapture:
         """Touch nothing."""
-        self._undo: ExitStack = Undo()
         return self
 
+    def __exit__(self, *how: Any) -> None:
+        """Touch nothing."""
+
+    def close(self) -> None:
+        """Touch nothing."""
+
     def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
-        """Hand out what the cache holds of these texts."""
+        """Hand out what the cache holds of these texts.
+
+        Raises:
+            SinkscopeError: it lacks something, or holds NaN or infinity.
+        """
         rows = [self.rows[s.label] for s in batch.sequences]
-        one = _Pass(self.adapter, self.groups, batch, 0, on_block, tick)
+        one = Pass(self.adapter, self.groups, batch, 0, on_block, tick)
         try:
             for layer in self.adapter.layers:
                 for need in sorted({"pattern" if n in ATTENTION else n for group in self.groups for n in group}):
-                    value = self._held(layer, need, rows, batch.ids.shape[1])
-                    one.take(layer, need, StoredPattern(value, 0, self.adapter.causal) if need == "pattern" else value)
-        except _NotFiniteError:
+                    one.take(layer, need, self._held(layer, need, rows, batch.ids.shape[1]))
+        except NotFiniteError:
             raise SinkscopeError(f"the cache holds NaN or infinity in layer {one.layer}. Nothing was reported") from None
         return torch.zeros(0)
 
@@ -75,9 +81,6 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], cache: Any, tokens
     Raises:
         SinkscopeError: it has another number of texts, or another length.
     """
-    why = "patterns of an ActivationCache; nothing was run"
-    capture = CachedCapture(adapter, groups, None, why, cache=cache)
-    capture.rows = {s.label: row for row, s in enumerate(tokens.sequences)}
     patterns = (v for k, v in cache.cache_dict.items() if k.endswith("attn.hook_pattern"))
     shape = next((tuple(v.shape) if cache.has_batch_dim else (1, *v.shape) for v in patterns), None)
     longest = max(len(s) for s in tokens.sequences)
@@ -86,4 +89,4 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], cache: Any, tokens
             f"the cache holds {shape[0]} texts of up to {shape[-1]} tokens, and {len(tokens)} of up to {longest} were given: "
             "give the ids that it was filled with (padded on the right, with their attention_mask)"
         )
-    return capture
+    return CachedCapture(adapter, groups, cache, {s.label: row for row, s in enumerate(tokens.sequences)})

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from sinkscope.block import Block
-from sinkscope.capture.hooks import ATTENTION, HooksCapture
+from sinkscope.capture.blocks import ATTENTION
+from sinkscope.capture.engine import Capture
+from sinkscope.capture.hooks import hooks
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.runs.undo import surely
-from sinkscope.tokens import Batch, TextTokens, Tokens
+from sinkscope.tokens import Batch, TextTokens, Tokens, whole_number
 
 #: A cache is wrong when patterns differ by this much: broken ones miss by 0.1 and more, float32 rounding by 1e-5.
 WRONG = 5e-3
@@ -18,7 +20,7 @@ WRONG = 5e-3
 CHUNK, LONG = 128, 1024
 
 
-def plan(adapter: Adapter, groups: frozenset[frozenset[str]], chunk: int | str | None, tokens: Tokens) -> HooksCapture:
+def plan(adapter: Adapter, groups: frozenset[frozenset[str]], chunk: int | str | None, tokens: Tokens) -> Capture:
     """Decide between one shot and chunked prefill, and say why.
 
     Raises:
@@ -26,19 +28,21 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], chunk: int | str |
     """
     longest = max(len(s) for s in tokens.sequences)
     if chunk is None:
-        return HooksCapture(adapter, groups, None, "hooks on attn.hook_pattern, one shot")
-    if chunk != "auto" and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-        raise SinkscopeError(f"chunk={chunk!r}: give a number of query rows (such as 256), None, or 'auto'")
+        return hooks(adapter, groups, "hooks on attn.hook_pattern, one shot")
+    if chunk != "auto":
+        chunk = whole_number(chunk, "chunk", "a number of query rows (such as 256), None, or 'auto'")
+        if chunk < 1:
+            raise SinkscopeError(f"chunk={chunk!r}: give a number of query rows (such as 256), None, or 'auto'")
     if chunk == "auto" and longest < LONG:
-        return HooksCapture(adapter, groups, None, f"hooks on attn.hook_pattern, one shot (under {LONG} tokens)")
+        return hooks(adapter, groups, f"hooks on attn.hook_pattern, one shot (under {LONG} tokens)")
     extra = sorted(set().union(*groups) - ATTENTION)
     why_not = f"a metric needs {extra[0]}" if extra else why_cache_is_wrong(adapter, tokens)
     if why_not is None:
         size = CHUNK if chunk == "auto" else int(chunk)
         why = f"hooks on attn.hook_pattern, chunked prefill of {size} rows (KV cache proved right on this model)"
-        return HooksCapture(adapter, groups, size, why)
+        return hooks(adapter, groups, why, size)
     if chunk == "auto":
-        return HooksCapture(adapter, groups, None, f"hooks on attn.hook_pattern, one shot ({why_not})")
+        return hooks(adapter, groups, f"hooks on attn.hook_pattern, one shot ({why_not})")
     raise SinkscopeError(f"chunk={chunk} can't be used: {why_not}. Leave it out, or pass chunk=None.")
 
 
@@ -81,7 +85,7 @@ def _patterns(adapter: Adapter, batch: Batch, chunk: int | None) -> list[Tensor]
         into[:, :, block.start : block.start + block.n_queries, : pattern.shape[3]] = pattern
 
     try:
-        with surely(HooksCapture(adapter, frozenset({frozenset({"pattern"})}), chunk, "proof")) as capture:
+        with surely(hooks(adapter, frozenset({frozenset({"pattern"})}), "proof", chunk)) as capture:
             capture.run(batch, keep, lambda: None)
     except InertHookError:
         raise

@@ -7,7 +7,8 @@ text a piece at a time, with the keys and values that its cache still holds, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,19 +16,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.capture import points, proof
-from sinkscope.capture.attend import NONE, Rotation, attend, turn
-from sinkscope.capture.flash import FlashCapture
+from sinkscope.capture.attend import attend
+from sinkscope.capture.call import Calls
+from sinkscope.capture.flash import first_bad_module
+from sinkscope.capture.hooks import first_bad_layer
+from sinkscope.capture.masks import Masks
 from sinkscope.capture.residuals import editing_residuals
+from sinkscope.capture.routes import Route
+from sinkscope.capture.stream import Rotation, Stream
+from sinkscope.capture.swap import swapped
+from sinkscope.edit import NOTHING, Edit
 from sinkscope.errors import InertHookError, SinkscopeError
-from sinkscope.interventions import Intervention
 from sinkscope.models import Adapter
-from sinkscope.runs.undo import surely
-from sinkscope.tokens import Batch, Tokens
+from sinkscope.runs.undo import Undo
+from sinkscope.tokens import Batch
 
 #: Tokens per forward pass: where a model is run anew for every token, and of a streaming window.
 TOKENS, PIECE = 4096, 256
-GROUPS = frozenset({frozenset({"mass"})})
 
 Tick = Callable[[], None]
 
@@ -53,62 +58,78 @@ class Edited(Protocol):
         """Restore the model, if it is not."""
         ...
 
-    def pieces(self, batch: Batch, edit: Intervention, tick: Tick) -> Iterator[Float[Tensor, "position d_model"]]:
+    def pieces(self, batch: Batch, route: Route, tick: Tick) -> Iterator[Float[Tensor, "position d_model"]]:
         """Run the body over one text under an edit; yields its last hidden states, piece by piece, in order."""
         ...
 
 
 @dataclass
-class EditedCapture(FlashCapture):
-    """The engine that edits inside the attention op."""
+class InsideCapture:
+    """The engine that edits inside the attention op; `frequencies` are there where an edit turns queries into a cache."""
 
-    received: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
-    #: Of rotary positions, where an edit turns queries to their positions in a cache.
+    adapter: Adapter
     frequencies: Tensor | None = field(default=None, repr=False)
-    _edit: Intervention = field(default=NONE, repr=False)
+    name: str = "flash"
+    why: str = "edits made inside the attention op (flash engine proved exact)"
+    received: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+    _calls: Calls = field(init=False, repr=False)
+    _undo: ExitStack = field(default_factory=Undo, repr=False)
+    _edit: Edit = field(default=NOTHING, repr=False)
     _at: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
     _length: int = field(default=0, repr=False)
     _tick: Tick = field(default=lambda: None, repr=False)
-    _stream: _Stream | None = field(default=None, repr=False)
+    _stream: Stream | None = field(default=None, repr=False)
 
-    def __enter__(self) -> EditedCapture:
+    def __enter__(self) -> InsideCapture:
         """Swap attention, and stand by the residual stream."""
-        super().__enter__()
-        self._undo.enter_context(editing_residuals(self.adapter, self._residual))
+        self._calls = Calls(self.adapter, self._attend)
+        with Undo() as undo:
+            undo.enter_context(self.adapter.quiet())
+            undo.enter_context(swapped(self.adapter, self._calls, Masks(self.adapter.causal)))
+            undo.enter_context(editing_residuals(self.adapter, self._residual))
+            self._undo = undo.pop_all()
         return self
 
-    def pieces(self, batch: Batch, edit: Intervention, tick: Tick) -> Iterator[Float[Tensor, "position d_model"]]:
+    def __exit__(self, *how: Any) -> None:
+        """Put everything back."""
+        self.close()
+
+    def close(self) -> None:
+        """Put everything back, if it is not."""
+        self._undo.close()
+
+    def pieces(self, batch: Batch, route: Route, tick: Tick) -> Iterator[Float[Tensor, "position d_model"]]:
         """Run the body over one text under an edit; yields its last hidden states, piece by piece.
 
         Raises:
             SinkscopeError: NaN or infinity; names the first module or layer where it appears.
             InertHookError: attention was not asked for.
         """
-        self._edit, self._tick, self._stream, self._length = edit, tick, None, batch.ids.shape[1]
+        self._edit, self._tick, self._stream, self._length = route.edit, tick, None, batch.ids.shape[1]
         self.received = torch.zeros(self._length, dtype=torch.float64)
-        size = edit.rerun()
-        if streams(self.adapter, edit, self._length):
+        if route.how == "streamed":
             passes = self._streamed(batch.ids, tick)
-        elif size is not None and size < self._length:
-            passes = self._rerun(batch.ids[0], size, tick)
+        elif route.how == "rerun":
+            passes = self._rerun(batch.ids[0], route.edit.rerun() or 1, tick)
         else:
             passes = iter([self._body(batch.ids)[0]])
         for hidden in passes:
             if not bool(torch.isfinite(hidden).all()):
                 where = self._first_bad(batch) if self._length <= (self.adapter.n_ctx or self._length) else "in a layer"
                 raise SinkscopeError(
-                    f"NaN or infinity {where} of {self.adapter.name} under {edit} (text {batch.sequences[0].label!r})"
+                    f"NaN or infinity {where} of {self.adapter.name} under {route.edit} (text {batch.sequences[0].label!r})"
                 )
             yield hidden
 
     def _body(self, ids: Int[Tensor, "batch position"], start: int = 0) -> Float[Tensor, "batch position d_model"]:
         """Run the body; the text's positions begin at `start`, the model's where the stream says."""
-        self._calls = 0
+        self._calls.made = 0
         self._at = torch.arange(start, start + ids.shape[1])
         first = start if self._stream is None else self._stream.base
         hidden = self.adapter.body(ids, torch.ones_like(ids, dtype=torch.bool), first=first)
-        if self._calls != len(self.adapter.layers):
-            raise self._inert(self.adapter.layers[min(self._calls, len(self.adapter.layers) - 1)])
+        if self._calls.made != len(self.adapter.layers):
+            layer = self.adapter.layers[self._calls.made]
+            raise InertHookError(f"layer {layer} of {self.adapter.name} asked for no attention, so nothing was edited")
         return hidden
 
     def _rerun(self, ids: Int[Tensor, " position"], size: int, tick: Tick) -> Iterator[Tensor]:
@@ -124,7 +145,7 @@ class EditedCapture(FlashCapture):
     def _streamed(self, ids: Int[Tensor, "1 position"], tick: Tick) -> Iterator[Tensor]:
         """Run a piece at a time; keys and values that are still in reach are carried over."""
         self._tick = lambda: None
-        self._stream = _Stream(max(size for size, _ in map(self._cache, self.adapter.layers)))
+        self._stream = Stream(max(size for size, _ in map(self._cache, self.adapter.layers)))
         starts = range(0, ids.shape[1], PIECE)
         for start in self._ticked(starts, tick):
             self._stream.base = min(start, self._stream.size)
@@ -132,7 +153,7 @@ class EditedCapture(FlashCapture):
 
     def _cache(self, layer: int) -> tuple[int, int]:
         """Give the size of the cache of a layer that streams, and its sinks; a plain window has none."""
-        return self._edit.cache(layer) or (max(getattr(part, "size", 0) for part in self._edit.parts()), 0)
+        return self._edit.cache(layer) or (self._edit.evicts() or 0, 0)
 
     def _ticked(self, pieces: Any, tick: Tick) -> Iterator[Any]:
         """Give pieces one by one, and spread one tick per layer over them."""
@@ -143,7 +164,7 @@ class EditedCapture(FlashCapture):
                 tick()
                 ticks += 1
 
-    def _compute(self, layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
         at, rotation = self._at, None
         if self.frequencies is not None:
             shift = 0 if self._stream is None else int(at[0]) - self._stream.base
@@ -162,107 +183,6 @@ class EditedCapture(FlashCapture):
     def _residual(self, layer: int, residual: Tensor) -> Tensor:
         return self._edit.residual(layer, residual, self._at) if self._edit.edits(layer) else residual
 
-
-@dataclass
-class _Stream:
-    """What the caches hold between pieces; `base` is the model's position of the piece's first token."""
-
-    size: int
-    base: int = 0
-    held: dict[int, tuple[Tensor, Tensor, Tensor, int]] = field(default_factory=dict)
-
-    def join(
-        self, layer: int, at: Tensor, key: Tensor, value: Tensor, rotation: Rotation, sinks: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Put the keys and values that are held before those of a piece, the recent keys turned to their new positions."""
-        if layer not in self.held:
-            return at, key, value
-        old_at, old_key, old_value, shift = self.held[layer]
-        if shift != rotation.shift:
-            by = torch.where(old_at < sinks, 0, shift - rotation.shift)
-            old_key = turn(old_key, by.to(key.device), rotation.frequencies)
-        return torch.cat([old_at, at]), torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
-
-    def keep(self, layer: int, at: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None) -> None:
-        """Hold what the next query may see."""
-        self.held[layer] = (at, key, value, 0 if rotation is None else rotation.shift)
-
-
-def streams(adapter: Adapter, edit: Intervention, length: int) -> bool:
-    """Tell whether an edit runs a text of this length a piece at a time.
-
-    That is a streaming window in every layer; and a plain window on a text past the context of a rotary model, where it is
-    a streaming window without sinks.
-    """
-    parts = edit.parts()
-    if any(part.touches not in ({"scores"}, {"pattern"}) for part in parts):
-        return False
-    if all(edit.cache(layer) is not None for layer in adapter.layers):
-        return True
-    beyond = adapter.n_ctx is not None and length > adapter.n_ctx
-    plain = [p for p in parts if p.is_window and p.layers is None and not getattr(p, "sinks", 0)]
-    return beyond and len(plain) == 1 and bool(adapter.rotations)
-
-
-def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Intervention]) -> Edited:
-    """Give the engine that can make these edits, proved on a few tokens: inside the attention op, else at hook points.
-
-    Raises:
-        InertHookError: no edit can be made inside this model's attention, or this one would be discarded; says what works.
-    """
-    capture = proof.plan(adapter, GROUPS, tokens) if adapter.causal else "it is an encoder, which predicts no next token"
-    if not isinstance(capture, str):
-        longest = max(len(s) for s in tokens.sequences)
-        turns = any(streams(adapter, e, longest) or any(map(e.cache, adapter.layers)) for e in edits)
-        why = "edits made inside the attention op (flash engine proved exact)"
-        return EditedCapture(adapter, GROUPS, None, why, frequencies=frequencies(adapter) if turns else None)
-    if adapter.causal and adapter.points:
-        return points.plan(adapter, edits, capture)
-    raise InertHookError(
-        f"interventions can't run inside the attention of {adapter.name}: {capture}. They are made inside Hugging Face's "
-        "attention interface: use a TransformerBridge (ss.load_model(name)) or a plain Hugging Face decoder that asks "
-        "it, such as GPT-2, OPT, Llama, Mistral, Qwen, Gemma, GPT-NeoX, Phi or gpt-oss"
-    )
-
-
-# --- positions inside a cache -------------------------------------------------------------------------------------
-
-
-def frequencies(adapter: Adapter) -> Tensor:
-    """Find a model's rotary frequencies, and prove by a shift of all positions that turning queries is what they do.
-
-    Raises:
-        SinkscopeError: positions are not rotary (or not of one plain kind); says what works.
-    """
-    found = adapter.rotations
-    refusal = SinkscopeError(
-        f"a streaming window needs rotary positions of one plain kind, which {adapter.name} has not: a query can't be turned "
-        "to its position inside the cache. Take sink_window, which keeps the original positions"
-    )
-    why = adapter.why_no_cache(0)
-    if len(found) != 1 or why is not None:
-        raise refusal
-    ids = torch.arange(2, 8, device=adapter.device)[None]
-    try:
-        first, moved = _queries(adapter, ids, 0), _queries(adapter, ids, 5)
-    except TypeError:  # it takes no positions
-        raise refusal from None
-    for before, after in zip(first, moved, strict=True):
-        expected = turn(before, torch.full((ids.shape[1],), 5, device=ids.device), found[0])
-        if not float((expected - after).abs().max()) < 1e-3 * max(1.0, float(after.abs().max())):
-            raise refusal
-    return found[0]
-
-
-def _queries(adapter: Adapter, ids: Tensor, start: int) -> list[Tensor]:
-    """Give every layer's queries for some ids whose first position is `start`."""
-    seen: list[Tensor] = []
-
-    class Look(FlashCapture):
-        def _compute(self, layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
-            seen.append(query.float())
-            return super()._compute(layer, query, key, value, given)
-
-    with surely(Look(adapter, frozenset(), None, "positions")):
-        adapter.body(ids, torch.ones_like(ids, dtype=torch.bool), first=start)
-    return seen
+    def _first_bad(self, batch: Batch) -> str:
+        self._calls.made = 0
+        return (first_bad_layer if self.adapter.points else first_bad_module)(self.adapter, batch)

@@ -18,19 +18,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinkscope.capture.attend import NONE, ROWS
+from sinkscope.capture.attend import ROWS
 from sinkscope.capture.hooks import dropping_patterns, hooked
 from sinkscope.capture.residuals import editing_residuals
+from sinkscope.capture.routes import Route
+from sinkscope.edit import NOTHING, Edit
 from sinkscope.errors import InertHookError, SinkscopeError
-from sinkscope.interventions import Intervention, MaskKeys, ZeroAttention, ZeroValue
 from sinkscope.models import Adapter
 from sinkscope.runs.undo import Undo, surely
 from sinkscope.tokens import Batch, TextTokens, Tokens
 
 #: What an intervention touches -> the hook point that carries it.
 POINTS = {"scores": "attn.hook_attn_scores", "pattern": "attn.hook_pattern", "values": "attn.hook_v"}
-#: An edit of each, for the proof.
-PROBES = {"scores": MaskKeys(1), "pattern": ZeroAttention(1), "values": ZeroValue(1)}
 #: What works where a point is live, and what works on every model.
 WORKS = {
     "pattern": "zero_attention",
@@ -38,6 +37,20 @@ WORKS = {
     "values": "zero_value (the same as zero_attention) and mean_value",
 }
 ALWAYS = "drop_tokens, replace_token and recompute_window (the input), edit_activation (the residual stream)"
+
+
+@dataclass(frozen=True)
+class _Probe(Edit):
+    """Takes key 1 away wherever it is asked, for the proof that a point is live."""
+
+    def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor:
+        return (keys == 1).expand(len(queries), -1)
+
+    def zeroes(self, layer: int, keys: Tensor, heads: int, length: int) -> Tensor:
+        return (keys == 1).expand(heads, 1, -1)
+
+    def values(self, layer: int, values: Tensor, keys: Tensor, length: int) -> Tensor:
+        return values.masked_fill((keys == 1).to(values.device)[:, None], 0)
 
 
 @dataclass
@@ -49,7 +62,7 @@ class PointsCapture:
     why: str
     name: str = "hooks"
     received: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
-    _edit: Intervention = field(default=NONE, repr=False)
+    _edit: Edit = field(default=NOTHING, repr=False)
     _tick: Callable[[], None] = field(default=lambda: None, repr=False)
     _undo: ExitStack = field(default_factory=Undo, repr=False)
 
@@ -73,27 +86,24 @@ class PointsCapture:
         """Unhook it, if it is hooked."""
         self._undo.close()
 
-    def pieces(
-        self, batch: Batch, edit: Intervention, tick: Callable[[], None]
-    ) -> Iterator[Float[Tensor, "position d_model"]]:
+    def pieces(self, batch: Batch, route: Route, tick: Callable[[], None]) -> Iterator[Float[Tensor, "position d_model"]]:
         """Run the body over one text under an edit; yields its last hidden states.
 
         Raises:
             SinkscopeError: NaN or infinity.
         """
-        self._edit, self._tick, ids = edit, tick, batch.ids
+        self._edit, self._tick, ids = route.edit, tick, batch.ids
         self.received = torch.zeros(ids.shape[1], dtype=torch.float64)
-        size = edit.rerun()
-        if size is None or size >= ids.shape[1]:
+        if route.how == "whole":
             passes = [ids]
         else:
-            self._tick = lambda: None
+            self._tick, size = lambda: None, route.edit.rerun() or 1
             passes = [ids[:, :size], *ids[0].unfold(0, size, 1)[1:, None]]
         for done, one in enumerate(passes):
             hidden = self.adapter.body(one, torch.ones_like(one, dtype=torch.bool))[0]
             if not bool(torch.isfinite(hidden).all()):
                 raise SinkscopeError(
-                    f"NaN or infinity in {self.adapter.name} under {edit} (text {batch.sequences[0].label!r})"
+                    f"NaN or infinity in {self.adapter.name} under {route.edit} (text {batch.sequences[0].label!r})"
                 )
             yield hidden if done == 0 else hidden[-1:]
         if len(passes) > 1:
@@ -118,7 +128,7 @@ class PointsCapture:
 def editing_points(
     adapter: Adapter,
     touches: frozenset[str],
-    edit: Callable[[], Intervention],
+    edit: Callable[[], Edit],
     length: Callable[[], int],
     seen: Callable[[int, Tensor], None] | None = None,
     where: Callable[[int], Tensor] = torch.arange,
@@ -146,7 +156,7 @@ def editing_points(
         yield
 
 
-def _scores(edit: Intervention, layer: int, scores: Float[Tensor, "batch head query key"], length: int) -> Tensor:
+def _scores(edit: Edit, layer: int, scores: Float[Tensor, "batch head query key"], length: int) -> Tensor:
     """Hide keys before softmax; what the model hides itself is hidden already."""
     n, held = scores.shape[2:]
     keys, scores = torch.arange(held), scores.clone()
@@ -159,12 +169,12 @@ def _scores(edit: Intervention, layer: int, scores: Float[Tensor, "batch head qu
     return scores
 
 
-def _pattern(edit: Intervention, layer: int, pattern: Float[Tensor, "batch head query key"], length: int) -> Tensor | None:
+def _pattern(edit: Edit, layer: int, pattern: Float[Tensor, "batch head query key"], length: int) -> Tensor | None:
     zeroed = edit.zeroes(layer, torch.arange(pattern.shape[3]), pattern.shape[1], length)
     return None if zeroed is None else pattern.masked_fill(zeroed.to(pattern.device), 0)
 
 
-def plan(adapter: Adapter, edits: Sequence[Intervention], why_not: str) -> PointsCapture:
+def plan(adapter: Adapter, edits: Sequence[Edit], why_not: str) -> PointsCapture:
     """Prove every point that the edits touch, and give the engine; `why_not` is why edits can't be made inside the op.
 
     Raises:
@@ -197,8 +207,9 @@ def is_live(adapter: Adapter, what: str) -> bool:
         return False
     with warnings.catch_warnings(), surely(PointsCapture(adapter, frozenset({what}), "proof")) as capture:
         warnings.simplefilter("ignore")  # what TransformerLens says of a discarded edit, where it says so
-        (before,), whole = list(capture.pieces(batch, NONE, lambda: None)), capture.received
-        (after,), edited = list(capture.pieces(batch, PROBES[what], lambda: None)), capture.received
+        routes = (Route("", edit, "whole") for edit in (NOTHING, _Probe()))
+        (before,), whole = list(capture.pieces(batch, next(routes), lambda: None)), capture.received
+        (after,), edited = list(capture.pieces(batch, next(routes), lambda: None)), capture.received
     moved = float((after - before).abs().max()) > 1e-4 * float(before.abs().max())
     if what == "values" or not moved:
         return moved

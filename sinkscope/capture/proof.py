@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sinkscope.block import Block
-from sinkscope.capture.flash import SUPPLIED, FlashCapture, OtherwiseError, attention_bridges, chosen
-from sinkscope.capture.hooks import ATTENTION, HooksCapture
+from sinkscope.capture.blocks import ATTENTION
+from sinkscope.capture.engine import Capture
+from sinkscope.capture.flash import SUPPLIED, flash
+from sinkscope.capture.hooks import hooks
+from sinkscope.capture.masks import OtherwiseError
+from sinkscope.capture.swap import attention_bridges, registered_by_others
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.models.adapter import hooks_on
+from sinkscope.runs.owner import alone
 from sinkscope.runs.undo import surely
 from sinkscope.tokens import Batch, TextTokens, Tokens
 
@@ -24,28 +27,19 @@ TOKENS, PAST_A_WINDOW = 16, 48
 WRONG = {"float32": 1e-3, "float64": 1e-3}
 WRONG_IN_HALF = 5e-2
 WHOLE = frozenset({"pattern"})
-#: What has been proved, by model: nothing is kept of a model that is gone.
-PROVED: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 WHY = "fused attention and its log-sum-exps, no pattern formed (proved equal on this model's first tokens)"
 
 
-def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) -> FlashCapture | str:
+def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) -> Capture | str:
     """Give the engine, or say why this model or these metrics can't have it.
 
-    A model that was proved is not proved again until its configuration, dtype or device changes.
+    It is proved anew for every call: whatever has changed since the last one (weights, hooks, switches, patched code,
+    autocast) is in the proof, and it costs a few tokens.
     """
-    why = _refused(adapter, groups)
-    if why is not None:
-        return why
-    proved = PROVED.setdefault(adapter.network, set())
-    config = getattr(adapter.network, "config", None)
-    now = (groups, adapter.dtype, str(adapter.device), adapter.causal, "" if config is None else config.to_json_string())
-    if now not in proved:
-        why = _prove(adapter, groups, tokens)
-        if why is not None:
-            return why
-        proved.add(now)
-    return FlashCapture(adapter, groups, None, WHY)
+    with alone(adapter.network):
+        why = _refused(adapter, groups)
+    why = why or _prove(adapter, groups, tokens)
+    return why if why is not None else flash(adapter, groups, WHY)
 
 
 def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) -> str | None:
@@ -57,14 +51,14 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
     batch = _first_tokens(adapter, tokens)
     try:
         expected = _reference(adapter, batch)
-        with surely(FlashCapture(adapter, groups | {WHOLE}, None, "proof")) as capture:
+        with surely(flash(adapter, groups | {WHOLE}, "proof")) as capture:
             found = _look(capture, batch)
     except OtherwiseError:
         raise
     except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         kind = "" if isinstance(error, SinkscopeError) else f"{type(error).__name__}: "
         return f"{kind}{str(error)[:200]}"
-    wrong = WRONG.get(adapter.dtype, WRONG_IN_HALF)
+    wrong = tolerance(adapter)
     for layer, ours, theirs in zip(adapter.layers, found.mass, expected.mass or found.mass, strict=True):
         gap = float((ours - theirs).abs().max())
         if not gap < wrong:
@@ -75,6 +69,12 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
     return None if gap < wrong else f"the last hidden state differs by {gap:.2g}"
 
 
+def tolerance(adapter: Adapter) -> float:
+    """Give the gap from which two ways of computing are not the same."""
+    half = torch.is_autocast_enabled(adapter.device.type)
+    return WRONG_IN_HALF if half else WRONG.get(adapter.dtype, WRONG_IN_HALF)
+
+
 def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
     """Say what is known to rule the engine out before anything is run."""
     if adapter.kind not in ("bridge", "hugging_face"):
@@ -82,6 +82,9 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
     others = sorted(frozenset().union(*groups) - ATTENTION - SUPPLIED)
     if adapter.kind == "hugging_face" and others:
         return f"a metric needs {others[0]!r}, and a plain Hugging Face model has no hook points"
+    own = registered_by_others(adapter.network) if adapter.kind == "hugging_face" else None
+    if own is not None:
+        return f"its attention is {own!r}, a function that somebody registered, whose place engine 'flash' would take"
     if adapter.windows and not adapter.causal:
         return "it is an encoder with sliding windows"
     for layer, bridge in attention_bridges(adapter).values():
@@ -111,7 +114,7 @@ class _Look:
     gap: float = 0.0
 
 
-def _look(capture: HooksCapture, batch: Batch) -> _Look:
+def _look(capture: Capture, batch: Batch) -> _Look:
     mass, gaps = [], []
 
     def keep(block: Block, group: frozenset[str]) -> None:
@@ -125,15 +128,15 @@ def _look(capture: HooksCapture, batch: Batch) -> _Look:
 
 
 def _reference(adapter: Adapter, batch: Batch) -> _Look:
-    """Give the same by the `hooks` engine, text by text; of a plain model, only the last hidden state, by eager attention.
+    """Give the same by the `hooks` engine, text by text; of a plain model, only the last hidden state, as it is.
 
     (Asked for attentions, Hugging Face would put hooks of its own on the model, and leave them there.)
     """
     alone = [next(Tokens((s,), "").batches(1, adapter.device)) for s in batch.sequences]
     if adapter.kind == "bridge":
-        with surely(HooksCapture(adapter, frozenset({WHOLE}), None, "reference")) as capture:
+        with surely(hooks(adapter, frozenset({WHOLE}), "reference")) as capture:
             looks = [_look(capture, one) for one in alone]
         mass = [torch.cat(layer) for layer in zip(*(look.mass for look in looks), strict=True)]
         return _Look(torch.cat([look.hidden for look in looks]), mass)
-    with adapter.quiet(), chosen(adapter.network, "eager"):
+    with adapter.quiet():
         return _Look(torch.cat([adapter.body(one.ids, one.valid)[0] for one in alone]).float(), [])

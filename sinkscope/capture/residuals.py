@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinkscope.capture.hooks import dropping_patterns
+from sinkscope.edit import Edit
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions import Intervention
 from sinkscope.models import Adapter, adapt
 from sinkscope.runs.undo import Undo, uninterrupted
 
@@ -27,6 +27,11 @@ def editing_residuals(adapter: Adapter, edit: Callable[[int, Tensor], Tensor]) -
     def after(module: nn.Module, args: Any, output: Any, layer: int) -> Any:
         several = isinstance(output, tuple | list)
         first = output[0] if several else output
+        if first.ndim != 3:
+            raise SinkscopeError(
+                f"the residual stream after layer {layer} of {adapter.name} is {list(first.shape)}, not [batch, position, "
+                "d_model]: it has several streams, and edits of single activations are not defined there"
+            )
         edited = edit(layer, first)
         return output if edited is first else type(output)([edited, *output[1:]]) if several else edited
 
@@ -53,7 +58,7 @@ def residuals(
     return seen
 
 
-def settled(model: Any, text: Any, edit: Intervention) -> Intervention:
+def settled(model: Any, text: Any, edit: Edit) -> Any:
     """Locate in one text what an edit leaves open."""
     adapter = adapt(model)
     tokens = adapter.tokenize(text)

@@ -57,6 +57,7 @@ def evaluate(
         from sinkscope.interventions import parse
         from sinkscope.models import load_model
         from sinkscope.reports.files import check_writable
+        from sinkscope.runs.progress import saying
         from sinkscope.runs.resume import claimed
         from sinkscope.runs.share import joined
 
@@ -66,7 +67,8 @@ def evaluate(
             check_writable(out)
         how: dict[str, Any] = {"score_from": score_from, "bos": bos, "max_tokens": max_tokens, "per_text": per_text}
         with joined() as share, claimed(out if share.rank == 0 else None):
-            loaded = load_model(model, device=device, device_map=device_map)
+            with saying(share.rank == 0, f"loading {model} ..."):
+                loaded = load_model(model, device=device, device_map=device_map)
             report = run(loaded, given, edits, progress=True, resume=out, distributed=share.world > 1, **how)
             if share.rank > 0:
                 return

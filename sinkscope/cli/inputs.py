@@ -11,6 +11,9 @@ import typer
 
 from sinkscope.cli.shown import plain
 
+#: A number that some position may have; Python reads none of over 4,300 digits.
+NUMBER = r"-?[0-9]{1,18}"
+
 
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
@@ -37,6 +40,7 @@ def texts(texts: list[str], files: list[Path]) -> dict[str, str] | Path:
     """
     from sinkscope.errors import SinkscopeError
     from sinkscope.tokens import as_stream, read_text
+    from sinkscope.tokens.items import label_of
 
     if not texts and not files:
         raise SinkscopeError("no text: give --text 'some words' or --file PATH (each may be repeated)")
@@ -49,7 +53,7 @@ def texts(texts: list[str], files: list[Path]) -> dict[str, str] | Path:
             return path
     found = {f"text {i}": text for i, text in enumerate(texts)}
     for path in files:
-        label = path.name if path.name not in found else str(path)
+        label = label_of(path.name if path.name not in found else path)
         if label in found:
             raise SinkscopeError(f"the file {label!r} is given twice")
         found[label] = read_text(path)
@@ -61,9 +65,9 @@ def texts(texts: list[str], files: list[Path]) -> dict[str, str] | Path:
 
 def key_of(text: str) -> int | str:
     """Read a sink position: a number, or a token."""
-    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+    return int(text) if re.fullmatch(NUMBER, text) else text
 
 
 def chunk_of(text: str) -> int | str | None:
     """Read `--chunk`: a number, none or auto."""
-    return None if text == "none" else int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+    return None if text == "none" else key_of(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +23,7 @@ from sinkscope.cli.options import (
     Texts,
     metric_names,
 )
-from sinkscope.cli.shown import say_where, show
+from sinkscope.cli.shown import plain, say_where, show
 
 if TYPE_CHECKING:
     from sinkscope.reports.sink import SinkReport
@@ -90,27 +89,41 @@ def measured(
 
     Of several processes that `torchrun` started, the first gives the report.
     """
-    from sinkscope.attention import attention_map
+    from sinkscope.attention import attention_map, attention_patterns
     from sinkscope.metrics import resolve
     from sinkscope.models import load_model
     from sinkscope.observe import measure as run
     from sinkscope.reports.files import check_writable
+    from sinkscope.runs.progress import saying
     from sinkscope.runs.resume import claimed
     from sinkscope.runs.share import joined
 
     resolve(metric)
     if out is not None:
         check_writable(out)
-    if sys.stderr.isatty():
-        typer.echo(f"loading {name} ...", err=True)
     with joined() as share, claimed(out if share.rank == 0 else None):
-        model = load_model(name, **load)
+        with saying(share.rank == 0, f"loading {plain(name)} ..."):
+            model = load_model(name, **load)
         report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)
         if share.rank > 0:
             return None
         if out is not None:
             if isinstance(texts, dict):
-                short = min(texts.values(), key=len)
-                report = replace(report, attention=attention_map(model, short, bos=how.get("bos")))
+                short = _short(texts, report)
+                bos = how.get("bos")
+                kept: dict[str, Any] = {
+                    "attention": attention_map(model, short, bos=bos),
+                    "patterns": attention_patterns(model, short, bos=bos),
+                }
+                report = replace(report, **kept)
             report.save(out)
     return report
+
+
+def _short(texts: dict[str, str], report: SinkReport) -> str:
+    """Choose the text that is shown whole: the longest of those that need no cut, else the shortest."""
+    from sinkscope.attention import LONGEST
+
+    tokens = {text["label"]: text["n_tokens"] for text in report.about["texts"]}
+    whole = [label for label in tokens if tokens[label] <= LONGEST]
+    return texts[max(whole, key=tokens.__getitem__) if whole else min(tokens, key=tokens.__getitem__)]

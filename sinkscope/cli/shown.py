@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -13,15 +14,17 @@ if TYPE_CHECKING:
 
 
 def show(report: SinkReport, as_json: bool) -> None:
-    """Print what `measure` found: key numbers first."""
-    from sinkscope.reports.words import KEY_NUMBERS, number
+    """Print what `measure` found: key numbers first, metrics that say the same in one row."""
+    from sinkscope.reports.notes import tokens_of
+    from sinkscope.reports.words import KEY_NUMBERS, folded, number
 
     if as_json:
         typer.echo(report.summary().to_json(orient="records"))
         return
     n = len(report.texts)
     about = report.about
-    say(f"{about['model']} on {n} text{'s' * (n != 1)} ({about['device']}, {about['dtype']}); {about['bos']}")
+    lengths = tokens_of([t["n_tokens"] for t in about["texts"]])
+    say(f"{about['model']} on {n} text{'s' * (n != 1)} of {lengths} ({about['device']}, {about['dtype']}); {about['bos']}")
     say(f"engine {about['engine']}: {about['engine_why']}\n")
     rows = report.intervals()
     order = {name: i for i, name in enumerate(KEY_NUMBERS)}
@@ -29,46 +32,43 @@ def show(report: SinkReport, as_json: bool) -> None:
         "metric", key=lambda names: names.map(lambda m: order.get(m.partition("[")[0], 99)), kind="stable"
     )
     cells = []
-    for _, row in rows.iterrows():
+    for name, row in folded(rows):
         value, low, high, null = (number(float(row[c])) for c in ("value", "low", "high", "null"))
-        cells.append([str(row["metric"]), value, f"{low} to {high}" if low else "", null])
+        without = row["interval"].removeprefix("none: ") if n > 1 and not name.startswith("consistency") else ""
+        cells.append([name, value, f"{low} to {high}" if low else without, null])
     print_table(["metric", "value", "95% interval", "chance"], cells)
     if n == 1:
         typer.echo("One text: no interval (give several texts for one).")
+    else:
+        say("Intervals are across texts: Student's t, of shares on the logit scale, of what is never negative on the log.")
+    show_notes(about)
 
 
 def show_effects(report: EffectReport, as_json: bool) -> None:
     """Print what `evaluate` found: a row per edit."""
-    from sinkscope.reports.words import number, percent
-
-    rows = report.summary()
     if as_json:
-        typer.echo(rows.to_json(orient="records"))
+        typer.echo(report.summary().to_json(orient="records"))
         return
     about = report.about
-    say(f"{report} ({about['device']}, {about['dtype']}); {about['bos']}")
-    typer.echo(f"loss in nats per token, of {int(rows['tokens'].max())} tokens; interval: {about['interval']}\n")
+    say(f"{report.headline} ({about['device']}, {about['dtype']}); {about['bos']}")
+    scored = int(report.summary()["tokens"].max())
+    typer.echo(f"loss in nats per token, of {scored} tokens; interval: {about['interval']}\n")
     if "no_clean_run" in about:
         say(f"{about['no_clean_run']}\n")
-    plain, signed = "{:.3f}".format, "{:+.3f}".format
-    how = {"loss": plain, "perplexity": number, "delta_loss": signed, "low": signed, "high": signed, "kl": plain}
-    how["sink_mass"] = percent
-    cells = []
-    for _, r in rows.iterrows():  # what is not known is left empty
-        c = {name: show(float(r[name])) if r[name] == r[name] else "" for name, show in how.items()}
-        interval = f"{c['low']} to {c['high']}" if c["low"] else ""
-        place = f"{r['sink_position']} {r['sink_token']!r}" if r["sink_token"] else ""
-        losses = [c["loss"], c["perplexity"], c["delta_loss"], interval, c["kl"]]
-        cells.append([r["intervention"], *losses, c["sink_mass"], place])
-    print_table(
-        ["intervention", "loss", "perplexity", "difference", "95% interval", "KL", "on token 0", "most goes to"], cells
-    )
+    print_table(*report.cells())
+    show_notes(about)
+
+
+def show_notes(about: Mapping[str, Any]) -> None:
+    """Print what to know before reading the numbers."""
+    for note in about.get("notes", []):
+        say(f"note: {note}")
 
 
 def say_where(out: Path | None, as_json: bool) -> None:
     """Print where the page is."""
     if out is not None and not as_json:
-        typer.echo(f"\nreport: {out / 'report.html'}")
+        say(f"\nreport: {out / 'report.html'}")
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -78,8 +78,8 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
     table = Table(box=None, pad_edge=False)
     for index, name in enumerate(header):
-        right = index > 0 and all(r[index][:1].isdigit() or r[index][:1] in "-" for r in rows if r[index])
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        right = index > 0 and all(r[index][:1].isdigit() or r[index][:1] in "+-" for r in rows if r[index])
+        table.add_column(plain(name), justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(plain(cell) for cell in row))
     console = Console(markup=False, highlight=False)

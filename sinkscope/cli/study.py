@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sinkscope.cli.inputs import errors
 from sinkscope.cli.options import AsJson, Debug, Device, Model, Out, study_names
 from sinkscope.cli.shown import print_table, say
+
+if TYPE_CHECKING:
+    from sinkscope.studies.report import StudyReport
 
 #: Options that are called otherwise than the argument that they give.
 NAMES = {"checkpoints": "checkpoint"}
@@ -47,6 +50,7 @@ def study(
         from sinkscope.errors import SinkscopeError
         from sinkscope.models import load_model
         from sinkscope.reports.files import check_writable
+        from sinkscope.runs.progress import saying
         from sinkscope.studies import find, run_all
         from sinkscope.tokens import read_text
 
@@ -69,20 +73,25 @@ def study(
             raise SinkscopeError("study all writes a directory: give it, --out DIR")
         if out is not None:
             check_writable(out)
-        if also:
-            how["also"] = [load_model(other, device=device) for other in also]
-        loaded = model if "checkpoints" in how else load_model(model, device=device)
+        with saying(True, f"loading {', '.join([model, *(also or [])])} ..."):
+            if also:
+                how["also"] = [load_model(other, device=device) for other in also]
+            loaded = model if "checkpoints" in how else load_model(model, device=device)
         if name == "all" and out is not None:
-            typer.echo(f"every study: {run_all(loaded, text, out, progress=True)}")
-            return
-        report = run(loaded, text, progress=True, **how)
-        if as_json:
-            typer.echo(report.table.to_json(orient="records"))
+            say(f"every study: {run_all(loaded, text, out, progress=True)}")
         else:
-            shown = report.shown()
-            print_table(list(shown.columns), shown.to_numpy().tolist())
-            say(f"\n{report.verdict}\n\n{report.said}")
-        if out is not None:
-            report.save(out)
-            if not as_json:
-                typer.echo(f"\nstudy: {out / 'study.html'}")
+            _show(run(loaded, text, progress=True, **how), out, as_json)
+
+
+def _show(report: StudyReport, out: Path | None, as_json: bool) -> None:
+    """Print a study, and save it where a directory was given."""
+    if as_json:
+        typer.echo(report.table.to_json(orient="records"))
+    else:
+        shown = report.shown()
+        print_table(list(shown.columns), shown.to_numpy().tolist())
+        say(f"\n{report.verdict}\n\n{report.said}")
+    if out is not None:
+        report.save(out)
+        if not as_json:
+            say(f"\nstudy: {out / 'study.html'}")

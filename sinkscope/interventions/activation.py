@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,16 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkscope.capture.residuals import settled
+from sinkscope.edit import Residuals, Where
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions.base import Intervention, Where
+from sinkscope.interventions.base import Intervention, real_numbers
+from sinkscope.tokens import whole_number
 
 #: An activation is massive from this magnitude, and from this many times the median magnitude (Sun et al. 2402.17762).
 LEAST, RATIO = 100.0, 1000.0
 #: Consecutive segments of a text that a mean is taken over, each run on its own, and their tokens.
 SEGMENTS, TOKENS = 16, 64
-
-#: Runs some ids, has a function look at `(layer, residual stream after it)`, and gives what it saw, layer by layer.
-Residuals = Callable[[Int[Tensor, " position"], Callable[[int, Float[Tensor, "position d_model"]], Any]], list[Any]]
 
 
 class Massive(NamedTuple):
@@ -72,13 +71,15 @@ class EditActivation(Intervention):
     def __post_init__(self) -> None:
         """Refuse what is neither a number nor "mean", and half a place."""
         super().__post_init__()
-        numbers = self.to if isinstance(self.to, tuple | list) else [self.to]
-        if self.to != "mean" and not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        if not isinstance(self.to, str):
+            object.__setattr__(self, "to", real_numbers(self.to, f"{type(self).__name__}(to=...)"))
+        elif self.to != "mean":
             raise SinkscopeError(f"{self}: to is a number, one for each place, or 'mean'")
-        if not isinstance(self.ratio, int | float) or not self.ratio > 1:
+        ratio = real_numbers(self.ratio, f"{type(self).__name__}(ratio=...)")
+        if isinstance(ratio, tuple) or not ratio > 1:
             raise SinkscopeError(f"{self}: ratio must be a number above 1")
-        if isinstance(self.to, list):
-            object.__setattr__(self, "to", tuple(self.to))
+        object.__setattr__(self, "ratio", ratio)
+        numbers = self.to if isinstance(self.to, tuple) else [self.to]
         given = [name for name in ("layers", "positions", "dims") if getattr(self, name) is not None]
         if "positions" in given or "dims" in given:
             if len(given) < 3:
@@ -143,13 +144,16 @@ class EditActivation(Intervention):
         others = [d for d in range(max(self.dims)) if d not in self.dims]
         if len(others) < len(self.dims):
             raise SinkscopeError(f"{self}: too few other dimensions below {max(self.dims)} for a placebo")
-        return replace(self, dims=random.Random(seed).sample(others, len(self.dims)))
+        return replace(self, dims=random.Random(whole_number(seed, "seed")).sample(others, len(self.dims)))
+
+    def why_not_live(self) -> str | None:
+        """Refuse what is not located."""
+        return "it is not located: take edit.located(model, text)" if self.dims is None else None
 
     def located(self, model: Any, text: Any) -> Intervention:
         """Give the concrete edit: what is not given is located in one text, as :func:`sinkscope.evaluate` would."""
-        from sinkscope.capture.residuals import settled
-
-        return settled(model, text, self)
+        found: Intervention = settled(model, text, self)
+        return found
 
     def residual(self, layer: int, residual: Tensor, positions: Tensor) -> Tensor:
         """Set them."""

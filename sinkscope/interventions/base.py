@@ -1,43 +1,37 @@
-"""Intervention: a frozen description of one edit to a forward pass, its text form, and composition.
+"""Intervention: an edit that people write down: its text form, its placebo, composition, and `on(model)`.
 
-An edit says what it does in a few small methods, all of which do nothing by default; the library owns the forward pass.
-A new edit is a frozen dataclass in this package, with the methods that it needs.
+What it does to a forward pass is said in the methods of :class:`sinkscope.edit.Edit`, all of which do nothing by default; the
+library owns the forward pass. A new edit is a frozen dataclass in this package, with the methods that it needs.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from sinkscope.capture import live
+from sinkscope.edit import Both, Edit
 from sinkscope.errors import SinkscopeError, unknown
-
-#: One whole number or several, or None for all of them; kept as a tuple.
-Where = Any
+from sinkscope.tokens import whole_number
 
 
 @dataclass(frozen=True)
-class Intervention:
+class Intervention(Edit):
     """One edit to the forward pass. Nothing is changed until :func:`sinkscope.evaluate` runs it, or inside `on(model)`.
 
     `layers` are the layers that are edited, None for all. Interventions compose: `MaskKeys(0) & Window(256)`.
     """
 
-    layers: Where = field(default=None, kw_only=True)
-
     #: Text name -> class, for :func:`parse`.
     registry: ClassVar[dict[str, type[Intervention]]] = {}
-    #: Whether it says which keys a cache still holds; one edit of that kind at most makes sense.
-    is_window: ClassVar[bool] = False
-    #: What it edits: "input", "scores", "pattern", "values" or "residual". A model may discard some.
-    touches: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **how: Any) -> None:
         """Register the class under its name in snake case."""
@@ -49,7 +43,7 @@ class Intervention:
         """Take lists and single numbers where tuples are kept, and refuse anything else."""
         for name in ("layers", "heads", "keys", "positions", "dims"):
             if hasattr(self, name) and getattr(self, name) is not None:
-                object.__setattr__(self, name, _integers(getattr(self, name), f"{type(self).__name__}({name}=...)"))
+                object.__setattr__(self, name, whole_numbers(getattr(self, name), f"{type(self).__name__}({name}=...)"))
 
     def __and__(self, other: Intervention) -> Intervention:
         """Do both."""
@@ -73,31 +67,6 @@ class Intervention:
         """
         raise SinkscopeError(f"{self} has no sink position, so there is no placebo for it")
 
-    def check(self, length: int) -> None:
-        """Refuse, before anything runs, what a text of this length can't have.
-
-        Raises:
-            SinkscopeError: names the range.
-        """
-
-    def check_model(self, layers: Sequence[int], n_heads: int) -> None:
-        """Refuse layers and heads that a model has not: `layers` are those with attention.
-
-        Raises:
-            SinkscopeError: names those there are.
-        """
-        for part in self.parts():
-            outside = [layer for layer in part.layers or () if layer not in layers]
-            if outside:
-                raise SinkscopeError(f"{part}: layers {outside}; those with attention are {layers[0]} to {layers[-1]}")
-            heads = [h for h in getattr(part, "heads", None) or () if not 0 <= h < n_heads]
-            if heads:
-                raise SinkscopeError(f"{part}: heads {heads}; the heads are 0 to {n_heads - 1}")
-
-    def parts(self) -> tuple[Intervention, ...]:
-        """Give the edits that this one is composed of."""
-        return (self,)
-
     def on(self, model: Any) -> AbstractContextManager[Any]:
         """Run any code under this edit: `with ss.MaskKeys(0).on(model): model.generate(...)`. Undone at exit.
 
@@ -113,137 +82,50 @@ class Intervention:
             SinkscopeError: an edit that makes another input (dropped tokens, re-computation): change the ids instead.
             InertHookError: this model would discard the edit; names what works.
         """
-        from sinkscope.capture.live import on
-
-        return on(model, self)
-
-    def settle(self, ids: Int[Tensor, " position"], residuals: Any) -> Intervention:
-        """Give the concrete edit for one text; `residuals(ids, look)` looks at its residual stream after each layer."""
-        return self
-
-    # What an edit may do. `edits(layer)` has been asked before. Positions are those of the text, ascending.
-
-    def edits(self, layer: int) -> bool:
-        """Tell whether this layer is edited."""
-        return self.layers is None or layer in self.layers
-
-    def input(self, ids: Int[Tensor, " position"]) -> tuple[Int[Tensor, " position"], Int[Tensor, " position"]]:
-        """Give the ids to run, and for each the position that it had in the text."""
-        return ids, torch.arange(len(ids))
-
-    def reach(self, layer: int, start: int, stop: int) -> Int[Tensor, " key"]:
-        """Give every key that queries `start` to `stop` may see, ascending; the others are not even looked at."""
-        return torch.arange(stop)
-
-    def hides(
-        self, layer: int, queries: Int[Tensor, "query 1"], keys: Int[Tensor, "1 key"], heads: int, length: int
-    ) -> Bool[Tensor, "*head query key"] | None:
-        """Tell which keys are hidden before softmax; the library lets a query always see itself."""
-        return None
-
-    def zeroes(self, layer: int, keys: Int[Tensor, " key"], heads: int, length: int) -> Bool[Tensor, "head 1 key"] | None:
-        """Tell which weights become zero after softmax."""
-        return None
-
-    def values(
-        self, layer: int, values: Float[Tensor, "batch kv_head key d_head"], keys: Int[Tensor, " key"], length: int
-    ) -> Tensor:
-        """Give the values to use, for keys at these positions of a text of this length."""
-        return values
-
-    def residual(
-        self, layer: int, residual: Float[Tensor, "batch position d_model"], positions: Int[Tensor, " position"]
-    ) -> Tensor:
-        """Give the residual stream to use after a layer."""
-        return residual
-
-    def rerun(self) -> int | None:
-        """Give how many tokens the model is run on anew for every token, or None for one pass over all."""
-        return None
-
-    def cache(self, layer: int) -> tuple[int, int] | None:
-        """Give (size, sinks) where positions are those inside a cache of that size, else None."""
-        return None
+        return live.on(model, self)
 
 
 @dataclass(frozen=True)
-class _Both(Intervention):
-    first: Intervention = None  # type: ignore[assignment]
-    second: Intervention = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.first.is_window and self.second.is_window:
-            raise SinkscopeError(f"two windows can't be composed: {self}")
-
-    @property
-    def is_window(self) -> bool:  # type: ignore[override]
-        return self.first.is_window or self.second.is_window
-
-    @property
-    def touches(self) -> frozenset[str]:  # type: ignore[override]
-        return self.first.touches | self.second.touches
-
-    def __str__(self) -> str:
-        return f"{self.first} & {self.second}"
-
+class _Both(Both, Intervention):
     def placebo(self, seed: int = 0) -> Intervention:
-        return self.first.placebo(seed) & self.second.placebo(seed)
-
-    def check(self, length: int) -> None:
-        self.first.check(length)
-        self.second.check(length)
-
-    def parts(self) -> tuple[Intervention, ...]:
-        return (*self.first.parts(), *self.second.parts())
-
-    def settle(self, ids: Tensor, residuals: Any) -> Intervention:
-        return self.first.settle(ids, residuals) & self.second.settle(ids, residuals)
-
-    def _parts(self, layer: int) -> list[Intervention]:
-        return [part for part in (self.first, self.second) if part.edits(layer)]
-
-    def edits(self, layer: int) -> bool:
-        return bool(self._parts(layer))
-
-    def input(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        ids, first = self.first.input(ids)
-        ids, second = self.second.input(ids)
-        return ids, first[second]
-
-    def reach(self, layer: int, start: int, stop: int) -> Tensor:
-        first, *others = (part.reach(layer, start, stop) for part in self._parts(layer))
-        return first[torch.isin(first, others[0])] if others else first
-
-    def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor | None:
-        found = [h for p in self._parts(layer) if (h := p.hides(layer, queries, keys, heads, length)) is not None]
-        return None if not found else found[0] if len(found) == 1 else found[0] | found[1]
-
-    def zeroes(self, layer: int, keys: Tensor, heads: int, length: int) -> Tensor | None:
-        found = [z for p in self._parts(layer) if (z := p.zeroes(layer, keys, heads, length)) is not None]
-        return None if not found else found[0] if len(found) == 1 else found[0] | found[1]
-
-    def values(self, layer: int, values: Tensor, keys: Tensor, length: int) -> Tensor:
-        for part in self._parts(layer):
-            values = part.values(layer, values, keys, length)
-        return values
-
-    def residual(self, layer: int, residual: Tensor, positions: Tensor) -> Tensor:
-        for part in self._parts(layer):
-            residual = part.residual(layer, residual, positions)
-        return residual
-
-    def rerun(self) -> int | None:
-        return next((n for part in (self.first, self.second) if (n := part.rerun()) is not None), None)
-
-    def cache(self, layer: int) -> tuple[int, int] | None:
-        return next((c for part in self._parts(layer) if (c := part.cache(layer)) is not None), None)
+        placebo: Intervention = self.first.placebo(seed) & self.second.placebo(seed)
+        return placebo
 
 
-def _integers(given: Any, what: str) -> tuple[int, ...]:
-    items = (given,) if isinstance(given, int) else tuple(given) if isinstance(given, Iterable) else (given,)
-    if not items or not all(isinstance(i, int) and not isinstance(i, bool) for i in items) or isinstance(given, str):
+#: Why an edit can't be made in code that others run.
+FROM_THE_END = "positions from the end are not known before the text is"
+OTHER_INPUT = "it makes another input, and scores of its own: change the ids that you give the model"
+
+
+def whole_numbers(given: Any, what: str) -> tuple[int, ...]:
+    """Take one whole number or several, of any type: NumPy's, PyTorch's and pandas' included.
+
+    Raises:
+        SinkscopeError: none, or something else.
+    """
+    several = isinstance(given, Iterable) and not isinstance(given, str) and getattr(given, "ndim", 1) != 0
+    items = tuple(given) if several else (given,)
+    try:
+        numbers = tuple(whole_number(item, what) for item in items)
+    except SinkscopeError:
+        numbers = ()
+    if not numbers:
         raise SinkscopeError(f"{what}: expected one or several whole numbers, got {given!r}")
-    return items
+    return numbers
+
+
+def real_numbers(given: Any, what: str) -> Any:
+    """Take a number, or several as a tuple, of any type.
+
+    Raises:
+        SinkscopeError: something else.
+    """
+    if isinstance(given, Iterable) and not isinstance(given, str) and getattr(given, "ndim", 1) != 0:
+        return tuple(real_numbers(item, what) for item in given)
+    number = given.item() if hasattr(given, "item") and getattr(given, "size", 1) != 0 else given
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise SinkscopeError(f"{what}: to is a number, one for each place, or 'mean'; got {given!r}")
+    return number
 
 
 def resolve(keys: Iterable[int], length: int) -> Int[Tensor, " key"]:

@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sinkscope.edit import Where
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions.base import Intervention, Where, inside, resolve
+from sinkscope.interventions.base import FROM_THE_END, Intervention, inside, resolve
+from sinkscope.tokens import whole_number
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,19 @@ class _Keys(Intervention):
         """Refuse keys outside the text."""
         inside(self.keys, length, self)
 
+    def named_heads(self) -> tuple[int, ...]:
+        """Give them."""
+        return self.heads or ()
+
+    def why_not_live(self) -> str | None:
+        """Refuse keys that count from the end."""
+        return FROM_THE_END if min(self.keys) < 0 else None
+
     def placebo(self, seed: int = 0) -> Intervention:
         """Give the same edit on as many other early positions, which nearly as many queries see."""
         near = [k for k in range(4, 32) if k not in self.keys]
-        return replace(self, keys=tuple(sorted(random.Random(seed).sample(near, min(len(self.keys), len(near))))))
+        draw = random.Random(whole_number(seed, "seed"))
+        return replace(self, keys=tuple(sorted(draw.sample(near, min(len(self.keys), len(near))))))
 
     def _chosen(self, keys: Tensor, length: int) -> Tensor:
         inside(self.keys, length, self)  # another edit may have made the input shorter
@@ -91,6 +102,10 @@ class ZeroValue(_Keys):
 @dataclass(frozen=True)
 class MeanValue(ZeroValue):
     """Set the value vectors of keys to the mean over the text's values."""
+
+    def why_not_live(self) -> str:
+        """Refuse: the mean needs the whole text."""
+        return "the mean over a text is not known before the text is"
 
     def values(self, layer: int, values: Tensor, keys: Tensor, length: int) -> Tensor:
         """Average over positions."""

@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sinkscope.edit import Where
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions.base import Intervention, Where, inside, resolve
+from sinkscope.interventions.base import FROM_THE_END, OTHER_INPUT, Intervention, inside, resolve
+from sinkscope.tokens import whole_number
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,14 @@ class DropTokens(Intervention):
         if length - len(set(resolve(self.positions, length).tolist())) < 2:
             raise SinkscopeError(f"{self} leaves fewer than 2 of {length} tokens")
 
+    def why_not_live(self) -> str:
+        """Refuse: the tokens that are left have other positions."""
+        return OTHER_INPUT
+
     def placebo(self, seed: int = 0) -> Intervention:
         """Leave as many later tokens out."""
-        return DropTokens(tuple(range(8 + seed % 24, 8 + seed % 24 + len(self.positions))))
+        first = 8 + whole_number(seed, "seed") % 24
+        return DropTokens(tuple(range(first, first + len(self.positions))))
 
     def input(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Leave them out."""
@@ -61,8 +68,11 @@ class ReplaceToken(Intervention):
         """Refuse what is not a position and an id."""
         super().__post_init__()
         _no_layers(self)
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in (self.position, self.token)) or self.token < 0:
-            raise SinkscopeError(f"{self}: a position and a token id are whole numbers")
+        for name in ("position", "token"):
+            number = whole_number(getattr(self, name), f"{self}: {name}", "a whole number: a position, a token's id")
+            object.__setattr__(self, name, number)
+        if self.token < 0:
+            raise SinkscopeError(f"{self}: a token's id is not negative")
 
     def check(self, length: int) -> None:
         """Refuse a position outside the text."""
@@ -70,7 +80,15 @@ class ReplaceToken(Intervention):
 
     def placebo(self, seed: int = 0) -> Intervention:
         """Swap a later token."""
-        return replace(self, position=8 + seed % 24)
+        return replace(self, position=8 + whole_number(seed, "seed") % 24)
+
+    def why_not_live(self) -> str | None:
+        """Refuse a position that counts from the end."""
+        return FROM_THE_END if self.position < 0 else None
+
+    def swaps(self) -> tuple[tuple[int, int], ...]:
+        """Swap it."""
+        return ((self.position, self.token),)
 
     def input(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Swap it."""

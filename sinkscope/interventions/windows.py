@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions.base import Intervention
+from sinkscope.interventions.base import OTHER_INPUT, Intervention
+from sinkscope.tokens import whole_number
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Window(Intervention):
     def __post_init__(self) -> None:
         """Refuse sizes that make no sense."""
         super().__post_init__()
+        for name in ("size", "sinks", "at"):
+            if hasattr(self, name):
+                object.__setattr__(self, name, whole_number(getattr(self, name), f"{self}: {name}", "whole numbers of keys"))
         sinks, at = getattr(self, "sinks", 0), getattr(self, "at", 0)
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in (self.size, sinks, at)):
-            raise SinkscopeError(f"{self}: whole numbers are needed")
         if sinks < 0 or at < 0 or self.size <= sinks:
             raise SinkscopeError(f"{self}: the size must be at least 1 more than the sinks, and nothing below 0")
 
@@ -43,6 +45,10 @@ class Window(Intervention):
         """Hide what has been evicted."""
         kept = self._kept
         return (queries - keys >= self.size - len(kept)) & ~((keys >= kept.start) & (keys < kept.stop))
+
+    def evicts(self) -> int | None:
+        """Give the size, where every layer has it and no key is kept."""
+        return self.size if self.layers is None and not self._kept else None
 
     @property
     def _kept(self) -> range:
@@ -66,7 +72,7 @@ class SinkWindow(Window):
 
     def placebo(self, seed: int = 0) -> Intervention:
         """Keep as many later keys instead of the first."""
-        return replace(self, at=random.Random(seed).randrange(16, 64))
+        return replace(self, at=random.Random(whole_number(seed, "seed")).randrange(16, 64))
 
     @property
     def _kept(self) -> range:
@@ -112,8 +118,13 @@ class RecomputeWindow(Intervention):
         super().__post_init__()
         if self.layers is not None:
             raise SinkscopeError(f"{self}: the whole model is run anew, not some layers")
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
+        object.__setattr__(self, "size", whole_number(self.size, f"{self}: size", "whole numbers, at least 1"))
+        if self.size < 1:
             raise SinkscopeError(f"{self}: the size must be a whole number, at least 1")
+
+    def why_not_live(self) -> str:
+        """Refuse: the model is run anew for every token."""
+        return OTHER_INPUT
 
     def rerun(self) -> int:
         """Give the size."""

@@ -6,7 +6,9 @@ means and standard errors are taken across sequences (:class:`Moments`), since t
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sinkscope.block import Block
-from sinkscope.errors import SinkscopeError
+from sinkscope.errors import MetricError, SinkscopeError
 from sinkscope.metrics.base import Array, Metric
 
 
@@ -53,19 +55,19 @@ class RowMean:
         try:
             values = self.metric.fn(block)
         except Exception as error:
-            raise SinkscopeError(
-                f"metric {self.metric.name!r} raised {type(error).__name__} in layer {block.layer}: {error}"
-            ) from error
+            trace = error.__traceback__ and error.__traceback__.tb_next  # without this frame
+            said = f"metric {self.metric.name!r} raised {type(error).__name__} in layer {block.layer}: {error}"
+            raise MetricError(said + _line(self.metric, trace)) from error.with_traceback(trace or error.__traceback__)
         batch, n_keys = len(block.lengths), block.n_keys
         shape = tuple(values.shape) if isinstance(values, Tensor) else ()
         if (shape[:1], shape[2:]) not in (((batch,), (block.n_queries,)), ((batch,), (block.n_queries, n_keys))):
             got = f"a tensor {shape}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-            raise SinkscopeError(
+            raise MetricError(
                 f"metric {self.metric.name!r} returned {got} in layer {block.layer}; expected [batch, head, query] = "
                 f"[{batch}, any, {block.n_queries}], or [batch, head, query, key] = [..., {n_keys}] for one number per key"
             )
         if block.rows_version() != version:
-            raise SinkscopeError(f"metric {self.metric.name!r} changes the block's pattern in place: work on a copy")
+            raise MetricError(f"metric {self.metric.name!r} changes the block's pattern in place: work on a copy")
         chosen = block.valid & self.metric.over(block)
         chosen = chosen if counted is None else chosen & counted.to(chosen.device)
         kept = values if values.is_floating_point() else values.float()
@@ -96,6 +98,13 @@ class RowMean:
             raise SinkscopeError(f"metric {self.metric.name!r} saw no block")
         rows = self.rows.reshape(*self.rows.shape, *[1] * (self.sums.ndim - 2))
         return np.divide(self.sums, rows, out=np.full_like(self.sums, np.nan), where=rows > 0)
+
+
+def _line(metric: Metric, trace: TracebackType | None) -> str:
+    """Give the line of a metric's file in which it failed, as a line of its own."""
+    file = getattr(getattr(metric.fn, "__code__", None), "co_filename", None)
+    frames = [frame for frame in traceback.extract_tb(trace) if frame.filename == file]
+    return f'\n  File "{file}", line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}' if frames else ""
 
 
 @dataclass

@@ -57,12 +57,15 @@ def available() -> dict[str, AnyMetric]:
     return BUILT_IN | {name: _load(entry) for name, entry in _offered().items()}
 
 
-def resolve(asked: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None) -> list[AnyMetric]:
+Asked = str | AnyMetric | Callable[[Block], Tensor]
+
+
+def resolve(asked: Asked | Iterable[Asked] | None) -> list[AnyMetric]:
     """Turn names and functions into metrics.
 
     Args:
         asked: names (`"sink_mass"`, `"sink_rate@0.5"`), metrics, or bare functions of a block, which then need the
-            pattern; None for the default set.
+            pattern; one or several; None for the default set.
 
     Raises:
         SinkscopeError: an unknown name (with the nearest one), a threshold that makes no sense, a name used twice.
@@ -70,7 +73,7 @@ def resolve(asked: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None)
     >>> [m.name for m in resolve(["sink_mass", "sink_positions@0.5"])]
     ['sink_mass', 'sink_positions@0.5']
     """
-    if isinstance(asked, str):
+    if isinstance(asked, str | AcrossTexts) or callable(asked):
         asked = [asked]
     if asked is not None and not isinstance(asked, Iterable):
         raise SinkscopeError(f"metrics is a {type(asked).__name__}: expected names, metrics, or functions of a block")

@@ -4,7 +4,8 @@ TransformerLens 3.9 has TransformerBridge, HookedTransformer and HookedEncoder; 
 are told apart by what they have (`hook_dict`, `cfg`), since merely asking 4.x for the old names raises.
 """
 
-from sinkscope.models.adapter import SMOLLM2, Adapter, adapt
+from sinkscope.models.adapter import Adapter
+from sinkscope.models.adapting import SMOLLM2, adapt
 from sinkscope.models.load import bridge, load_model
 
 __all__ = ["SMOLLM2", "Adapter", "adapt", "bridge", "load_model"]

@@ -8,6 +8,8 @@ import importlib.metadata
 import io
 import logging
 import socket
+import subprocess
+import sys
 import tempfile
 import urllib.parse
 import urllib.request
@@ -20,7 +22,8 @@ from typing import Any, Literal
 import torch
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.models.adapter import SMOLLM2
+from sinkscope.models.adapting import SMOLLM2
+from sinkscope.runs.progress import saying
 from sinkscope.runs.undo import Undo
 
 Backend = Literal["bridge", "hooked_transformer"]
@@ -34,6 +37,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device_map: str | dict[str, Any] | None = None,
     offload_folder: str | Path | None = None,
+    progress: bool = False,
 ) -> Any:
     """Load a model with hooks on its attention patterns.
 
@@ -49,6 +53,7 @@ def load_model(
         device_map: for a model that is too large for one device: `"auto"`, or module -> device, as accelerate takes it.
             Layers are spread over the devices, and what does not fit is kept in memory or on disk until it is used.
         offload_folder: where `device_map` may put weights on disk.
+        progress: say on stderr what is being loaded.
 
     Returns:
         A TransformerLens model in eval mode, with its tokenizer.
@@ -71,7 +76,8 @@ def load_model(
         spread = {"device_map": device_map, "offload_folder": None if offload_folder is None else str(offload_folder)}
     place = _device(device)
     source = _locate(str(name))
-    with _less_noise(), _read_once() if source.gguf else nullcontext():
+    say = f"loading {source.label} ..."
+    with saying(progress, say), _less_noise(), _read_once() if source.gguf else nullcontext():
         network, tokenizer = _load_hugging_face(source, dtype, spread)
         network = (network if spread else network.to(place)).eval()
         if backend == "hooked_transformer":
@@ -97,7 +103,7 @@ def bridge(network: Any, tokenizer: Any, name: str, location: str | None = None)
     from transformer_lens.model_bridge import TransformerBridge
 
     network.set_attn_implementation("eager")  # 3.9 leaves sdpa in place, where patterns never fire
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _nothing_installed():
         if location is None or not (Path(location) / "config.json").exists():
             network.config.save_pretrained(directory)
             location = directory
@@ -224,6 +230,24 @@ def _device(asked: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise unknown("device", asked, [name for name, here in there.items() if here]) from None
     return device
+
+
+@contextmanager
+def _nothing_installed() -> Iterator[None]:
+    """Keep TransformerLens from running pip, which it does for the image processor of a vision-language model."""
+
+    def refuse(command: Any, *args: Any, **how: Any) -> int:
+        raise OSError(f"not run while a model is loaded: {command}")
+
+    with Undo() as undo:
+        for name in ("run", "check_call", "Popen"):
+            undo.callback(setattr, subprocess, name, getattr(subprocess, name))
+            setattr(subprocess, name, refuse)
+        helpers: Any = sys.modules.get("transformer_lens.model_bridge.sources.transformers.helpers")
+        if hasattr(helpers, "_ensure_torchvision"):
+            undo.callback(setattr, helpers, "_ensure_torchvision", helpers._ensure_torchvision)
+            helpers._ensure_torchvision = lambda: False  # it would run pip
+        yield
 
 
 @contextmanager

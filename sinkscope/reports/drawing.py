@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.transforms import ScaledTranslation
 from pandas import DataFrame, isna
 
 from sinkscope.errors import unknown
-from sinkscope.metrics import BUILT_IN
+from sinkscope.reports.intervals import unit_of
 
 SIZE: dict[str, Any] = {"figsize": (3.5, 2.8), "layout": "constrained", "dpi": 200}  # a column's width
 WIDE = SIZE | {"figsize": (5.2, 3.2)}  # for curves with long names
 COLOUR_MAP = "viridis"  # perceptually uniform, and safe for the colour-blind
 LINE, MARK, NULL = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's blue and vermilion; a grey
+SERIES = (LINE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", MARK)  # of several curves on one Axes; theirs as well
 PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}  # a `$` in a token or a label is a dollar
 SIGNS = {ord("\n"): "↵", ord("\t"): "⇥"}
 
@@ -25,8 +27,17 @@ def labelled(metric: str) -> str:
     >>> labelled("sink_mass[key=3]"), labelled("my_metric")
     ('sink_mass[key=3] (share of attention)', 'my_metric')
     """
-    unit = getattr(BUILT_IN.get(metric.partition("[")[0].partition("@")[0]), "unit", "")
+    unit = unit_of(metric)
     return f"{metric} ({unit})" if unit else metric
+
+
+def axis_name(metric: str) -> str:
+    """What stands at an axis of a picture whose title names the metric: the unit, or the metric where it has none.
+
+    >>> axis_name("sink_rate@0.3"), axis_name("my_metric")
+    ('share of heads', 'my_metric')
+    """
+    return unit_of(metric) or metric
 
 
 def visible(token: str) -> str:
@@ -96,13 +107,6 @@ def constant_null(rows: DataFrame) -> float | None:
     return float(nulls[0]) if np.allclose(nulls, nulls[0], rtol=1e-9) else None  # NaN is close to nothing
 
 
-def null_line(ax: Axes, series: DataFrame) -> None:
-    """Draw what uniform attention gives, where that is known."""
-    if series["null"].notna().any():
-        x = series.index.to_numpy(float)
-        ax.plot(x, series["null"], "--", color=NULL, linewidth=1, label="uniform attention")
-
-
 def finish(ax: Axes, title: str, xlabel: str, ylabel: str, *, legend: bool = False) -> Axes:
     """Give a picture its words, in the sizes that all have."""
     ax.set_title(title, fontsize=8, **PLAIN)
@@ -111,14 +115,30 @@ def finish(ax: Axes, title: str, xlabel: str, ylabel: str, *, legend: bool = Fal
     ax.tick_params(labelsize=7)
     if legend:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=7, framealpha=0.7, edgecolor="none")
+        legend_below(ax)
     return ax
 
 
-def title_of(metric: str, text: str, key: Any = None) -> str:
-    """Say what a picture shows of which text."""
-    of = "" if isna(key) else f" of key {key}"
-    return f"{metric}{of}, {'mean of texts' if text == 'all' else short(text, 24)}"
+def legend_below(ax: Axes) -> None:
+    """Put the legend below the axis' name, where it covers no curve and no band."""
+    below = ax.transAxes + ScaledTranslation(0, -26 / 72, ax.figure.dpi_scale_trans)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=2, frameon=False, fontsize=7)
+
+
+def title_of(rows: DataFrame, text: str, metric: str, of: str = "") -> str:
+    """Say which model a picture is of, and what it shows of which text."""
+    return f"{models_of(rows)}\n{metric}{of}, {'mean of texts' if text == 'all' else short(text, 24)}"
+
+
+def of_key(rows: DataFrame) -> str:
+    """Say which key a metric looks at, if it is one."""
+    key = rows["key"].iloc[0]
+    return "" if isna(key) else f" of key {key}"
+
+
+def models_of(rows: DataFrame) -> str:
+    """Name the model that rows are of."""
+    return short(", ".join(map(str, rows["model"].dropna().unique())), 40) if "model" in rows else ""
 
 
 def every(count: int, most: int) -> list[int]:

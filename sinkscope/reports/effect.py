@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +12,25 @@ import pandas as pd
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics.across import t_interval
-from sinkscope.results import ALL, BLOCKS, Effects, Run
+from sinkscope.reports import notes
+from sinkscope.reports.words import number, percent
+from sinkscope.results import ALL, BLOCKS, FEWEST, NONE, Effects, Run
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import xarray as xr
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: Columns of `.frame` and effects.csv.
 COLUMNS = ["model", "text", "intervention", "tokens", "loss", "perplexity", "delta_loss", "kl", "std_error"]
 COLUMNS += ["sink_mass", "sink_position"]
+#: Tokens that must be scored for an interval over the blocks of one text, and rows of a table that are printed.
+FEWEST_TOKENS, MOST_ROWS = FEWEST * 8, 24
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EffectReport:
     """What interventions did to a model's predictions.
 
@@ -38,7 +43,8 @@ class EffectReport:
             queries (NaN where it was dropped), and `sink_position` the position that receives most attention in all.
         details: the same rows: 95% interval of `delta_loss`, share of top-1 predictions that stay, the sink's token.
         curves: loss by position: columns `text, intervention, position, loss`; of many texts the mean over `all`.
-        about: model, versions, engine and why, how intervals were made, arguments.
+        about: model, versions, engine and why, how intervals were made, arguments; `notes`: what to know before reading the
+            numbers, such as edits that changed nothing.
     """
 
     frame: pd.DataFrame
@@ -69,7 +75,8 @@ class EffectReport:
         frame["sink_position"] = frame["sink_position"].astype("Int64")
         details = pd.DataFrame(more, columns=["text", "intervention", "low", "high", "top1_agreement", "sink_token"])
         how = "across texts" if len(texts) > 1 else f"across up to {BLOCKS} consecutive blocks of the one text"
-        return cls(frame, details, effects.table(), about | {"interval": f"95%, Student's t, paired, {how}"})
+        about = about | {"interval": f"95%, Student's t, paired, {how}"}
+        return cls(frame, details, effects.table(), about | {"notes": notes.of_evaluate(runs, about["texts"])})
 
     @property
     def interventions(self) -> list[str]:
@@ -77,7 +84,9 @@ class EffectReport:
         return list(self.frame["intervention"].unique())
 
     def summary(self, text: str = ALL) -> pd.DataFrame:
-        """Give one row per intervention: the columns of `.frame` and `low, high, top1_agreement, sink_token`.
+        """Give one row per intervention: the columns of `.frame`, `low, high, top1_agreement, sink_token`, and `interval`.
+
+        The last says how the interval of `delta_loss` was made, or why there is none.
 
         Raises:
             SinkscopeError: no such text.
@@ -85,13 +94,46 @@ class EffectReport:
         both = self.frame.merge(self.details, on=["text", "intervention"])
         if text not in set(both["text"]):
             raise SinkscopeError(f"no text {text!r} in this report; there are {sorted(set(both['text']))}")
-        return both[both["text"] == text].drop(columns=["model", "text"]).reset_index(drop=True)
+        rows = both[both["text"] == text].drop(columns=["model", "text"]).reset_index(drop=True)
+        return rows.assign(interval=[self._how(r, text) for r in rows.to_dict("records")])
+
+    def _how(self, row: Mapping[Any, Any], text: str) -> str:
+        """Say what the interval of a row is across, or why there is none."""
+        if row["low"] == row["low"]:
+            several = text == ALL and len(self.about["texts"]) > 1
+            return f"t, {len(self.about['texts'])} texts" if several else f"t, {min(BLOCKS, row['tokens'] // 8)} blocks"
+        if "no_clean_run" in self.about and row["delta_loss"] != row["delta_loss"]:
+            return "none: no unedited run"
+        return f"none: {row['tokens']} tokens scored, {FEWEST_TOKENS} needed"
+
+    def to_xarray(self, text: str | None = None) -> xr.Dataset:
+        """Give the tables as an xarray Dataset: a variable per number, over `text` and `intervention`.
+
+        Args:
+            text: only this one (`"all"` for the means over texts).
+
+        Raises:
+            SinkscopeError: xarray is not installed, or there is no such text.
+        """
+        from sinkscope.reports.arrays import of_effects
+
+        return of_effects(self.frame.merge(self.details, on=["text", "intervention"]), text, self.about)
 
     def loss_curve(self, *, text: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw loss by position, a running mean per intervention; `text` is one text, by default the longest."""
         from sinkscope.reports import plots
 
         return plots.loss_curve(self.curves, text=text, ax=ax)
+
+    def figures(self) -> dict[str, Figure]:
+        """Draw everything that this report can be drawn as: file stem -> matplotlib Figure."""
+        from matplotlib.figure import Figure
+
+        from sinkscope.reports.drawing import WIDE
+
+        figure = Figure(**WIDE)
+        self.loss_curve(ax=figure.add_subplot())
+        return {"loss": figure}
 
     def save(self, directory: str | Path) -> Path:
         """Write tables, picture and page into a directory.
@@ -103,33 +145,80 @@ class EffectReport:
         Raises:
             SinkscopeError: the directory can't be written.
         """
-        from matplotlib.figure import Figure
-
         from sinkscope.reports import files
-        from sinkscope.reports.drawing import WIDE
 
         files.check_writable(directory)
-        figure = Figure(**WIDE)
-        self.loss_curve(ax=figure.add_subplot())
         tables = {"effects": self.frame, "details": self.details, "curves": self.curves}
-        return files.save(directory, tables, {"loss": figure}, self.page(), self.about)
+        return files.save(directory, tables, self.figures(), self.page(), self.about)
 
     def page(self) -> str:
         """Give the self-contained HTML page."""
         from sinkscope.reports import page
 
-        return page.render_effects(self.summary(), self.about, self.loss_curve)
+        return page.render(self.data())
+
+    def snippet(self) -> str:
+        """Give the page as a fragment for another page: what a notebook shows."""
+        from sinkscope.reports import page
+
+        return page.snippet(self.data())
+
+    def json(self) -> str:
+        """Give all that the page shows as JSON; the documentation says what every key means."""
+        from sinkscope.reports import page
+
+        return page.as_json(self.data())
+
+    def markdown(self) -> str:
+        """Give the numbers and how they were made as Markdown, for an issue or an appendix."""
+        from sinkscope.reports import page
+
+        return page.markdown(self.data())
+
+    def data(self) -> dict[str, Any]:
+        """Give all that the page shows as a dictionary, that of :meth:`json`."""
+        from sinkscope.reports import page
+
+        return page.evaluated(self.summary(), self.curves, self.about)
 
     def _repr_html_(self) -> str:
-        shown = self.summary().set_index("intervention")[
-            ["loss", "perplexity", "delta_loss", "low", "high", "kl", "sink_mass"]
-        ]
-        return f"<p>{html.escape(str(self))}</p>{shown.to_html(float_format='{:.3f}'.format, na_rep='', escape=True)}"
+        return self.snippet()
+
+    @property
+    def headline(self) -> str:
+        """Say in one line what this is."""
+        n, texts = len(self.interventions) - 1, self.about["texts"]
+        of = f"{len(texts)} text{'s' * (len(texts) != 1)} of {notes.tokens_of([t['n_tokens'] for t in texts])}"
+        return f"EffectReport: {self.about['model']}, {n} intervention{'s' * (n != 1)}, {of}"
+
+    @property
+    def _notes(self) -> list[str]:
+        return [f"note: {note}" for note in self.about.get("notes", [])]
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Give the table for people: its header, and a row per intervention; what is not known says why, or is empty."""
+        header = ["intervention", "loss", "perplexity", "difference", "95% interval", "KL", "on token 0", "most goes to"]
+        rows = []
+        for r in self.summary().to_dict("records"):
+            known = {name: not pd.isna(value) for name, value in r.items()}
+            place = f"{r['sink_position']} {r['sink_token']!r}" if known["sink_position"] else r["sink_token"]
+            interval = f"{r['low']:+.3f} to {r['high']:+.3f}" if known["low"] else r["interval"]
+            if r["intervention"] == NONE:
+                known["delta_loss"], interval = False, ""  # what the others are compared with
+            numbers = [number(r["perplexity"]), f"{r['delta_loss']:+.3f}" if known["delta_loss"] else "", interval]
+            loss, kl = (f"{r[name]:.3f}" if known[name] else "" for name in ("loss", "kl"))
+            rows.append([r["intervention"], loss, *numbers, kl, percent(r["sink_mass"]) if known["sink_mass"] else "", place])
+        return header, rows
 
     def __str__(self) -> str:
-        """Say in one line what this is."""
-        n, t = len(self.interventions) - 1, len(self.about["texts"])
-        return f"EffectReport: {self.about['model']}, {n} intervention{'s' * (n != 1)}, {t} text{'s' * (t != 1)}"
+        """Print the table, in nats per token, and what to know before reading it."""
+        header, rows = self.cells()
+        more = len(rows) - MOST_ROWS
+        table = pd.DataFrame(rows[:MOST_ROWS], columns=header).to_string(index=False, max_colwidth=48)
+        cut = [f"... {more} more: effect.summary() has all"] if more > 0 else []
+        return "\n".join([self.headline, table, *cut, *self._notes])
+
+    __repr__ = __str__
 
 
 def _pooled(group: Sequence[Run]) -> Run:

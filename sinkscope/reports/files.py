@@ -1,9 +1,10 @@
-"""A report as a directory, whatever kind of report it is: every file is written under another name and moved into place."""
+"""A report as a directory, whatever kind of report it is: tables, pictures, a page, and the seal."""
 
 from __future__ import annotations
 
-import json
-import os
+import re
+import tempfile
+import unicodedata
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,16 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from sinkscope.errors import SinkscopeError
-from sinkscope.runs.resume import claimed, forget
+from sinkscope.reports.seals import SEAL, replace
+from sinkscope.runs.store import claimed, forget
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Written last: a directory without it holds no whole report.
-SEAL = "summary.json"
-#: How text begins that a spreadsheet would run.
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-#: What an earlier report, also of the other kind, may have left behind.
-PICTURES = ("heatmap", "progression", "distribution", "positions", "attention", "loss")
-TABLES = ("measurements", "summary", "attention", "effects", "details", "curves")
+__all__ = ["SEAL", "check_writable", "save", "write", "write_table"]
+
+#: How a cell begins that a spreadsheet would run, here or after a semicolon, which is the separator in some countries.
+FORMULA = re.compile("(^|;)(?=[=+\\-@\uff1d\uff0b\uff0d\uff20])")
 
 
 def check_writable(directory: str | Path) -> Path:
@@ -35,9 +34,7 @@ def check_writable(directory: str | Path) -> Path:
     path = Path(directory).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".sinkscope-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise SinkscopeError(f"can't write to the directory {str(path)!r}: {error.strerror}") from None
     return path
@@ -49,15 +46,17 @@ def save(
     figures: Mapping[str, Figure],
     page: str,
     about: Mapping[str, Any],
+    large: Mapping[str, pd.DataFrame] | None = None,
 ) -> Path:
-    """Write a report: its tables, its pictures, its page, and last the seal that says that all of it is there.
+    """Write a report beside the old one, and put it in its place when it is whole.
 
     Args:
-        directory: made if need be; files of an earlier report in it are replaced.
+        directory: made if need be; an earlier report in it stays as it was until this one is whole.
         tables: stem -> table, written as `.csv` and `.parquet`.
         figures: stem -> picture, written as `.png`.
         page: `report.html`.
-        about: the seal, `summary.json`.
+        about: the seal, `summary.json`; the SHA-256 of every file is added.
+        large: stem -> table that nobody reads as text, written as `.parquet` alone.
 
     Returns:
         The directory.
@@ -66,50 +65,67 @@ def save(
         SinkscopeError: it can't be written.
     """
     path = check_writable(directory)
+    fills: dict[str, Callable[[Path], Any]] = {}
+    for stem, table in tables.items():
+        fills |= {f"{stem}{kind}": partial(fill, table) for kind, fill in TABLE.items()}
+    fills |= {f"{stem}.parquet": partial(_to_parquet, table) for stem, table in (large or {}).items()}
+    for stem, figure in figures.items():
+        fills[f"{stem}.png"] = partial(figure.savefig, format="png", dpi=160, bbox_inches="tight")
+    fills["report.html"] = lambda p: p.write_text(page, encoding="utf-8")
     with claimed(path):
-        _unseal(path)
-        for name, table in tables.items():
-            write_table(table, path / name)
-        for name, figure in figures.items():
-            write(path / f"{name}.png", partial(figure.savefig, format="png", dpi=160, bbox_inches="tight"))
-        write(path / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
-        seal = json.dumps(about, indent=1, ensure_ascii=False)
-        write(path / SEAL, lambda p: p.write_text(seal, encoding="utf-8"))
+        try:
+            replace(path, fills, about)
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise SinkscopeError(f"can't write the report to {str(path)!r}: {why}. What was there is still there") from None
         forget(path)
     return path
-
-
-def _unseal(path: Path) -> None:
-    """Take away what says that a directory holds a whole report, and what an earlier one may leave behind."""
-    tables = (f"{table}{kind}" for table in TABLES for kind in (".csv", ".parquet"))
-    for name in (SEAL, "report.html", *tables, *(f"{p}.png" for p in PICTURES)):
-        (path / name).unlink(missing_ok=True)
 
 
 def write_table(table: pd.DataFrame, stem: Path) -> None:
     r"""Write a table as `.csv` and, exactly, as `.parquet`.
 
-    In the CSV, text that a spreadsheet would run as a formula (it begins with `=`, `+`, `-`, `@`, a tab or a carriage return)
-    gets an apostrophe before it, as OWASP advises; and a carriage return, which readers take for a line's end, becomes `\r`.
+    In the CSV, text that a spreadsheet would run as a formula (`=`, `+`, `-` or `@`, full-width or not, at its beginning or
+    after a semicolon) gets an apostrophe, as OWASP advises; control characters, line feeds and tabs among them, become
+    escapes such as `\n` and `\x1b`.
     """
-    safe = table.copy()
-    for column in safe.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in safe.dtypes]]:
-        safe[column] = [_harmless(x) if isinstance(x, str) else x for x in safe[column]]
-    write(stem.with_name(f"{stem.name}.csv"), partial(safe.to_csv, index=False))
-    write(stem.with_name(f"{stem.name}.parquet"), partial(table.to_parquet, index=False))
-
-
-def _harmless(cell: str) -> str:
-    return ("'" if cell.startswith(FORMULA) else "") + cell.replace("\r", "\\r")
+    for kind, fill in TABLE.items():
+        write(stem.with_name(f"{stem.name}{kind}"), partial(fill, table))
 
 
 def write(path: Path, fill: Callable[[Path], Any]) -> None:
     """Have `fill` write a file under another name, and move it into place."""
     half = path.with_name(f".{path.name}.half")
     try:
+        half.unlink(missing_ok=True)  # of a killed run; or a link
         fill(half)
         half.replace(path)
     except OSError as error:
         raise SinkscopeError(f"can't write {str(path)!r}: {error.strerror or error}") from None
     finally:
         half.unlink(missing_ok=True)
+
+
+def _to_csv(table: pd.DataFrame, path: Path) -> None:
+    safe = table.copy()
+    for column in safe.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in safe.dtypes]]:
+        safe[column] = [_harmless(x) if isinstance(x, str) else x for x in safe[column]]
+    safe.to_csv(path, index=False)
+
+
+def _to_parquet(table: pd.DataFrame, path: Path) -> None:
+    table.to_parquet(path, index=False)
+
+
+def _harmless(cell: str) -> str:
+    return FORMULA.sub(r"\1'", cell if cell.isprintable() else "".join(map(_shown, cell)))
+
+
+def _shown(character: str) -> str:
+    """Escape what moves a cursor or turns the direction of writing: control and format characters, ends of lines."""
+    if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp"):
+        return character.encode("unicode_escape").decode()
+    return character
+
+
+TABLE: dict[str, Callable[[pd.DataFrame, Path], None]] = {".csv": _to_csv, ".parquet": _to_parquet}

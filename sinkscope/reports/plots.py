@@ -7,7 +7,7 @@ writes anything. Without an `ax` they open a pyplot figure, as wide as a column,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,61 +15,48 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from pandas import DataFrame
 
 from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.reports.cells import attention as attention
+from sinkscope.reports.cells import heatmap as heatmap
 from sinkscope.reports.drawing import (
-    COLOUR_MAP,
     LINE,
     MARK,
     NULL,
     PLAIN,
+    SERIES,
     SIZE,
     WIDE,
+    axis_name,
     constant_null,
-    every,
     finish,
-    labelled,
     layer_series,
-    null_line,
-    query_by_key,
+    legend_below,
+    models_of,
+    of_key,
     rows_of,
     short,
     title_of,
     without_queries,
 )
 
-
-def heatmap(frame: DataFrame, metric: str = "sink_mass", *, text: str = "all", ax: Axes | None = None) -> Axes:
-    """One coloured cell per layer (row, the first on top) and head (column); a constant null is on the bar.
-
-    Args:
-        frame: tidy measurements.
-        metric: a metric with one value per head; the colour bar names its unit.
-        text: a text's label, or `all` for the mean over texts.
-        ax: where to draw; a new figure without it.
-
-    Raises:
-        SinkscopeError: no such metric or text; the message lists those there are.
-    """
-    rows = rows_of(frame, metric, text)
-    cells = rows.pivot(index="layer", columns="head", values="value").sort_index().sort_index(axis=1)
-    ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
-    _cells(ax, cells, labelled(metric), constant_null(rows))
-    ticks = every(len(cells), 16), every(cells.shape[1], 10)
-    ax.set_yticks(ticks[0], labels=[str(cells.index[i]) for i in ticks[0]])
-    ax.set_xticks(ticks[1], labels=[str(cells.columns[i]) for i in ticks[1]])
-    return finish(ax, title_of(metric, text, rows["key"].iloc[0]), "head", "layer")
+#: What the curves of `progression` are known by on an Axes that they share.
+CURVE = "sinkscope-curve"
 
 
-def progression(frame: DataFrame, metric: str = "sink_mass", *, ax: Axes | None = None) -> Axes:
+def progression(frame: DataFrame, metric: str = "sink_mass", *, ax: Axes | None = None, label: str | None = None) -> Axes:
     """A metric by layer, averaged over heads and texts, with the null dashed and the range of the texts.
+
+    On an Axes that has such a curve already, the next one gets another colour, and a dashed null of its own if it differs.
 
     Args:
         frame: tidy measurements.
         metric: a metric with one value per layer or per head.
         ax: where to draw; a new figure without it.
+        label: what the legend calls the curve; by default the model's name.
 
     Raises:
         SinkscopeError: no such metric; the message lists those there are.
@@ -77,13 +64,69 @@ def progression(frame: DataFrame, metric: str = "sink_mass", *, ax: Axes | None 
     series, count = layer_series(frame, metric)
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
     layers = series.index.to_numpy(float)
-    ax.plot(layers, series["value"], "o-", color=LINE, markersize=2.5, linewidth=1.2, label="mean of heads")
+    before = sum(line.get_gid() == CURVE for line in ax.lines)
+    colour, name = SERIES[before % len(SERIES)], models_of(frame) if label is None else label
+    style: dict[str, Any] = {"color": colour, "markersize": 2.5, "linewidth": 1.2, "gid": CURVE}
+    ax.plot(layers, series["value"], "o-", label=name, **style)
     if count > 1:
-        band: dict[str, Any] = {"color": LINE, "alpha": 0.2, "linewidth": 0, "label": f"range of {count} texts"}
-        ax.fill_between(layers, series["low"], series["high"], **band)
-    null_line(ax, series)
+        band: dict[str, Any] = {"color": colour, "alpha": 0.2, "linewidth": 0}
+        ax.fill_between(layers, series["low"], series["high"], label=_once(ax, f"range of {count} texts"), **band)
+    _null(ax, series, colour if before else NULL, f"uniform attention, {name}" if before else "uniform attention")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return finish(ax, f"{metric} by layer", "layer", labelled(metric), legend=True)
+    return finish(ax, f"{metric} by layer, mean of heads", "layer", axis_name(metric), legend=True)
+
+
+def compare(reports: Mapping[str, Any] | Sequence[Any], metric: str = "sink_mass", *, text: str = "all") -> list[Axes]:
+    """Two or more reports in one picture: a heatmap of each, on one scale, and below them their curves by layer.
+
+    Args:
+        reports: reports (or their frames), called by their models' names; or a mapping from name to report.
+        metric: a metric with one value per head.
+        text: a text's label, or `all` for the mean over texts.
+
+    Returns:
+        The heatmaps' Axes, and last that of the curves.
+
+    Raises:
+        SinkscopeError: fewer than two reports; no such metric or text in one of them.
+    """
+    named = dict(reports) if isinstance(reports, Mapping) else _names([getattr(r, "frame", r) for r in reports])
+    frames = {name: getattr(report, "frame", report) for name, report in named.items()}
+    if len(frames) < 2:
+        raise SinkscopeError(f"nothing to compare: give at least two reports, got {len(frames)}")
+    values = [rows_of(frame, metric, text)[["value", "null"]] for frame in frames.values()]
+    low, high = min(0.0, *(float(v["value"].min()) for v in values)), max(float(np.nanmax(v.to_numpy(float))) for v in values)
+    figure = plt.figure(figsize=(3.5 * len(frames), 5.4), layout="constrained", dpi=SIZE["dpi"])
+    grid = figure.add_gridspec(2, len(frames), height_ratios=(1.2, 1))
+    axes = [figure.add_subplot(grid[0, i]) for i in range(len(frames))]
+    curves = figure.add_subplot(grid[1, :])
+    for ax, (name, frame) in zip(axes, frames.items(), strict=True):
+        heatmap(frame, metric, text=text, ax=ax, vmin=low, vmax=high)
+        ax.set_title(f"{short(name, 40)}\n{ax.get_title().partition(chr(10))[2]}", fontsize=8, **PLAIN)
+        progression(frame if text == "all" else frame[frame["text"] == text], metric, ax=curves, label=name)
+    return [*axes, curves]
+
+
+def _names(frames: Sequence[DataFrame]) -> dict[str, DataFrame]:
+    """Call frames by their models' names, numbered where these are the same."""
+    models = [models_of(frame) for frame in frames]
+    return {f"{m} ({i + 1})" if models.count(m) > 1 else m: f for i, (m, f) in enumerate(zip(models, frames, strict=True))}
+
+
+def _once(ax: Axes, label: str) -> str:
+    """Keep a label out of the legend that is there already."""
+    return f"_{label}" if label in ax.get_legend_handles_labels()[1] else label
+
+
+def _null(ax: Axes, series: DataFrame, colour: str = NULL, label: str = "uniform attention") -> None:
+    """Draw what uniform attention gives, where that is known and not drawn already."""
+    x, null = series.index.to_numpy(float), series["null"].to_numpy(float)
+    there = [line.get_xydata() for line in ax.lines if line.get_linestyle() == "--"]
+    drawn = any(
+        len(xy) == len(x) and np.allclose(xy, np.stack([x, null], 1), equal_nan=True) for xy in map(np.asarray, there)
+    )
+    if not np.isnan(null).all() and not drawn:
+        ax.plot(x, null, "--", color=colour, linewidth=1, label=label)
 
 
 def positions(frame: DataFrame, *, text: str | None = None, metric: str = "position_profile", ax: Axes | None = None) -> Axes:
@@ -106,10 +149,12 @@ def positions(frame: DataFrame, *, text: str | None = None, metric: str = "posit
     keys, first = profile.index.to_numpy(float), float(profile["value"].iloc[0])
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
     ax.plot(keys, profile["value"], color=LINE, linewidth=0.9, label="mean of layers")
-    null_line(ax, profile)
+    _null(ax, profile)
     ax.plot(keys[:1], [first], "o", color=MARK, markersize=5, clip_on=False, zorder=3)
     label, at = f"position {keys[0]:.0f}: {first:.3g}", (keys[0], first)
-    ax.annotate(label, at, (7, 0), textcoords="offset points", color=MARK, fontsize=7, va="center")
+    halo = [withStroke(linewidth=2, foreground="white")]  # it lies on the curve
+    style: dict[str, Any] = {"color": MARK, "fontsize": 7, "va": "center", "path_effects": halo}
+    ax.annotate(label, at, (7, 0), textcoords="offset points", **style)
     if len(profile) > 64:
         ax.set_xscale("symlog", linthresh=1)
         ax.set_xlim(0, keys[-1])
@@ -117,7 +162,7 @@ def positions(frame: DataFrame, *, text: str | None = None, metric: str = "posit
         ax.set_yscale("log", nonpositive="mask")
     else:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return finish(ax, title_of(metric, text), "key position", labelled(metric), legend=True)
+    return finish(ax, title_of(rows, text, metric), "key position", axis_name(metric), legend=True)
 
 
 def distribution(frame: DataFrame, metric: str = "sink_mass", *, text: str = "all", ax: Axes | None = None) -> Axes:
@@ -136,39 +181,12 @@ def distribution(frame: DataFrame, metric: str = "sink_mass", *, text: str = "al
     nulls, constant = rows["null"].dropna(), constant_null(rows)
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
     ax.hist(rows["value"], bins=20, color=LINE, alpha=0.5, edgecolor="white", label=f"{len(rows)} heads")
-    ax.margins(y=0.3)  # room for the legend
     if constant is not None:
         ax.axvline(constant, color=NULL, linestyle="--", label=f"uniform attention: {constant:.3g}")
     elif len(nulls):
         ax.axvspan(nulls.min(), nulls.max(), color=NULL, alpha=0.3, linewidth=0, label="uniform attention")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return finish(ax, title_of(metric, text, rows["key"].iloc[0]), labelled(metric), "heads", legend=True)
-
-
-def attention(attention_frame: DataFrame, tokens: Sequence[str] | None = None, *, ax: Axes | None = None) -> Axes:
-    """Who looks at whom in one short text: a row per query, a column per key; at most 20 tokens are named.
-
-    Args:
-        attention_frame: columns `query, key, value` (share of the query's attention); later keys that get none stay blank.
-        tokens: the text of each token; spaces and control characters are made visible, long ones are cut. None takes the
-            column `key_token`, which :func:`sinkscope.attention_map` gives.
-        ax: where to draw; a new figure without it.
-
-    Raises:
-        SinkscopeError: a position lies outside `tokens`.
-    """
-    last = int(attention_frame[["query", "key"]].to_numpy().max())
-    if tokens is None:
-        tokens = attention_frame.sort_values("key").drop_duplicates("key")["key_token"].tolist()
-    if last >= len(tokens):
-        raise SinkscopeError(f"attention reaches position {last}, but there are {len(tokens)} tokens")
-    ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
-    _cells(ax, query_by_key(attention_frame, len(tokens)), "share of a query's attention", None)
-    ticks = every(len(tokens), 20)
-    labels = [short(tokens[i].replace(" ", "·")) for i in ticks]
-    ax.set_xticks(ticks, labels=labels, rotation=90, **PLAIN)
-    ax.set_yticks(ticks, labels=labels, **PLAIN)
-    return finish(ax, "attention, mean of heads and layers", "key", "query")
+    return finish(ax, title_of(rows, text, metric, of_key(rows)), axis_name(metric), "heads", legend=True)
 
 
 def loss_curve(curves: DataFrame, *, text: str | None = None, ax: Axes | None = None) -> Axes:
@@ -196,7 +214,7 @@ def loss_curve(curves: DataFrame, *, text: str | None = None, ax: Axes | None = 
         ax.plot(run["position"], loss, linewidth=1, label=short(str(name), 48), **style)
     ylabel = f"loss (nats), mean of {size} tokens" if size > 1 else "loss (nats)"
     finish(ax, f"loss by position, {short(text, 24)}", "position", ylabel)
-    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)  # it would cover curves
+    legend_below(ax)
     return ax
 
 
@@ -267,16 +285,3 @@ def figures(frame: DataFrame, attention: DataFrame | None = None, tokens: Sequen
     for stem, function in draw.items():
         function(ax=drawn[stem].add_subplot())
     return drawn
-
-
-def _cells(ax: Axes, cells: DataFrame, label: str, null: float | None) -> None:
-    values = np.ma.masked_invalid(cells.to_numpy(float, na_value=np.nan))
-    low, high = min(0.0, float(values.min())), max(float(values.max()), null or 0.0)
-    image = ax.imshow(values, COLOUR_MAP, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    bar = ax.figure.colorbar(image, ax=ax)
-    bar.set_label(label, fontsize=8, **PLAIN)
-    if null is not None:  # among the ticks, in place of those that it would cover
-        ticks = [t for t in bar.get_ticks() if low <= t <= high and abs(t - null) > (high - low) / 16]
-        bar.set_ticks([*ticks, null], labels=[*(f"{tick:.3g}" for tick in ticks), f"null {null:.3g}"])
-        bar.ax.axhline(null, color=MARK, linewidth=1.5)
-    bar.ax.tick_params(labelsize=7)

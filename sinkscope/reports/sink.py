@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.metrics.across import t_interval
+from sinkscope.metrics import BUILT_IN
 from sinkscope.metrics.base import AcrossTexts, AnyMetric
-from sinkscope.metrics.values import Value, rows_of
+from sinkscope.reports import intervals, notes
+from sinkscope.reports.compare import compared
+from sinkscope.reports.shown import Shown
+from sinkscope.reports.tables import COLUMNS as COLUMNS
+from sinkscope.reports.tables import SUMMARY_COLUMNS as SUMMARY_COLUMNS
+from sinkscope.reports.tables import tables
 from sinkscope.reports.words import sentences
 from sinkscope.results import ALL, Tally, TextResult
 
@@ -24,14 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Columns of `.frame` and measurements.csv, and of `.summary()` and summary.csv.
-COLUMNS = ["model", "text", "metric", "layer", "head", "key", "value", "std_error", "null", "tokens"]
-#: A column more where a metric is reported per query, after `key`.
-QUERY = "query"
-SUMMARY_COLUMNS = ["text", "metric", "value", "std_error", "null"]
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SinkReport:
     """Attention-sink statistics of one model on some texts.
 
@@ -39,14 +36,18 @@ class SinkReport:
         frame: tidy, the finest rows: one per (text, metric, layer, head, key) as far as these apply, with the null beside
             each value. `text` is a label, or `all` for the mean over texts with its standard error.
         totals: one row per model-level number; see :meth:`summary`.
-        about: model, versions, engine and why, dtype, BOS decision, texts and their tokens, arguments.
+        about: model, versions, engine and why, dtype, BOS decision, texts and their tokens, arguments; `notes`: what to know
+            before reading the numbers, such as texts of unequal length and metrics without a number.
         attention: `query, key, value`: attention of one short text averaged over layers and heads, where it was asked for.
+        patterns: `layer, head, query, key, query_token, value`: every head's attention of one short text, where it was
+            asked for (:func:`sinkscope.attention_patterns`); the page's explorer shows it.
     """
 
     frame: pd.DataFrame
     totals: pd.DataFrame
     about: dict[str, Any] = field(repr=False)
     attention: pd.DataFrame | None = field(default=None, repr=False)
+    patterns: pd.DataFrame | None = field(default=None, repr=False)
 
     @classmethod
     def assemble(
@@ -60,26 +61,15 @@ class SinkReport:
             about: gets the texts added.
             results: the texts whose finest rows go into the frame: all of them, or none.
         """
-        layers = list(about["layers"])
-        pieces = [rows_of(v, layers, r.sequence.label, len(r.sequence)) for r in results for v in r.values]
-        totals = [(label, name, value, np.nan, null) for label, name, value, null in tally.totals]
-        tokens = sum(n for _, n in tally.texts)
-        for g in tally.groups.values():
-            mean = Value(g.name, g.tag, g.key, g.axes, g.value.present, g.null.present, None, None)
-            pieces.append(rows_of(mean, layers, ALL, tokens, g.value.std_error))
-            if g.total is not None and g.total_null is not None:
-                value, error, null = (float(x) for x in (g.total.present, g.total.std_error, g.total_null.present))
-                totals.append((ALL, g.name + g.tag, value, error, null))
-        summary = pd.DataFrame(totals, columns=SUMMARY_COLUMNS)
-        summary = pd.concat([summary, _across(summary, asked)], ignore_index=True)
-        frame = pd.concat(pieces, ignore_index=True) if pieces else pd.DataFrame(columns=COLUMNS[1:])
-        frame.insert(0, "model", about["model"])
+        asked = list(asked)
+        frame, summary = tables(tally, asked, about, results)
         texts: list[dict[str, Any]] = [{"label": label, "n_tokens": n} for label, n in tally.texts]
         for text, r in zip(texts, results, strict=False):
             text["tokens"] = list(r.sequence.strings)
         said = sentences(summary[summary["text"] == ALL], about["arguments"]["key"])
-        columns = [c for c in (*COLUMNS[:6], QUERY, *COLUMNS[6:]) if c in frame or c != QUERY]
-        return cls(frame[columns], summary, about | {"texts": texts, "sentences": said})
+        units = {m.name: m.unit for m in asked if m.name not in BUILT_IN and not isinstance(m, AcrossTexts) and m.unit}
+        about = about | {"texts": texts, "sentences": said} | ({"units": units} if units else {})
+        return cls(frame, summary, about | {"notes": notes.of_measure(tally, asked)})
 
     @property
     def texts(self) -> list[str]:
@@ -110,12 +100,21 @@ class SinkReport:
         return self.totals[self.totals["text"] == self._text(text)].reset_index(drop=True)
 
     def intervals(self) -> pd.DataFrame:
-        """Give the summary over all texts with the 95% interval of each mean: columns `low, high` (Student's t)."""
+        """Give the summary over all texts with the 95% interval of each mean.
+
+        Returns:
+            The columns of :meth:`summary`, `low, high`, and `interval`: how it was made, such as `t, logit, 5 texts`
+            (Student's t on a scale on which it can't leave what is possible), or why there is none.
+        """
         rows = self.summary(ALL)
-        counts = self.totals[self.totals["text"] != ALL].groupby("metric")["value"].count()  # of texts that have the number
-        given = zip(rows["metric"], rows["value"], rows["std_error"], strict=True)
-        bounds = [t_interval(value, error, int(counts.get(name, 0))) for name, value, error in given]
-        return rows.assign(low=[b[0] for b in bounds], high=[b[1] for b in bounds])
+        single = self.totals[(self.totals["text"] != ALL) & self.totals["value"].notna()]
+        lengths = single["text"].map({t["label"]: t["n_tokens"] for t in self.about["texts"]})
+        counts, means = (getattr(lengths.groupby(single["metric"]), what)() for what in ("count", "mean"))
+        found = []
+        for name, value, error in zip(rows["metric"], rows["value"], rows["std_error"], strict=True):
+            bounds = intervals.bounds_of(name, float(means.get(name, 1.0)), self.about.get("units"))
+            found.append(intervals.of_mean(value, error, int(counts.get(name, 0)), bounds, len(self.texts)))
+        return rows.assign(low=[i.low for i in found], high=[i.high for i in found], interval=[i.said for i in found])
 
     def top(self, metric: str = "sink_mass", n: int = 10, *, text: str = ALL) -> pd.DataFrame:
         """Give the n rows where a metric is largest: the strongest heads, or positions.
@@ -127,20 +126,23 @@ class SinkReport:
         return rows.nlargest(n, "value").reset_index(drop=True)
 
     def compare(self, other: SinkReport) -> pd.DataFrame:
-        """Put another report's summary beside this one.
+        """Put another report's summary beside this one, with the difference and its 95% interval.
+
+        Texts that both have (of the same label, and as far as is known the same words) are compared pair by pair;
+        where they are not all the same, the interval is Welch's, of two independent means.
 
         Returns:
-            One row per metric in both: `metric, value, std_error, null`, the same of the other, and `difference`
-            (other minus this). Standard errors are each report's own, across its texts.
+            One row per metric in both: `metric, value, std_error, null`, the same of the other, `difference` (other minus
+            this), its `low, high` and `interval` (how it was made, or why there is none), and `note`: what makes the two
+            numbers hard to compare, such as texts of other lengths. Standard errors are each report's own, across its
+            texts; a paired difference is that of the texts which have both numbers.
 
         Raises:
             SinkscopeError: the other is no SinkReport.
         """
         if not isinstance(other, SinkReport):
             raise SinkscopeError(f"a SinkReport compares with a SinkReport, not with a {type(other).__name__}")
-        columns = ["metric", "value", "std_error", "null"]
-        both = self.summary(ALL)[columns].merge(other.summary(ALL)[columns], on="metric", suffixes=("", "_other"))
-        return both.assign(difference=both["value_other"] - both["value"])
+        return compared(self, other)
 
     def sink_positions(self, *, text: str | None = None) -> pd.DataFrame:
         """List the positions that act as sinks, with their tokens: columns `text, key, token, share_of_heads`.
@@ -170,35 +172,31 @@ class SinkReport:
         Raises:
             SinkscopeError: xarray is not installed, or there is no such column.
         """
-        try:
-            import xarray as xr
-        except ImportError:
-            raise SinkscopeError("to_xarray needs xarray: pip install xarray") from None
-        if column not in ("value", "null", "std_error"):
-            raise unknown("column", column, ["value", "null", "std_error"])
-        variables = []
-        for name, rows in self.frame.groupby("metric", sort=False):
-            axes = [a for a in ("text", "layer", "head", QUERY) if a in rows and rows[a].notna().all()]
-            if rows.duplicated(axes).any():
-                axes.append("key")
-            index = rows[axes].astype({a: int for a in axes if a != "text"})
-            variables.append(index.assign(**{str(name): rows[column]}).set_index(axes).to_xarray())
-        about = {name: str(self.about[name]) for name in ("model", "engine", "dtype", "bos")}
-        return xr.merge(variables, join="outer", compat="no_conflicts").assign_attrs(about)
+        from sinkscope.reports.arrays import of_measurements
+
+        return of_measurements(self.frame, column, self.about)
 
     # Pictures: each gives matplotlib Axes, to be shown or saved by the caller.
 
-    def heatmap(self, metric: str = "sink_mass", *, text: str = ALL, ax: Axes | None = None) -> Axes:
-        """Draw a metric by layer and head."""
+    def heatmap(
+        self,
+        metric: str = "sink_mass",
+        *,
+        text: str = ALL,
+        ax: Axes | None = None,
+        vmin: float | None = None,
+        vmax: float | None = None,
+    ) -> Axes:
+        """Draw a metric by layer and head; `vmin` and `vmax` give several pictures one scale."""
         from sinkscope.reports import plots
 
-        return plots.heatmap(self.frame, metric, text=text, ax=ax)
+        return plots.heatmap(self.frame, metric, text=text, ax=ax, vmin=vmin, vmax=vmax)
 
-    def progression(self, metric: str = "sink_mass", *, ax: Axes | None = None) -> Axes:
-        """Draw a metric over layers, with its null and the band across texts."""
+    def progression(self, metric: str = "sink_mass", *, ax: Axes | None = None, label: str | None = None) -> Axes:
+        """Draw a metric over layers, with its null and the band across texts; `label` is its name beside other curves."""
         from sinkscope.reports import plots
 
-        return plots.progression(self.frame, metric, ax=ax)
+        return plots.progression(self.frame, metric, ax=ax, label=label)
 
     def positions(self, metric: str = "position_profile", *, text: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw where attention lands over positions, position 0 marked, uniform attention beside it."""
@@ -238,7 +236,32 @@ class SinkReport:
         """Give the self-contained HTML page."""
         from sinkscope.reports import page
 
-        return page.render(self.frame, self.totals, self.about, self.attention)
+        return page.render(self.data())
+
+    def snippet(self) -> str:
+        """Give the page as a fragment for another page: what a notebook shows."""
+        from sinkscope.reports import page
+
+        return page.snippet(self.data())
+
+    def json(self) -> str:
+        """Give all that the page shows as JSON; the documentation says what every key means."""
+        from sinkscope.reports import page
+
+        return page.as_json(self.data())
+
+    def markdown(self) -> str:
+        """Give the numbers and how they were measured as Markdown, for an issue or an appendix."""
+        from sinkscope.reports import page
+
+        return page.markdown(self.data())
+
+    def data(self) -> dict[str, Any]:
+        """Give all that the page shows as a dictionary, that of :meth:`json`."""
+        from sinkscope.reports import page
+
+        numbers = pd.concat([self.totals[self.totals["text"] != ALL], self.intervals()], ignore_index=True)
+        return page.measured(self.frame, numbers, self.about, self.attention, self.patterns)
 
     def save(self, directory: str | Path) -> Path:
         """Write tables, pictures and the page into a directory.
@@ -247,8 +270,8 @@ class SinkReport:
             directory: made if need be; files of an earlier report in it are replaced.
 
         Returns:
-            The directory: `measurements.csv`, `summary.csv`, both as `.parquet`, `summary.json`, the pictures as PNG and
-            `report.html`.
+            The directory: `measurements.csv`, `summary.csv`, both as `.parquet`, `summary.json`, the pictures as PNG,
+            `report.html`, and `patterns.parquet` where there are patterns.
 
         Raises:
             SinkscopeError: the directory can't be written.
@@ -259,16 +282,27 @@ class SinkReport:
         if self.attention is not None:
             tables["attention"] = self.attention
         files.check_writable(directory)
-        return files.save(directory, tables, self.figures(), self.page(), self.about)
+        large = {} if self.patterns is None else {"patterns": self.patterns}
+        return files.save(directory, tables, self.figures(), self.page(), self.about, large)
+
+    def show(self, height: int = 720) -> Shown:
+        """Open the page inside a notebook's cell, `height` pixels high."""
+        return Shown(self.page(), height)
 
     def _repr_html_(self) -> str:
-        shown = self.intervals().set_index("metric")[["value", "low", "high", "null"]]
-        return f"<p>{html.escape(str(self))}</p>{shown.to_html(float_format='{:.3f}'.format, na_rep='', escape=True)}"
+        return self.snippet()
 
     def __str__(self) -> str:
-        """Say in one line what this is."""
-        n = len(self.texts)
-        return f"SinkReport: {self.about['model']}, {n} text{'s' * (n != 1)}, engine {self.about['engine']}"
+        """Say in one line what this is, and in one each what to know before reading the numbers."""
+        n, lengths = len(self.texts), [t["n_tokens"] for t in self.about["texts"]]
+        of = f"{n} text{'s' * (n != 1)} of {notes.tokens_of(lengths)}"
+        return "\n".join([f"SinkReport: {self.about['model']}, {of}, engine {self.about['engine']}", *self._notes])
+
+    __repr__ = __str__
+
+    @property
+    def _notes(self) -> list[str]:
+        return [f"note: {note}" for note in self.about.get("notes", [])]
 
     def _metric(self, name: str) -> str:
         if name not in self.metrics:
@@ -287,16 +321,3 @@ class SinkReport:
         if label != ALL and label not in self.texts:
             raise unknown("text in this report", label, [ALL, *self.texts])
         return label
-
-
-def _across(summary: pd.DataFrame, asked: Iterable[AnyMetric]) -> pd.DataFrame:
-    """Add the rows of metrics about the variation from text to text."""
-    rows = []
-    for m in asked:
-        if isinstance(m, AcrossTexts):
-            names = [n for n in summary["metric"].unique() if n == m.of or n.startswith(f"{m.of}[")]
-            for name in names:
-                values = summary[(summary["metric"] == name) & (summary["text"] != ALL)]["value"].to_numpy()
-                parts = m.fn(values)
-                rows += [(ALL, f"{m.name}@{part}{name[len(m.of) :]}", v, np.nan, np.nan) for part, v in parts.items()]
-    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS).astype({"value": float, "std_error": float, "null": float})

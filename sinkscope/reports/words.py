@@ -90,13 +90,35 @@ def sentences(summary: pd.DataFrame, keys: list[int | str]) -> dict[str, str]:
         keys: the sink positions that were looked at; the words speak of the first.
 
     Returns:
-        Metric name to sentence, for those measured and not NaN.
+        Metric name to sentence, for those measured and not NaN; `sink_strength` not where it is the sink mass again.
     """
     by_name = {str(r["metric"]): (float(r["value"]), float(r["null"])) for r in summary.to_dict("records")}
     tag = f"[key={keys[0]}]" if len(keys) > 1 else ""
     said = {}
-    for name in KEY_NUMBERS:
-        value, null = by_name.get(name, by_name.get(name + tag, (math.nan, math.nan)))
-        if not math.isnan(value):
+    given = {name: by_name.get(name, by_name.get(name + tag, (math.nan, math.nan))) for name in KEY_NUMBERS}
+    for name, (value, null) in given.items():
+        repeated = name == "sink_strength" and math.isclose(value, given["sink_mass"][0], rel_tol=1e-6)
+        if not math.isnan(value) and not repeated:
             said[name] = _SENTENCES[name](value, null, key_name(keys))
     return said
+
+
+def folded(rows: pd.DataFrame) -> list[tuple[str, pd.Series]]:
+    """Fold rows of a summary that say the same: metrics of one value, null and interval are one row with all their names.
+
+    Args:
+        rows: as :meth:`SinkReport.intervals` gives them, in the order in which they are to be read.
+
+    Returns:
+        Names, joined by `=`, and the first of their rows.
+
+    >>> rows = pd.DataFrame({"metric": list("abc"), "value": [0.5, 1.0, 0.5], "null": 0.1, "low": 0.0, "high": 1.0})
+    >>> [name for name, row in folded(rows)]
+    ['a = c', 'b']
+    """
+    found: dict[tuple[str, ...], list[pd.Series]] = {}
+    for _, row in rows.iterrows():
+        numbers = tuple(f"{float(row[column]):.6g}" for column in ("value", "null", "low", "high"))
+        trivial = row["value"] in (0.0, 1.0)  # two zeros are two facts
+        found.setdefault((*numbers, str(row["metric"])) if trivial else numbers, []).append(row)
+    return [(" = ".join(str(row["metric"]) for row in same), same[0]) for same in found.values()]

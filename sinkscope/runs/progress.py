@@ -1,13 +1,16 @@
-"""A progress bar on stderr, or nothing at all."""
+"""A progress bar on stderr, or nothing at all; and a line for what takes long and can't be counted."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Timer
 
 #: Seconds before a bar appears, so that short runs say nothing, and between its lines where stderr is a file or a pipe.
 DELAY, QUIET = 2.0, 10.0
+#: The same in a notebook, whose stderr is no terminal though somebody looks at it.
+NOTEBOOK_DELAY, NOTEBOOK = 0.5, 0.2
 
 
 @contextmanager
@@ -18,10 +21,44 @@ def bar(show: bool, total: int | None, what: str, unit: str = "layer") -> Iterat
         return
     from tqdm.auto import tqdm
 
-    interval = 0.1 if sys.stderr.isatty() else QUIET
-    with tqdm(total=total, desc=what, unit=unit, leave=False, delay=DELAY, mininterval=interval) as progress:
+    live, seen = in_notebook(), sys.stderr.isatty()
+    delay, interval = (NOTEBOOK_DELAY, NOTEBOOK) if live else (DELAY, 0.1 if seen else QUIET)
+    with tqdm(total=total, desc=what, unit=unit, leave=False, delay=delay, mininterval=interval) as progress:
+        first = Timer(delay, progress.refresh)  # the first layer of a long text may take longer
+        first.daemon = True
+        if live or seen:
+            first.start()
 
         def add(n: int) -> None:
             progress.update(n)
 
-        yield add
+        try:
+            yield add
+        finally:
+            first.cancel()
+
+
+@contextmanager
+def saying(show: bool, what: str) -> Iterator[None]:
+    """Say on stderr what is being done: at once to a person, to a file or a pipe only when it takes long."""
+    if not show:
+        yield
+        return
+    line = f"{what}\n"
+    timer = Timer(QUIET, sys.stderr.write, [line])
+    timer.daemon = True
+    if sys.stderr.isatty() or in_notebook():
+        sys.stderr.write(line)
+        sys.stderr.flush()
+    else:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def in_notebook() -> bool:
+    """Tell whether IPython runs this: a notebook, or its terminal."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None

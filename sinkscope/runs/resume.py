@@ -1,132 +1,49 @@
 """Going on after an interruption: what is finished is kept on disk, batch by batch, until the report is written.
 
 A batch is the unit, since the texts that share a forward pass share its rounding: a run that goes on ends with the very
-numbers of one that was never stopped. Files hold arrays and JSON, never pickles, and are moved into place when whole.
+numbers of one that was never stopped. What was kept and is damaged, or looks otherwise than it must, is run again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import time
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import count
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeVar
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics.accumulate import Moments
 from sinkscope.metrics.values import Value
 from sinkscope.results import Group, Run, Tally, TextResult
+from sinkscope.runs.schema import fits
 from sinkscope.runs.share import Share
+from sinkscope.runs.store import FOLDER, LOCK, Arrays, Store, claimed, forget
 from sinkscope.tokens import TextTokens
 
-#: Folder in the output directory; there only while a run is unfinished.
-FOLDER, LOCK = "unfinished", "lock"
-Arrays = dict[str, Any]
+__all__ = ["FOLDER", "LOCK", "Finished", "Running", "Store", "claimed", "forget", "keep_runs", "kept_runs"]
+
+T = TypeVar("T")
+#: What the JSON of a value, of a file of running means and of a file of `evaluate` looks like.
+NAMED = {"name": str, "tag": str, "key": int | None, "axes": [str]}
+VALUE = NAMED | {"total": float | None, "total_null": float | None}
+RUNNING = {"batches": [str], "texts": [(str, int)], "totals": [(str, str, float, float)], "groups": [NAMED | {"held": [str]}]}
+RUN: dict[str, Any] = {"text": str, "intervention": str, "sink_token": str}
+RUN |= dict.fromkeys(("tokens", "sink_position", "blocks"), int)
+RUN |= dict.fromkeys(("kl", "agreement", "sink_mass", "mean_loss", "delta", "error"), float)
+RUNS = {"runs": [RUN], "located": {...: str}}
 
 
-@contextmanager
-def claimed(directory: str | Path | None) -> Iterator[None]:
-    """Have a directory to oneself: a second run in it at the same time is refused. The lock of a killed run is gone with it.
-
-    Raises:
-        SinkscopeError: another process works there, or it can't be written.
-    """
-    if directory is None:
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    folder = Path(directory).expanduser() / FOLDER
+def _taken_up(store: Store, name: str, shape: Any, build: Callable[[Any, Arrays], T]) -> T | None:
+    """Build what was kept; None where nothing was, or something else: it is run again."""
+    kept = store.read(name)
+    if kept is None:
+        return None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
-        lock.acquire()
-    except Timeout:
-        raise SinkscopeError(
-            f"another run is writing to {str(directory)!r}: wait for it, or give another directory"
-        ) from None
-    except OSError as error:
-        raise SinkscopeError(f"can't write to the directory {str(directory)!r}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        lock.release()
-        if not lock.is_locked and folder.is_dir() and {p.name for p in folder.iterdir()} <= {LOCK}:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def forget(directory: str | Path) -> None:
-    """Drop what is finished: the report has been written."""
-    for path in (Path(directory).expanduser() / FOLDER).glob("*.npz"):
-        path.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Store:
-    """Where a run keeps what is finished: files named by all that the numbers in them depend on.
-
-    Attributes:
-        folder: where; None keeps nothing.
-        run: everything that the numbers depend on besides the texts.
-    """
-
-    folder: Path | None
-    run: str
-
-    @classmethod
-    def of(cls, directory: str | Path | None, run: Mapping[str, Any]) -> Store:
-        """Take up a run in a directory, or in none."""
-        folder = None if directory is None else Path(directory).expanduser() / FOLDER
-        return cls(folder, json.dumps(run, sort_keys=True, default=str))
-
-    def name(self, sequences: Sequence[TextTokens]) -> str:
-        """Give the name that stands for these texts in this run."""
-        digest = hashlib.sha256(self.run.encode())
-        for s in sequences:
-            digest.update(s.label.encode() + b"\0" + s.ids.numpy().tobytes() + b"\0")
-        return digest.hexdigest()[:32]
-
-    def read(self, name: str) -> tuple[Any, Arrays] | None:
-        """Give what was kept under a name; None where there is nothing whole."""
-        path = None if self.folder is None else self.folder / f"{name}.npz"
-        if path is None or not path.is_file():
-            return None
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = dict(arrays)
-            return json.loads(str(found.pop("about"))), found
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
-            return None  # not whole, or not ours: it is simply run again
-
-    def write(self, name: str, about: Any, arrays: Arrays) -> None:
-        """Keep arrays, and what JSON can hold, under a name.
-
-        Raises:
-            SinkscopeError: they can't be written; what was kept before is still there.
-        """
-        if self.folder is None:
-            return
-        path = self.folder / f"{name}.npz"
-        half = path.with_suffix(".half")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with half.open("wb") as file:
-                np.savez(file, about=np.array(json.dumps(about)), **arrays)
-            half.replace(path)
-        except OSError as error:
-            half.unlink(missing_ok=True)
-            raise SinkscopeError(
-                f"can't write to {str(self.folder)!r}: {error.strerror}. What is finished stays there: the same call goes on"
-            ) from None
+        fits(kept[0], shape)
+        return build(*kept)
+    except Exception:  # forged: whatever it makes the building raise
+        return None
 
 
 # --- measure: texts whose numbers are all kept, or running means of them -----------------------------------------------
@@ -141,14 +58,17 @@ class Finished:
 
     def has(self, sequences: Sequence[TextTokens]) -> bool:
         """Take up a batch if it was finished before."""
-        about, arrays = self.store.read(self.store.name(sequences)) or ([], {})
-        if len(about) != len(sequences):
-            return False
-        self.results += [
-            TextResult(s, tuple(_value(v, arrays, f"{row}-{i}") for i, v in enumerate(values)))
-            for row, (s, values) in enumerate(zip(sequences, about, strict=True))
-        ]
-        return True
+        found = _taken_up(
+            self.store,
+            self.store.name(sequences),
+            [[VALUE]],
+            lambda about, arrays: [
+                TextResult(s, tuple(_value(v, arrays, f"{row}-{i}") for i, v in enumerate(values)))
+                for row, (s, values) in enumerate(zip(sequences, about, strict=True))
+            ],
+        )
+        self.results += found or []
+        return found is not None
 
     def add(self, results: Sequence[TextResult]) -> None:
         """Keep a batch's results."""
@@ -192,13 +112,9 @@ class Running:
         self.file = f"{store.name([])}-{share.rank}-of-{share.world}"
         self.tally = Tally()
         self.batches: list[str] = []
-        about, arrays = store.read(self.file) or ({}, {})
-        if about:
-            self.batches = about["batches"]
-            self.tally.texts = [(label, n) for label, n in about["texts"]]
-            self.tally.totals = [(label, name, value, null) for label, name, value, null in about["totals"]]
-            groups = [_group(g, arrays, str(i)) for i, g in enumerate(about["groups"])]
-            self.tally.groups = {(g.name, g.tag): g for g in groups}
+        found = _taken_up(store, self.file, RUNNING, lambda about, arrays: (about["batches"], _tally(about, arrays)))
+        if found is not None:
+            self.batches, self.tally = found
         self._taken, self._seen = len(self.batches), 0
         self._unsaved, self._next = False, 0.0
 
@@ -274,6 +190,12 @@ def _kept_group(group: Group, arrays: Arrays, at: str) -> dict[str, Any]:
     return {"name": group.name, "tag": group.tag, "key": group.key, "axes": group.axes, "held": held}
 
 
+def _tally(about: dict[str, Any], arrays: Arrays) -> Tally:
+    groups = [_group(g, arrays, str(i)) for i, g in enumerate(about["groups"])]
+    texts, totals = ([tuple(row) for row in about[name]] for name in ("texts", "totals"))
+    return Tally({(g.name, g.tag): g for g in groups}, totals, texts)
+
+
 def _group(about: dict[str, Any], arrays: Arrays, at: str) -> Group:
     held: dict[str, Any] = dict.fromkeys(MOMENTS)
     held |= {name: Moments(*(arrays[f"{at}-{name}-{of}"] for of in ARRAYS)) for name in about["held"]}
@@ -289,10 +211,12 @@ Found = tuple[list[Run], dict[str, str]]
 
 def kept_runs(store: Store, sequence: TextTokens) -> Found | None:
     """Give a text's runs if they were finished before."""
-    about, arrays = store.read(store.name([sequence])) or ({}, {})
-    if not about:
-        return None
-    return [Run(**r, **{of: arrays[f"{i}-{of}"] for of in CURVES}) for i, r in enumerate(about["runs"])], about["located"]
+
+    def build(about: Any, arrays: Arrays) -> Found:
+        runs = [Run(**r, **{of: arrays[f"{i}-{of}"] for of in CURVES}) for i, r in enumerate(about["runs"])]
+        return runs, about["located"]
+
+    return _taken_up(store, store.name([sequence]), RUNS, build)
 
 
 def keep_runs(store: Store, sequence: TextTokens, found: Found) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from sinkscope.metrics.across import SHARE, SIGNED
 from sinkscope.models import Adapter, adapt
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import WIDE, finish
@@ -70,10 +71,10 @@ def semantic_conflict(
     setting = f"{len(GROUPS)} groups"
     rows: list[Row] = []
     for level, name in enumerate(LEVELS):
-        rows.append((f"conflict: {name}", "sink_mass_excess", Estimate.of(mass[:, level], 0.0), setting))
-        rows.append((f"conflict: {name}", "last_row_share", Estimate.of(last[:, level]), setting))
-    correlation = Estimate.of(rank_correlations(mass), 0.0)
-    change = Estimate.of(mass[:, -1] - mass[:, 0], 0.0)
+        rows.append((f"conflict: {name}", "sink_mass_excess", Estimate.of(mass[:, level], 0.0, SIGNED), setting))
+        rows.append((f"conflict: {name}", "last_row_share", Estimate.of(last[:, level], bounds=SHARE), setting))
+    correlation = Estimate.of(rank_correlations(mass), 0.0, SIGNED)
+    change = Estimate.of(mass[:, -1] - mass[:, 0], 0.0, SIGNED)
     p = permutation_p(mass, permutations, np.random.default_rng(seed))
     rows += [("strong minus none", "sink_mass_excess", change, f"{setting}, paired")]
     rows += [("level and sink_mass_excess", "rank_correlation", correlation, setting)]
@@ -87,7 +88,7 @@ def semantic_conflict(
     way = ("more" if correlation.value > 0 else "less") + " attention goes to the first token the stronger the conflict is"
     said = (
         f"In {len(GROUPS)} groups of three matched sentences, {adapter.name}'s attention to the first token beyond chance is "
-        + ", ".join(f"{Estimate.of(mass[:, i])} ({name})" for i, name in enumerate(LEVELS))
+        + ", ".join(f"{Estimate.of(mass[:, i], 0.0, SIGNED)} ({name})" for i, name in enumerate(LEVELS))
         + f". Within groups, its rank correlation with the conflict is {correlation}, p = {p:.2g}; from none to "
         f"strong it changes by {change}. "
         + (f"So {way}. " if found else "The claim is not borne out here; with so few groups a small effect may be missed. ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sinkscope.metrics.across import SHARE
 from sinkscope.models import adapt
 from sinkscope.observe import measure
 from sinkscope.reports.words import number, percent
@@ -36,7 +37,7 @@ def first_token(model: Any, text: Any = None, *, max_tokens: int | None = None, 
     by_text = layers.groupby("text", sort=False)[["value", "null"]].max()
     setting = f"{len(report.texts)} texts"
     rows = sinks(report, "natural", METRICS, setting)
-    rows.insert(1, ("natural", "largest_layer", Estimate.of(by_text["value"], float(by_text["null"].mean())), setting))
+    rows.insert(1, ("natural", "largest_layer", Estimate.of(by_text["value"], float(by_text["null"].mean()), SHARE), setting))
     table = tabulate("first-token", report.about["model"], rows)
     value = {quantity: estimate for _, quantity, estimate, _ in rows}
     mass, ratio, late = value["sink_mass"], value["first_to_rest_ratio"], value["layer_progression"]

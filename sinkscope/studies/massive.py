@@ -12,8 +12,10 @@ from typing import Any
 from sinkscope.causal import evaluate
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import EditActivation, Intervention
+from sinkscope.metrics.across import SIGNED
 from sinkscope.models import adapt
 from sinkscope.observe import measure
+from sinkscope.reports.intervals import bounds_of
 from sinkscope.reports.plots import estimates
 from sinkscope.studies.report import Estimate, StudyReport, asked, losses, tabulate
 from sinkscope.studies.texts import pieces, setting
@@ -75,10 +77,10 @@ def massive_activations(
         located |= {"set to zero": found, "set to mean": means, PLACEBO: [e.placebo(seed) for e in found]}
     sinks = {case: _sinks(model, sample, edits) for case, edits in located.items()}
     for case, each in sinks.items():
-        rows += [(case, metric, Estimate.of(values), of) for metric, values in each.items()]
+        rows += [(case, metric, Estimate.of(values, bounds=bounds_of(metric)), of) for metric, values in each.items()]
         if case != "unedited":
             pairs = zip(each["sink_rate@0.3"], sinks["unedited"]["sink_rate@0.3"], strict=True)
-            rows.append((case, "sink_rate_change", Estimate.of([a - b for a, b in pairs]), of))
+            rows.append((case, "sink_rate_change", Estimate.of([a - b for a, b in pairs], bounds=SIGNED), of))
     table = tabulate("massive-activations", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(adapter.name, sample, value, found, largest)

@@ -14,6 +14,7 @@ from torch import Tensor
 from sinkscope.capture.residuals import editing_residuals
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, MaskKeys
+from sinkscope.metrics.across import POSITIVE
 from sinkscope.models import Adapter, adapt
 from sinkscope.reports.drawing import WIDE, finish
 from sinkscope.reports.plots import estimates
@@ -83,8 +84,8 @@ def over_mixing(
     mean = {case: [float(s.nanmean()) for s in each] for case, each in spread.items()}
     rows: list[Row] = []
     for case, each in spread.items():
-        rows.append((case, "spread", Estimate.of(mean[case]), of))
-        rows.append((case, "spread_last_layer", Estimate.of([float(s[-1].nanmean()) for s in each]), of))
+        rows.append((case, "spread", Estimate.of(mean[case], bounds=POSITIVE), of))
+        rows.append((case, "spread_last_layer", Estimate.of([float(s[-1].nanmean()) for s in each], bounds=POSITIVE), of))
         if case != INTACT:
             change = Estimate.of([a - b for a, b in zip(mean[case], mean[INTACT], strict=True)])
             rows.append((case, "spread_change", change, of))
@@ -160,7 +161,7 @@ def _layers(spread: dict[str, list[Tensor]], *, ax: Axes | None = None) -> Axes:
     ax = plt.figure(**WIDE).add_subplot() if ax is None else ax
     for case, colour in zip(spread, ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#595959"), strict=True):
         by_text = np.array([s.nanmean(1).numpy() for s in spread[case]])
-        points = [Estimate.of(column) for column in by_text.T]
+        points = [Estimate.of(column, bounds=POSITIVE) for column in by_text.T]
         layers = range(len(points))
         ax.plot(layers, [p.value for p in points], color=colour, linewidth=1.2, label=case)
         ax.fill_between(layers, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0)

@@ -12,6 +12,7 @@ import numpy as np
 from sinkscope.causal import evaluate
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import MaskKeys
+from sinkscope.metrics.across import POSITIVE, SHARE
 from sinkscope.models import adapt
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import visible
@@ -64,7 +65,7 @@ def non_first(
             each = _by_text(report, profile, kinds, of, adapter.causal, adapter.layers)
             if each:
                 values, nulls = zip(*each, strict=True)
-                rows.append((of, quantity, Estimate.of(values, float(np.mean(nulls))), about))
+                rows.append((of, quantity, Estimate.of(values, float(np.mean(nulls)), SHARE), about))
     if not adapter.causal:
         n, sep = adapter.n_layers, {s.label: [t if t == "[SEP]" else "" for t in s.strings] for s in sample.sequences}
         middle = [layer for layer in adapter.layers if n // 2 - 1 <= layer < n * 5 // 6]
@@ -72,12 +73,14 @@ def non_first(
         if each:
             values, nulls = zip(*each, strict=True)
             where = f"{about}; layers {middle[0] + 1} to {middle[-1] + 1} of {n}"
-            rows.append(("[SEP], middle layers", "attention_to_class", Estimate.of(values, float(np.mean(nulls))), where))
+            rows.append(
+                ("[SEP], middle layers", "attention_to_class", Estimate.of(values, float(np.mean(nulls)), SHARE), where)
+            )
     found = report.frame[(report.frame["metric"] == name) & (report.frame["text"] != "all") & (report.frame["key"] > 0)]
     if adapter.causal:
         found = found[found["key"] + QUERIES < np.array([lengths[text] for text in found["text"]])]
     per_text = found.groupby("text").size().reindex(list(lengths), fill_value=0)
-    rows.append(("secondary sinks", "positions_per_text", Estimate.of(per_text.astype(float)), about))
+    rows.append(("secondary sinks", "positions_per_text", Estimate.of(per_text.astype(float), bounds=POSITIVE), about))
     table = tabulate("non-first", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     first, most = value["first token", "received"], per_text.mean()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sinkscope.capture.residuals import residuals
 from sinkscope.errors import SinkscopeError
+from sinkscope.metrics.across import POSITIVE
 from sinkscope.models import adapt
 from sinkscope.observe import measure
 from sinkscope.reports.plots import estimates
@@ -71,7 +72,7 @@ def sink_rate(
         reports[kind.replace(" ", "-").replace(",", "")] = report
         rows += sinks(report, kind, [rate, "received"], of)
     gaps = [max(residuals(adapter, s.ids, _difference)) for s in kinds["repeated token"].sequences[:8]]
-    rows.append(("repeated token", "state_difference", Estimate.of(gaps), of))
+    rows.append(("repeated token", "state_difference", Estimate.of(gaps, bounds=POSITIVE), of))
     name, gap = adapter.name, max(gaps)
     table = tabulate("sink-rate", name, rows)
     found = {case: estimate for case, quantity, estimate, _ in rows if quantity == rate}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sinkscope.metrics.across import t_interval
+from sinkscope.metrics.across import ANY, POSITIVE, Bounds, t_interval
 from sinkscope.reports.effect import EffectReport
 from sinkscope.reports.files import check_writable, write, write_table
 from sinkscope.reports.sink import SinkReport
@@ -37,8 +37,10 @@ class Estimate(NamedTuple):
     null: float = math.nan
 
     @classmethod
-    def of(cls, values: Iterable[float], null: float = math.nan) -> Estimate:
+    def of(cls, values: Iterable[float], null: float = math.nan, bounds: Bounds = ANY) -> Estimate:
         """Take the mean of independent numbers, such as one per text, with Student's t interval; NaN counts as absent.
+
+        `bounds` says what the mean can be, and so can the interval.
 
         >>> Estimate.of([1.0, 2.0, 3.0]).value
         2.0
@@ -48,7 +50,7 @@ class Estimate(NamedTuple):
             return cls(math.nan, null=null)
         error = float(given.std(ddof=1) / math.sqrt(len(given))) if len(given) > 1 else math.nan
         mean = float(given.mean())
-        return cls(mean, *t_interval(mean, error, len(given)), null)
+        return cls(mean, *t_interval(mean, error, len(given), bounds), null)
 
     def exp(self) -> Estimate:
         """Give the same for exp of the number: perplexity from loss."""
@@ -66,7 +68,7 @@ Row = tuple[str, str, Estimate, str]
 Pictures = dict[str, Callable[..., Any]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StudyReport:
     """One study on one model, or on several.
 
@@ -158,6 +160,13 @@ class StudyReport:
         said = f"<p><b>{html.escape(self.verdict)}</b> {html.escape(self.said)}</p>"
         return said + self.shown().to_html(index=False, na_rep="", escape=True)
 
+    def __str__(self) -> str:
+        """Say what was found, in two lines."""
+        models = ", ".join(dict.fromkeys(self.ours["model"]))
+        return f"StudyReport: {self.name}, {models}\n{self.verdict}"
+
+    __repr__ = __str__
+
 
 def asked(doc: str | None) -> str:
     """Take a study's question from the first line of its module."""
@@ -200,7 +209,7 @@ def losses(effect: EffectReport, cases: Mapping[str, str], setting: str) -> list
         curves = scored[scored["intervention"] == intervention]
         by_text = [group["loss"].to_numpy() for _, group in curves.groupby("text", sort=False)]
         parts = by_text if len(by_text) > 1 else np.array_split(by_text[0], max(1, min(16, len(by_text[0]) // 8)))
-        rows.append((case, "perplexity", Estimate.of([float(p.mean()) for p in parts]).exp(), setting))
+        rows.append((case, "perplexity", Estimate.of([float(p.mean()) for p in parts], bounds=POSITIVE).exp(), setting))
         if intervention != "none":
             change = summary.loc[intervention, ["delta_loss", "low", "high"]]
             rows.append((case, "delta_loss", Estimate(*map(float, change)), setting))

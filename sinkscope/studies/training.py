@@ -13,13 +13,15 @@ from matplotlib.axes import Axes
 from sinkscope.causal import evaluate
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention
+from sinkscope.metrics.across import ANY, POSITIVE, SHARE
 from sinkscope.models import adapt, load_model
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import NULL, WIDE, finish
 from sinkscope.runs.progress import bar
+from sinkscope.studies.bigrams import BigramBackcopy
 from sinkscope.studies.report import Estimate, Pictures, Row, StudyReport, asked, losses, sinks, tabulate
 from sinkscope.studies.texts import pieces, setting
-from sinkscope.studies.toy import BigramBackcopy, train
+from sinkscope.studies.toy import train
 
 #: A sink has emerged when its mass exceeds uniform attention by this much.
 MARGIN = 0.1
@@ -89,12 +91,14 @@ def emergence(
     for case in CASES:
         here = history[history["case"] == case]
         last = here[here["step"] == steps]
-        rows.append((case, "sink_mass", Estimate.of(last["sink_mass"], float(last["null"].iloc[0])), of))
-        rows += [(case, name, Estimate.of(last[name]), of) for name in FINAL]
+        rows.append((case, "sink_mass", Estimate.of(last["sink_mass"], float(last["null"].iloc[0]), SHARE), of))
+        rows += [
+            (case, name, Estimate.of(last[name], bounds=ANY if name == "excess_loss" else POSITIVE), of) for name in FINAL
+        ]
         emerged = [emerges(run) for _, run in here.groupby("seed")]
         reached = sum(not math.isnan(step) for step in emerged)
         if reached:
-            rows.append((case, "emergence_step", Estimate.of(emerged), f"{of}, {reached} of which reach it"))
+            rows.append((case, "emergence_step", Estimate.of(emerged, bounds=POSITIVE), f"{of}, {reached} of which reach it"))
     table = tabulate("emergence", "bigram-backcopy", rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(value, of, history)

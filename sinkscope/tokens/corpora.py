@@ -11,18 +11,20 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pandas as pd
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.tokens.batches import Tokens
+from sinkscope.tokens.encodings import separate
 
 T = TypeVar("T")
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file; the error names the file and the byte where decoding failed."""
+    """Read a UTF-8 text file, without a byte order mark; the error names the file and the byte where decoding failed."""
     path = Path(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except FileNotFoundError:
         raise SinkscopeError(f"no such file: {str(path)!r}") from None
     except UnicodeDecodeError as error:
@@ -36,14 +38,14 @@ def read_text(path: str | Path) -> str:
 def portions(texts: Any, size: int) -> Iterator[tuple[int, Any]]:
     """Give texts with the number of the first of them: all at once, or, of a stream, `size` at a time.
 
-    A stream is an iterator, a generator, a dataset of `datasets`, a directory (its `.txt` files by name) or a `.jsonl` file
-    (the field `text` of its lines): it is never whole in memory.
+    A stream is an iterator, a generator, a dataset of `datasets`, a DataLoader (its batches come apart), a directory (its
+    `.txt` files by name) or a `.jsonl` file (the field `text` of its lines): it is never whole in memory.
     """
     stream = as_stream(texts)
     if stream is None:
         yield 0, texts
         return
-    first, waiting = 0, iter(stream)
+    first, waiting = 0, separate(stream)
     while some := list(islice(waiting, size)):
         yield first, some
         first += len(some)
@@ -65,7 +67,7 @@ class Corpus(Generic[T]):
         if head is None:
             raise SinkscopeError("no texts given: the stream is empty")
         self.head = head
-        self.total = len(head[0]) if as_stream(texts) is None else getattr(texts, "__len__", lambda: None)()
+        self.total = len(head[0]) if as_stream(texts) is None else _count(texts)
         self.labels: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[tuple[Tokens, T]]:
@@ -86,8 +88,18 @@ def as_stream(texts: Any) -> Iterable[Any] | None:
         return _lines(texts) if texts.suffix == ".jsonl" else None
     if isinstance(texts, pd.DataFrame):  # as a stream it would be the names of its columns
         return [{str(name): value for name, value in row.items()} for row in texts.to_dict("records")]
-    there = isinstance(texts, str | bytes | Mapping | Sequence | Tensor | np.ndarray | Tokens)
+    numbers = isinstance(texts, pd.Series | pd.Index) and pd.api.types.is_numeric_dtype(texts.dtype)  # one row of ids
+    there = numbers or isinstance(texts, str | bytes | Mapping | Sequence | Tensor | np.ndarray | Tokens)
     return None if there or not isinstance(texts, Iterable) else texts
+
+
+def _count(stream: Any) -> int | None:
+    """Give how many texts a stream has, if it knows: a DataLoader's length is in batches, its data set's is not."""
+    sized: Any = stream.dataset if isinstance(stream, DataLoader) else stream
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _lines(path: Path) -> Iterator[Any]:

@@ -1,20 +1,107 @@
-"""Whatever the caller has -> (label, string or ids) pairs."""
+"""Whatever the caller has -> (label, string, chat or ids) pairs."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.tokens.corpora import read_text
+from sinkscope.tokens.encodings import is_encoding, rows_of, separate, tensor_of
 
-#: What a Hugging Face tokenizer gives, by name.
-ENCODED = frozenset({"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"})
+#: Characters of a label, at most: it stands in every row of a report.
+LONGEST = 200
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The messages of one conversation, for the tokenizer's chat template."""
+
+    messages: list[Any]
+
+
+def items_of(texts: Any, attention_mask: Tensor | None, first: int = 0) -> list[tuple[str, Any]]:
+    """Normalise the input to (label, str | Chat | ids) pairs."""
+    texts = _plain(texts)
+    if is_encoding(texts):
+        return _numbered(rows_of(texts, "what was given", attention_mask))
+    if attention_mask is not None:
+        return _numbered(_without_pads(texts, attention_mask))
+    if isinstance(texts, Mapping) and _chat(texts) is None:
+        return [pair for label, text in texts.items() for pair in _named(label_of(label), text)]
+    if isinstance(texts, Tensor):
+        texts = list(texts) if texts.ndim == 2 else [texts]
+    elif isinstance(texts, str | Path) or _chat(texts) is not None or _is_row(texts):
+        texts = [texts]
+    if not isinstance(texts, Iterable):
+        raise SinkscopeError(f"texts is a {type(texts).__name__}: expected a string, a path, token ids, or several of these")
+    items = []
+    for i, text in enumerate(separate(texts, first), first):
+        if isinstance(text, str) and _is_file(text):
+            raise SinkscopeError(f"text {i} names a file: give Path({text!r}) to have it read")
+        label = label_of(text.name) if isinstance(text, Path) else f"text {i}"
+        items.append((label, _item(text, f"text {i}")))
+    return items
+
+
+def label_of(name: object) -> str:
+    """Make a label that every file format can hold: what is no text becomes escapes, and what is long is cut.
+
+    >>> label_of("a" * 1000)[-15:], len(label_of("a" * 1000))
+    ('... 41edece42d63', 200)
+    """
+    label = str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+    end = f"... {hashlib.sha256(label.encode()).hexdigest()[:12]}"
+    return label if len(label) <= LONGEST else label[: LONGEST - len(end)] + end
+
+
+def _plain(texts: Any) -> Any:
+    """Take columns and arrays as what they hold: a tensor of numbers, or a list."""
+    if not isinstance(texts, np.ndarray | pd.Series | pd.Index):
+        return texts
+    return tensor_of(texts) if np.asarray(texts).dtype.kind in "biufc" else texts.tolist()
+
+
+def _numbered(rows: Iterable[Any]) -> list[tuple[str, Any]]:
+    return [(f"text {i}", row) for i, row in enumerate(rows)]
+
+
+def _named(label: str, text: Any) -> list[tuple[str, Any]]:
+    """Give what stands under a label: one text, or the rows of an encoding."""
+    if not is_encoding(text):
+        return [(label, _item(text, repr(label), row=False))]
+    rows = rows_of(text, repr(label))
+    return [(label if len(rows) == 1 else f"{label} {n}", row) for n, row in enumerate(rows)]
+
+
+def _item(text: Any, where: str, *, row: bool = True) -> Any:
+    """Read one text: a file, a chat, a row of a data set; strings and ids are passed on."""
+    if isinstance(text, Path):
+        return read_text(text)
+    messages = _chat(text)
+    if messages is not None:
+        return Chat(messages)
+    return _field(text, where) if row and isinstance(text, Mapping) else text
+
+
+def _chat(given: Any) -> list[Any] | None:
+    """Give the messages of a chat: of a list of them, of the field `messages` of a row, or the one that this is."""
+    if isinstance(given, Mapping):
+        if {"role", "content"} <= set(given):
+            return [given]
+        given = given.get("messages") if not isinstance(given.get("text"), str) else None
+    if not isinstance(given, list | tuple) or not given:
+        return None
+    messages = all(isinstance(m, Mapping) and "role" in m and {"content", "tool_calls"} & set(m) for m in given)
+    return list(given) if messages else None
 
 
 def _field(row: Mapping[str, Any], where: str) -> Any:
@@ -22,46 +109,17 @@ def _field(row: Mapping[str, Any], where: str) -> Any:
     strings = [name for name, value in row.items() if isinstance(value, str)]
     if "text" in row or len(strings) == 1:
         return row["text" if "text" in row else strings[0]]
-    raise SinkscopeError(f"{where} has no field 'text', and not one string alone; its fields: {', '.join(map(str, row))}")
+    raise SinkscopeError(
+        f"{where} has no field 'text', and not one string alone; its fields: {', '.join(map(str, row))}. Give the column "
+        "that is meant, as in [row['tokens'] for row in rows]"
+    )
 
 
-def items_of(texts: Any, attention_mask: Tensor | None, first: int = 0) -> list[tuple[str, Any]]:
-    """Normalise the input to (label, str | ids) pairs."""
-    if isinstance(texts, np.ndarray):
-        texts = torch.as_tensor(texts)
-    if isinstance(texts, Mapping) and "input_ids" in texts and set(texts) <= ENCODED:
-        texts, attention_mask = _encoded(texts, attention_mask), None
-    if attention_mask is not None:
-        return [(f"text {i}", row) for i, row in enumerate(_without_pads(texts, attention_mask))]
-    if isinstance(texts, Mapping):
-        return [(label_of(label), read_text(t) if isinstance(t, Path) else t) for label, t in texts.items()]
-    if isinstance(texts, Tensor):
-        texts = list(texts) if texts.ndim == 2 else [texts]
-    elif isinstance(texts, str | Path) or (isinstance(texts, Sequence) and texts and isinstance(texts[0], int)):
-        texts = [texts]
-    if not isinstance(texts, Iterable):
-        raise SinkscopeError(f"texts is a {type(texts).__name__}: expected a string, a path, token ids, or several of these")
-    items = []
-    for i, text in enumerate(texts, first):
-        if isinstance(text, str) and _is_file(text):
-            raise SinkscopeError(f"text {i} names a file: give Path({text!r}) to have it read")
-        if isinstance(text, Path):
-            items.append((label_of(text.name), read_text(text)))
-        else:
-            items.append((f"text {i}", _field(text, f"text {i}") if isinstance(text, Mapping) else text))
-    return items
-
-
-def _encoded(given: Mapping[str, Any], attention_mask: Any) -> list[Tensor]:
-    """Take what a Hugging Face tokenizer gives, without its pads."""
-    ids, mask = given["input_ids"], given.get("attention_mask") if attention_mask is None else attention_mask
-    try:
-        if len(ids) and not np.ndim(ids[0]):
-            ids, mask = [ids], None if mask is None else [mask]
-        rows = [torch.as_tensor(row) for row in ids]
-        return rows if mask is None else [row[torch.as_tensor(keep).bool()] for row, keep in zip(rows, mask, strict=True)]
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        raise SinkscopeError("input_ids must be rows of ids, and attention_mask rows of the same lengths") from None
+def _is_row(texts: Any) -> bool:
+    """Tell one row of ids, of any type of integers."""
+    if not isinstance(texts, Sequence) or not texts or isinstance(texts[0], str | bytes):
+        return False
+    return isinstance(texts[0], int | np.integer) or (isinstance(texts[0], Tensor | np.ndarray) and texts[0].ndim == 0)
 
 
 def _is_file(text: str) -> bool:
@@ -72,17 +130,17 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def _without_pads(texts: Any, attention_mask: Tensor) -> list[Tensor]:
+def _without_pads(texts: Any, attention_mask: Any) -> list[Tensor]:
     """Take the tokens that the mask keeps out of a tensor of ids."""
-    if not isinstance(texts, Tensor) or attention_mask.shape != texts.shape:
+    try:
+        mask = torch.as_tensor(attention_mask)
+    except Exception:  # whatever PyTorch raises about what is no tensor
+        raise SinkscopeError(
+            f"attention_mask is a {type(attention_mask).__name__}: give a tensor [batch, position]"
+        ) from None
+    if not isinstance(texts, Tensor) or mask.shape != texts.shape or not 1 <= mask.ndim <= 2:
         given = (
             f"the ids {tuple(texts.shape)}" if isinstance(texts, Tensor) else f"a tensor of ids, not a {type(texts).__name__}"
         )
-        raise SinkscopeError(f"attention_mask {tuple(attention_mask.shape)} must be shaped like {given}")
-    rows = zip(texts.reshape(-1, texts.shape[-1]), attention_mask.reshape(-1, texts.shape[-1]), strict=True)
-    return [row[mask.bool()] for row, mask in rows]
-
-
-def label_of(name: object) -> str:
-    """Make a label that every file format can hold: bytes of a file name that are not text become escapes."""
-    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+        raise SinkscopeError(f"attention_mask {tuple(mask.shape)} must be shaped like {given}")
+    return rows_of({"input_ids": texts}, "what was given", mask)

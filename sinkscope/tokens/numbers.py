@@ -15,9 +15,9 @@ def whole_number(given: Any, name: str, wanted: str = "a whole number") -> int:
         SinkscopeError: it is none; True and False are none.
     """
     try:
-        if not isinstance(given, bool):
+        if not isinstance(given, bool) and "bool" not in str(getattr(given, "dtype", "")):
             return operator.index(given)
-    except TypeError:
+    except Exception:  # whatever tensors of several numbers, or of none, raise
         pass
     raise SinkscopeError(f"{name}={given!r}: give {wanted}")
 

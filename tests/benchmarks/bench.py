@@ -62,7 +62,7 @@ def make(way: str, model: Any, ids: Any) -> Callable[[], Any]:
     import torch
 
     import sinkscope as ss
-    from sinkscope.capture.flash import FlashCapture
+    from sinkscope.capture.flash import flash as engine
     from sinkscope.models import adapt
 
     def sdpa() -> Any:
@@ -70,7 +70,7 @@ def make(way: str, model: Any, ids: Any) -> Callable[[], Any]:
             return model.base_model(input_ids=ids, use_cache=False)
 
     def flash() -> Any:
-        with FlashCapture(adapt(model), frozenset({frozenset({"mass"})}), None, "bench") as capture:
+        with engine(adapt(model), frozenset({frozenset({"mass"})}), "bench") as capture:
             return capture.run(next(ss.tokenize(None, ids).batches(1)), lambda block, group: None, lambda: None)
 
     def plain() -> Any:
@@ -87,13 +87,15 @@ def make(way: str, model: Any, ids: Any) -> Callable[[], Any]:
             return reduce_patterns(list(model(ids, output_attentions=True, use_cache=False).attentions))
 
     def edited(edit: Any) -> Callable[[], Any]:
-        from sinkscope.capture.edited import plan
+        from sinkscope.capture.plans import plan
+        from sinkscope.capture.routes import Route, way
 
         tokens = ss.tokenize(None, ids)
 
         def run() -> Any:
+            route = Route("", edit, way(adapt(model), edit, ids.shape[1]))
             with plan(adapt(model), tokens, [edit]) as capture:
-                return [len(piece) for piece in capture.pieces(next(tokens.batches(1)), edit, lambda: None)]
+                return [len(piece) for piece in capture.pieces(next(tokens.batches(1)), route, lambda: None)]
 
         return run
 

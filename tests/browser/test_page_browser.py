@@ -1,48 +1,27 @@
 """The page in a real browser: what hovering and the keyboard show, and that hostile text stays text."""
 
-import shutil
-
 import numpy as np
 import pytest
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
 
 from sinkscope.reports import page
 from tests.synthetic import HOSTILE, causal_attention, mass, profile, report, uniform, words
 
-webdriver = pytest.importorskip("selenium.webdriver")
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import Select  # noqa: E402
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"),
-]
-FLAGS = ["headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
-FLAGS += ["disable-component-update", "disable-sync", "window-size=1280,1000"]
+pytestmark = pytest.mark.browser
 LABEL = "</script><script>alert(3)</script><b>"
 TEXTS = {"essay": words(80), LABEL: [*HOSTILE, *words(6)]}
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in FLAGS:
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield browser
-    browser.quit()
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     frame, summary, meta = report(TEXTS, model="<i>toy</i>")
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(page.render(frame, summary, meta, causal_attention(5), HOSTILE[:5]), encoding="utf-8")
+    attention = causal_attention(5)
+    attention["key_token"] = attention["key"].map(lambda key: HOSTILE[key])
+    path.write_text(page.render(page.measured(frame, summary, meta, attention)), encoding="utf-8")
     return path.as_uri()
 
 
@@ -108,6 +87,7 @@ def test_the_keyboard_shows_the_same(browser):
 
 @pytest.mark.parametrize("act", [lambda browser, item: item.click(), lambda browser, item: press(browser, Keys.ENTER)])
 def test_picking_a_layer_shows_its_profile(browser, act):
+    pick(browser, "profile-picker", "share of all attention")
     browser.execute_script("arguments[0].focus()", cell(browser, 3, 1))
     act(browser, cell(browser, 3, 1))
     assert "in layer 3, text: essay" in text_of(browser, "profile-caption")
@@ -134,13 +114,14 @@ def test_progression_reads_out_layers(browser):
 
 
 def test_tokens_are_shaded_by_attention_and_read_out(browser):
+    pick(browser, "profile-picker", "share of all attention")
     spans = "[...document.querySelectorAll('#tokens span')]"
     shades = browser.execute_script(f"return {spans}.map(span => +span.style.getPropertyValue('--shade'))")
     assert len(shades) == 80
     assert shades[0] == max(shades) > 0.7
     browser.execute_script("document.querySelector('#tokens span').focus()")
     press(browser, Keys.ARROW_RIGHT)
-    assert text_of(browser, "text-readout").startswith("Position 1 “ the”: ")
+    assert text_of(browser, "strip-readout").startswith("Position 1 “ the”, layer ")
 
 
 def test_hostile_text_stays_text(browser):
@@ -150,7 +131,7 @@ def test_hostile_text_stays_text(browser):
     assert shown[3:8] == ["a⟨U+2028⟩b", "⟨U+202E⟩evil", "⟨U+0000⟩", "↵\n", "⟨U+D800⟩"]
     for position in (0, 1):
         browser.execute_script("document.querySelectorAll('#tokens span')[arguments[0]].focus()", position)
-        assert HOSTILE[position] in text_of(browser, "text-readout")
+        assert HOSTILE[position] in text_of(browser, "strip-readout")
     ActionChains(browser).move_to_element(cell(browser, 1, 0, "pairs")).perform()
     assert f"Query 1 “{HOSTILE[1]}” → key 0 “{HOSTILE[0]}”: 0.6" in text_of(browser, "pairs-readout")
     assert LABEL in text_of(browser, "profile-caption")
@@ -197,7 +178,7 @@ def test_a_report_with_little_in_it(driver, tmp_path):
     for kept in (["position_profile"], ["sink_mass"], []):
         path = tmp_path / "little.html"
         few = summary[summary["metric"].isin(kept)]
-        path.write_text(page.render(frame[frame["metric"].isin(kept)], few, meta), encoding="utf-8")
+        path.write_text(page.render(page.measured(frame[frame["metric"].isin(kept)], few, meta)), encoding="utf-8")
         driver.get(path.as_uri())
         assert driver.get_log("browser") == []
 

@@ -70,9 +70,9 @@ def test_pieces_of_a_stream_change_nothing(family, sinks, piece, monkeypatch):
 def test_a_text_beyond_the_context(monkeypatch):
     """300 tokens where the context is 128: as the loop, in bounded memory, and no clean run is made up."""
     monkeypatch.setattr(edited, "PIECE", 32)
-    held, keep = [], edited._Stream.keep
+    held, keep = [], edited.Stream.keep
     monkeypatch.setattr(
-        edited._Stream, "keep", lambda self, layer, at, *rest: (held.append(len(at)), keep(self, layer, at, *rest))
+        edited.Stream, "keep", lambda self, layer, at, *rest: (held.append(len(at)), keep(self, layer, at, *rest))
     )
     ids, model = torch.randint(3, 60, (300,), generator=torch.Generator().manual_seed(5)), tiny_model("llama")
     edits = [StreamingWindow(16, sinks=2), ss.Window(16)]
@@ -207,7 +207,54 @@ def test_intervals_are_paired():
     assert row["std_error"] == pytest.approx(each.std() / 3**0.5)
     assert row["low"] == pytest.approx(row["delta_loss"] - 4.302653 * row["std_error"])  # Student's t, 2 degrees of freedom
     assert "across texts" in report.about["interval"]
-    assert "blocks of the one text" in ss.evaluate(model, [IDS], ss.Window(6)).about["interval"]
+    assert row["interval"] == "t, 3 texts"
+    one = ss.evaluate(model, [IDS], ss.Window(6))
+    assert "blocks of the one text" in one.about["interval"]
+    assert one.summary().loc[1, "interval"] in (f"t, {(len(IDS) - 1) // 8} blocks", "t, 16 blocks")
+    short = ss.evaluate(model, [IDS[:9]], ss.Window(6)).summary()
+    assert short["low"].isna().all()
+    assert set(short["interval"]) == {"none: 8 tokens scored, 32 needed"}
+
+
+def test_an_edit_that_changed_nothing_says_so():
+    """No key was evicted; some texts were longer; a token was replaced by itself."""
+    model, texts = tiny_model("llama"), {"short": IDS[:9], "long": IDS}
+    size = len(IDS) - 3
+    report = ss.evaluate(model, texts, [ss.Window(256), ss.Window(size), ss.MaskKeys(0), ReplaceToken(0, int(IDS[0]))])
+    assert report.about["notes"] == [
+        f"window(size=256) changed nothing (no key was evicted: 9 to {len(IDS)} tokens)",
+        f"window(size={size}) changed nothing in 'short' (no key was evicted: 9 tokens)",
+        f"replace_token(position=0, token={int(IDS[0])}) changed nothing",
+    ]
+    assert "note: window(size=256) changed nothing" in str(report)
+
+
+def test_printing_shows_the_table_and_a_long_one_is_cut():
+    model = tiny_model("llama")
+    report = ss.evaluate(model, [IDS], [ss.Window(n) for n in range(4, 34)])
+    shown = str(report)
+    assert repr(report) == shown
+    assert shown.startswith("EffectReport: tiny-llama, 30 interventions, 1 text of")
+    row = report.summary().loc[1]
+    assert f"{row['loss']:.3f}" in shown
+    assert f"{row['low']:+.3f} to {row['high']:+.3f}" in shown
+    assert "... 7 more: effect.summary() has all" in shown
+    assert len(shown.splitlines()) < 32
+
+
+def test_to_xarray_and_figures():
+    xr = pytest.importorskip("xarray")
+    report = ss.evaluate(tiny_model("llama"), {"b": IDS, "a": IDS.flip(0)}, [ss.Window(6), ss.Window(4)])
+    found = report.to_xarray()
+    assert isinstance(found, xr.Dataset)
+    assert found["text"].values.tolist() == ["b", "a", "all"]
+    assert found["intervention"].values.tolist() == report.interventions
+    for row in report.frame.itertuples():
+        assert float(found["delta_loss"].sel(text=row.text, intervention=row.intervention)) == row.delta_loss
+    assert report.to_xarray("a")["text"].values.tolist() == ["a"]
+    with pytest.raises(ss.SinkscopeError, match="unknown text in this report 'c'"):
+        report.to_xarray("c")
+    assert set(report.figures()) == {"loss"}
 
 
 # --- text form, composition, placebo ------------------------------------------------------------------------------
@@ -284,7 +331,7 @@ BAD = [
     ("zero_value(keys=[0], heads=[3])", "key-value heads are 0 to 1"),
     ("drop_tokens(positions=[0]) & mask_keys(keys=[47])", "positions are 0 to 46"),
     ("drop_tokens(positions=[0], layers=[1])", "has no layers"),
-    ("replace_token(position=0, token=-4)", "whole numbers"),
+    ("replace_token(position=0, token=-4)", "not negative"),
     ("window(size=True)", "takes|whole numbers"),
     ("__import__('os').system('true')", "can't read"),
     ("window(**{'size': 3})", "can't read"),

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import sinkscope as ss
 from sinkscope.capture import proof
-from sinkscope.capture.edited import GROUPS
+from sinkscope.capture.plans import GROUPS
 from sinkscope.capture.points import POINTS, is_live
 from sinkscope.interventions import (
     DropTokens,

@@ -167,15 +167,15 @@ def test_a_stream_goes_on_with_the_same_bits(llama, tmp_path):
 
 
 def test_evaluate_goes_on_with_the_same_bits(llama, tmp_path, monkeypatch):
-    texts, own, ran = TEXTS[:6], causal._runs, []
+    texts, own, ran = TEXTS[:6], causal._One._run, []
 
-    def counted(adapter, capture, sequence, *rest):
+    def counted(self, capture, sequence, *rest):
         ran.append(sequence.label)
         if len(ran) == 4:
             raise KeyboardInterrupt
-        return own(adapter, capture, sequence, *rest)
+        return own(self, capture, sequence, *rest)
 
-    monkeypatch.setattr(causal, "_runs", counted)
+    monkeypatch.setattr(causal._One, "_run", counted)
     with pytest.raises(KeyboardInterrupt):
         ss.evaluate(llama, texts, "window(size=4)", resume=tmp_path)
     ran[:] = ["", "", "", "", ""]

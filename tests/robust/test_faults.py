@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 import sinkscope as ss
-from sinkscope.capture import flash, proof, rows
+from sinkscope.capture import flash, rows
 from sinkscope.metrics.accumulate import RowMean
 from sinkscope.reports import page
 from sinkscope.reports.sink import SinkReport
@@ -102,7 +102,6 @@ def prepared(model, call):
     made = MODELS[model]()
     CALLS[call](made)
     before = state(made)
-    proof.PROVED.clear()
     _, lines = interrupted(lambda: CALLS[call](made), -1)
     return made, before, numbers(CALLS[call](made)), lines
 
@@ -112,7 +111,6 @@ def prepared(model, call):
 @given(share=st.floats(0, 1))
 def test_an_interrupt_at_any_moment_leaves_no_mark(name, call, share):
     model, before, expected, lines = prepared(name, call)
-    proof.PROVED.clear()  # so that the proof is interrupted too
     where, _ = interrupted(lambda: CALLS[call](model), 1 + int(share * (lines - 1)))
     assert where is not None
     assert state(model) == before, where

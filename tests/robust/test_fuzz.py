@@ -7,8 +7,10 @@ import contextlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -20,10 +22,13 @@ from sinkscope.cli import app
 from sinkscope.interventions import Intervention, parse
 from sinkscope.metrics import available
 from sinkscope.reports.files import SEAL
-from sinkscope.runs.resume import Store
+from sinkscope.runs.resume import RUNNING, RUNS, VALUE, Finished, Running, Store, kept_runs
+from sinkscope.runs.share import Share
 from sinkscope.testing import tiny_model
 from sinkscope.tokens import read_text
+from tests.robust.test_hostile import honest_gguf
 
+OLD = Path(__file__).parents[1] / "data" / "saved" / "0.1.0"
 TIMES = int(os.environ.get("SINKSCOPE_FUZZ", "1"))
 
 
@@ -71,8 +76,11 @@ arguments = st.lists(st.one_of(literal, st.tuples(fields, literal).map("=".join)
 edits = st.tuples(st.sampled_from([*Intervention.registry, "nothing"]), arguments).map(lambda pair: f"{pair[0]}({pair[1]})")
 written = st.lists(edits, min_size=1, max_size=3).map(" & ".join) | st.text(max_size=40) | edits
 sane = st.builds("{}({})".format, st.sampled_from(["window", "sink_window", "mask_keys", "zero_value"]), small.map(str))
-words = st.text(alphabet="abcdef .,\n\u00e9\U0001f600\x00\x1b<&=", max_size=30)
-ids = st.lists(st.integers(-2, 70), max_size=12)
+words = st.text(alphabet="abcdef .,\n\u00e9\U0001f600\x00\x1b<&=\ud83d\ufeff", max_size=30)
+ids = st.lists(st.integers(-2, 70) | st.integers(0, 9).map(np.uint16), max_size=12)
+keys = st.sampled_from(["attention_mask", "token_type_ids", "position_ids", "labels", "pixel_values", "text", "tokens"])
+encodings = st.builds(lambda i, more: more | {"input_ids": i}, ids | st.lists(ids, max_size=2), st.dictionaries(keys, ids))
+chats = st.lists(st.builds(lambda r, c: {"role": r, "content": c}, st.sampled_from(["user", "assistant"]), words), max_size=3)
 fine = st.text(alphabet="abcdef .,", min_size=6, max_size=30).map("a".__add__)
 texts = (
     fine
@@ -80,7 +88,11 @@ texts = (
     | words
     | ids
     | st.lists(words | ids, max_size=4)
-    | st.dictionaries(words, words | ids, max_size=3)
+    | st.dictionaries(words, words | ids | encodings | chats, max_size=3)
+    | encodings
+    | st.lists(encodings | chats, max_size=2)
+    | chats
+    | ids.map(np.array)
     | anything
 )
 names = st.sampled_from([*sorted(available()), "sink_rate@0.5", "sink_rate@", "sink_mass@2", "nothing", ""])
@@ -100,29 +112,71 @@ def test_interventions_in_words(text):
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "report"
-    ss.measure(model, ["so it goes", "and on"], ["sink_mass", "sink_positions"]).save(folder)
+    folder = tmp_path_factory.mktemp("saved")
+    ss.measure(model, ["so it goes", "and on"], ["sink_mass", "sink_positions"]).save(folder / "measure")
+    ss.evaluate(model, ["so it goes", "and on"], "window(size=4)").save(folder / "evaluate")
     return folder
 
 
 @fuzz(120)
-@given(data=st.data(), name=st.sampled_from(["measurements.parquet", "summary.parquet", SEAL]))
-def test_a_damaged_report(saved, tmp_path_factory, data, name):
-    folder = tmp_path_factory.getbasetemp() / "damaged"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(saved, folder)
-    damage(folder / name, data)
+@given(data=st.data(), verb=st.sampled_from(["measure", "evaluate"]))
+def test_a_damaged_report(saved, tmp_path_factory, data, verb):
+    """Either the damage is said, or nothing is changed by it."""
+    folder = copied(saved / verb, tmp_path_factory)
+    damage(folder / data.draw(st.sampled_from(sorted(p.name for p in folder.iterdir()))), data)
     report = tried(lambda: ss.load_report(folder))
-    if report is not None and name != SEAL:
-        assert list(report.frame.columns) == list(ss.load_report(saved).frame.columns) or name != "measurements.parquet"
+    if report is not None:
+        whole = ss.load_report(saved / verb)
+        assert report.frame.equals(whole.frame)
+        assert report.about == whole.about
+
+
+@fuzz(25)
+@given(data=st.data(), verb=st.sampled_from(["measure", "evaluate"]))
+def test_a_forged_report(tmp_path_factory, data, verb):
+    """Of 0.1.0, whose files nothing vouches for: it is refused, or can be looked at."""
+    folder = copied(OLD / verb, tmp_path_factory)
+    if data.draw(st.booleans()):
+        about = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        (folder / SEAL).write_text(json.dumps(forged(about, data), default=str), encoding="utf-8")
+    else:
+        path = folder / data.draw(st.sampled_from(sorted(p.name for p in folder.glob("*.parquet"))))
+        table = pd.read_parquet(path)
+        name = data.draw(st.sampled_from(list(table.columns)))
+        table[name] = data.draw(st.sampled_from([None, 1.5, -7, "x", b"x", True, np.nan, "all"]))
+        (table if data.draw(st.booleans()) else table.drop(columns=name)).to_parquet(path)
+    report = tried(lambda: ss.load_report(folder))
+    if report is not None:
+        tried(lambda: (str(report), report.page(), report._repr_html_(), report.summary()))
+
+
+def copied(folder, tmp_path_factory):
+    to = tmp_path_factory.getbasetemp() / "damaged"
+    shutil.rmtree(to, ignore_errors=True)
+    return shutil.copytree(folder, to)
+
+
+def forged(thing, data):
+    """Put something else somewhere into what JSON gave, or leave it out."""
+    parts = list(thing if isinstance(thing, dict) else range(len(thing))) if isinstance(thing, dict | list) else []
+    if not parts or data.draw(st.integers(0, 3)) == 0:
+        return data.draw(anything)
+    at = data.draw(st.sampled_from(parts))
+    if data.draw(st.integers(0, 4)) == 0:
+        del thing[at]
+    else:
+        thing[at] = forged(thing[at], data)
+    return thing
 
 
 def damage(path, data):
-    """Cut a file, or change some bytes of it, or put something else in its place."""
+    """Cut a file, flip a bit, change some bytes, or put something else in its place."""
     whole = bytearray(path.read_bytes())
-    how = data.draw(st.sampled_from(["cut", "change", "replace"]))
+    how = data.draw(st.sampled_from(["cut", "flip", "change", "replace"]))
     if how == "cut":
         whole = whole[: data.draw(st.integers(0, len(whole)))]
+    elif how == "flip":
+        whole[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     elif how == "change":
         for at in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=4)):
             whole[at] = data.draw(st.integers(0, 255))
@@ -137,11 +191,41 @@ def test_damaged_batches_of_an_unfinished_run(tmp_path_factory, data):
     store = Store.of(tmp_path_factory.getbasetemp() / "kept", {})
     store.write("a", [{"x": 1}], {"b": np.arange(9.0)})
     damage(store.folder / "a.npz", data)
-    store.read("a")  # something or None
+    found = store.read("a")
+    assert found is None or (found[0] == [{"x": 1}] and (found[1]["b"] == np.arange(9)).all())
 
 
 @fuzz(100)
-@given(content=st.binary(max_size=80) | words.map(str.encode) | anything.map(lambda x: json.dumps(x, default=str).encode()))
+@given(data=st.data(), about=anything)
+def test_forged_batches_of_an_unfinished_run(tmp_path_factory, data, about):
+    """Whatever a file says, with a digest that is right: it is run again."""
+    sequences = ss.tokenize(None, [[1, 2, 3]]).sequences
+    store = Store.of(tmp_path_factory.getbasetemp() / "forged", {})
+    shapes = st.sampled_from([[[VALUE]], RUNNING, RUNS]).map(example)
+    about = json.loads(json.dumps(forged(data.draw(shapes), data), default=str))
+    arrays = {f"0-0-{part}": np.arange(data.draw(st.integers(0, 3))) for part in ("value", "null", "loss")}
+    for name in (store.name(sequences), f"{store.name([])}-0-of-1"):
+        store.write(name, about, arrays)
+    Finished(store).has(sequences)
+    Running(store, Share())
+    kept_runs(store, sequences[0])
+
+
+def example(shape):
+    """Make something of a shape."""
+    if isinstance(shape, dict):
+        return {key: example(of) for key, of in shape.items() if isinstance(key, str)}
+    if isinstance(shape, list | tuple):
+        return [example(of) for of in shape]
+    return {str: "a", int: 1, float: 0.5}.get(shape)
+
+
+@fuzz(100)
+@given(
+    content=st.binary(max_size=80)
+    | words.map(lambda w: w.encode("utf-8", "surrogatepass"))
+    | anything.map(lambda x: json.dumps(x, default=str).encode())
+)
 def test_files_of_texts(model, tmp_path_factory, content):
     for name in ("t.txt", "t.jsonl"):
         path = tmp_path_factory.getbasetemp() / name
@@ -150,7 +234,7 @@ def test_files_of_texts(model, tmp_path_factory, content):
         tried(lambda path=path: ss.measure(model, path, ["sink_mass"]))
 
 
-@fuzz(20)
+@fuzz(25)
 @given(data=st.data())
 def test_damaged_weights(saved_model, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "weights"
@@ -158,6 +242,15 @@ def test_damaged_weights(saved_model, tmp_path_factory, data):
     shutil.copytree(saved_model, folder)
     damage(folder / data.draw(st.sampled_from(["config.json", "model.safetensors", "tokenizer.json"])), data)
     tried(lambda: ss.measure(ss.load_model(folder), [[1, 5, 9]], ["sink_mass"]))
+
+
+@fuzz(25)
+@given(data=st.data())
+def test_a_damaged_gguf_file(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "model.gguf"
+    honest_gguf(path)
+    damage(path, data)
+    tried(lambda: ss.measure(ss.load_model(path), [[1, 5, 9]], ["sink_mass"]))
 
 
 # --- functions -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import pickle
 import resource
 import struct
+import unicodedata
 from pathlib import Path
 
 import gguf
@@ -18,6 +19,19 @@ from sinkscope.runs.resume import FOLDER, Store
 from sinkscope.studies.report import Estimate, StudyReport, tabulate
 
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("http://x","y")']
+FORMULAS += [
+    "\n=1",
+    "\uff1d1+1",
+    "\uff0b1",
+    "\uff0d1",
+    "\uff20SUM(A1)",
+    "a;=1+1",
+    ";@x",
+    "\x1b[31m=1",
+    "\u202e=1",
+    "\x85=1",
+    "\0=1",
+]
 TERMINAL = "a\x1b[31mred\x1b]0;title\x07\u202e"
 
 
@@ -36,7 +50,9 @@ def no_formulas(folder):
         try:
             float(cell or 0)
         except ValueError:
-            assert not cell.startswith(("=", "+", "-", "@", "\t", "\r")), cell
+            for part in cell.split(";"):
+                assert not part.startswith(tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")), cell
+            assert not any(unicodedata.category(c) in ("Cc", "Cf") for c in cell), cell
 
 
 def test_no_cell_is_a_formula(llama, tmp_path, monkeypatch):
@@ -167,6 +183,19 @@ def test_gguf_that_lies(tmp_path, little_memory, lie):
     path.write_bytes(GGUF_LIES[lie](tmp_path / "honest.gguf"))
     with pytest.raises(ss.SinkscopeError, match="can't load"):
         ss.load_model(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_files_cut_short(saved_model, tmp_path, little_memory, share):
+    for path in saved_model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
+    whole = honest_gguf(tmp_path / "honest.gguf")
+    (tmp_path / "cut.gguf").write_bytes(whole[: int(share * len(whole))])
+    for path in (tmp_path, tmp_path / "cut.gguf"):
+        with pytest.raises(ss.SinkscopeError, match="can't load"):
+            ss.load_model(path)
 
 
 # --- code that must not run ------------------------------------------------------------------------------------------

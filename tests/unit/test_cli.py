@@ -133,12 +133,25 @@ def test_out_holds_the_report_that_the_api_gives(saved_model, model, tmp_path):
 def test_the_table_shows_the_numbers_beside_chance(saved_model, model):
     result = run("measure", saved_model, "--text", TEXT)
     summary = ss.measure(model, TEXT).summary("all").set_index("metric")
-    assert result.stdout.startswith("tiny-llama on 1 text (cpu, float32); BOS '<bos>' (id 1) stands first (the model's")
-    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.split()}
+    assert result.stdout.startswith(
+        "tiny-llama on 1 text of 11 tokens (cpu, float32); BOS '<bos>' (id 1) stands first (the model's"
+    )
+    rows = {line.split()[0]: line.split()[-2:] for line in result.stdout.splitlines() if line.split()}
     for metric in ("sink_mass", "sink_rate@0.3", "row_entropy"):
         value, null = summary.loc[metric, ["value", "null"]]
         assert [float(cell) for cell in rows[metric]] == pytest.approx([value, null], rel=5e-3, abs=5e-4)
     assert "no interval" in result.stdout
+
+
+def test_notes_are_printed(saved_model):
+    result = run(
+        "measure", saved_model, "--text", TEXT, "--text", "some words, and some more of them", "--metric", "sink_mass"
+    )
+    assert "of 11 to 34 tokens" in result.stdout
+    assert "note: the texts have 11 to 34 tokens" in result.stdout
+    result = run("evaluate", saved_model, "--text", TEXT, "--intervention", "window(size=256)")
+    assert "note: window(size=256) changed nothing (no key was evicted: 11 tokens)" in result.stdout
+    assert "10 tokens scored, 32 needed" in result.stdout
 
 
 def test_with_several_texts_there_is_an_interval(saved_model):
@@ -162,6 +175,8 @@ def test_compare_puts_directories_side_by_side(saved_model, tmp_path):
     shown = run("compare", x, y)
     assert (shown.exit_code, shown.stderr) == (0, "")
     assert "sink_mass" in shown.stdout
+    assert "y - x" in shown.stdout
+    assert "note: the texts' lengths differ" in shown.stdout
 
 
 def test_metrics_lists_everything_there_is():
@@ -372,8 +387,31 @@ def test_no_module_takes_the_place_of_a_public_function():
 
 def test_there_are_few_public_names_and_others_are_errors():
     assert len(ss.__all__) <= 20
-    with pytest.raises(AttributeError, match="has no attribute 'mesure'"):
+    with pytest.raises(AttributeError, match=r"has no attribute 'mesure'$"):
         ss.mesure  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("MeanValue", "interventions"),
+        ("heatmap", "plots"),
+        ("tiny_model", "testing"),
+        ("bos", "studies"),
+        ("Metric", "metrics"),
+    ],
+)
+def test_a_name_of_a_public_module_says_where_it_is(name, module):
+    with pytest.raises(AttributeError, match=rf"has no attribute '{name}': it is sinkscope\.{module}\.{name}$"):
+        getattr(ss, name)
+    assert hasattr(getattr(ss, module), name)
+
+
+def test_every_edit_is_found_or_said_where():
+    for name in ss.interventions.__all__:
+        if not hasattr(ss, name):
+            with pytest.raises(AttributeError, match=rf"it is sinkscope\.interventions\.{name}$"):
+                getattr(ss, name)
 
 
 # --- evaluate -----------------------------------------------------------------------------------------------------
@@ -403,6 +441,15 @@ def test_evaluate_says_what_is_wrong_before_loading(never_loads, arguments, mess
     fails(message, "evaluate", "anything", "--text", TEXT, *arguments)
 
 
-def test_compare_refuses_what_evaluate_wrote(model, tmp_path):
-    ss.evaluate(model, "so it goes", ss.Window(4)).save(tmp_path)
-    fails("compare takes what measure wrote", "compare", tmp_path)
+def test_compare_takes_one_kind_at_a_time(model, tmp_path):
+    for name, size in (("x", 4), ("y", 2)):
+        ss.evaluate(model, "so it goes on and on", ss.Window(size)).save(tmp_path / name)
+    ss.measure(model, "so it goes", ["sink_mass"]).save(tmp_path / "z")
+    x, y, z = (tmp_path / name for name in "xyz")
+    fails("holds what evaluate wrote, another what measure wrote: give reports of one kind", "compare", x, z)
+    rows = json.loads(run("compare", x, y, "--json", "--out", tmp_path / "both").stdout)
+    assert [row["intervention"] for row in rows] == ["none", "window(size=4)", "window(size=2)"]
+    assert rows[1][str(x)] == pytest.approx(ss.load_report(x).summary()["delta_loss"][1])
+    assert rows[1][str(y)] is None
+    page = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    assert "window(size=2)" in page

@@ -334,3 +334,25 @@ def remembers(block):
 def test_check_metric_finds_what_is_wrong(wrong):
     with pytest.raises(ss.SinkscopeError, match=f"'{wrong.__name__}'"):
         check_metric(wrong)
+
+
+@pytest.mark.parametrize("engine", ["flash", "hooks"])
+def test_a_bug_in_a_metric_comes_up_in_a_few_lines(llama, engine):
+    """The traceback has none of the model's own frames, and ends with the metric's line."""
+    import traceback
+
+    @ss.metric
+    def buggy(block):
+        return block.pattern.summ(-1)
+
+    @ss.metric
+    def wrong(block):
+        return block.pattern[0]
+
+    for metric, last in ((buggy, "in buggy: return block.pattern.summ(-1)"), (wrong, "for one number per key")):
+        with pytest.raises(ss.SinkscopeError) as caught:
+            ss.measure(llama, "so it goes", [metric], engine=engine)
+        shown = "".join(traceback.format_exception(caught.value)).strip()
+        assert shown.endswith(last)
+        assert len(shown.splitlines()) < 40  # with what the tests' own type checks add; it was over 200
+        assert "torch/nn/modules" not in shown

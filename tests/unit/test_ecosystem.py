@@ -104,7 +104,8 @@ def test_the_template_of_a_metric_package(tmp_path):
 
 CELLS = [
     "import sinkscope as ss\nmodel = ss.testing.tiny_model('llama')\ntexts = ['so it goes'] * 3",
-    "import sinkscope.runs.progress\nsinkscope.runs.progress.DELAY = 0\nreport = ss.measure(model, texts, progress=True)\nreport",
+    "from sinkscope.runs import progress\nprogress.NOTEBOOK_DELAY = 0",
+    "report = ss.measure(model, texts, progress=True)\nreport",
     "report.heatmap();",
     "ss.evaluate(model, texts, 'window(size=4)')",
     "with ss.MaskKeys(0).on(model):\n    model.to_tokens('so')",
@@ -119,11 +120,11 @@ def test_a_notebook_shows_reports_and_progress(tmp_path):
     ).execute()
     outputs = [cell.outputs for cell in made.cells]
     shown = [" ".join(str(o.get("data", {}).get("text/html", "")) for o in cell) for cell in outputs]
-    assert "SinkReport: tiny-llama, 3 texts" in shown[1]
-    assert "<table" in shown[1]
-    assert "measure" in " ".join(o.get("text", "") for o in outputs[1])  # the progress bar, on stderr
-    assert any("image/png" in o.get("data", {}) for o in outputs[2])
-    assert "EffectReport: tiny-llama" in shown[3]
+    assert "SinkReport: tiny-llama, 3 texts" in shown[2]
+    assert "<table" in shown[2]
+    assert "measure" in " ".join(o.get("text", "") for o in outputs[2])  # the progress bar, on stderr
+    assert any("image/png" in o.get("data", {}) for o in outputs[3])
+    assert "EffectReport: tiny-llama" in shown[4]
 
 
 # --- a shell ---------------------------------------------------------------------------------------------------------

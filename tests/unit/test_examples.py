@@ -53,7 +53,12 @@ def test_an_example_runs_and_prints(path, capsys):
 @pytest.mark.model
 def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
     exec(compile(block, "README.md", "exec"), {})
-    says = {"measure": "sink_mass", "evaluate": "sink_mass", "of_pattern": "sink_mass", "check_cache": "nothing is evicted"}
+    says = {
+        "measure": "sink_mass",
+        "evaluate": "EffectReport",
+        "of_pattern": "sink_mass",
+        "check_cache": "nothing is evicted",
+    }
     assert next((words for call, words in says.items() if call in block), "tensor") in capsys.readouterr().out
     assert ("results" not in block) or (tmp_path / "results" / "report.html").is_file()
 
@@ -84,3 +89,14 @@ def test_the_worked_pull_requests_work(monkeypatch):
 def test_every_example_is_a_tutorial_of_the_documentation():
     conf = (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
     assert set(re.findall(r'"(plot_\w+)"', conf)) == {path.stem for path in (ROOT / "examples").glob("plot_*.py")}
+
+
+def test_the_readme_links_to_what_is_there():
+    """It is the page on PyPI as well, which resolves no relative link."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    ours = [link for link in links if "sinkscope/sinkscope/" in link]
+    assert len(ours) > 20
+    for link in ours:
+        assert (ROOT / link.partition("/main/")[2].partition("#")[0]).exists(), link

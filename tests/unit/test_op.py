@@ -184,19 +184,3 @@ def test_blocks_of_whole_rows_are_bounded():
         for start, stop in scores.cuts():
             scores.rows(start, stop).pattern()
     assert largest.size * 4 <= 1.1 * rows_module.BYTES
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CASES)
-def test_cuda_is_the_same(name, dtype):
-    q, k, v, how = case(name, dtype)
-    expected, pattern, lse = softmax(q, k, v, **how)
-    q, k, v = (x.cuda() for x in (q, k, v))
-    how = {key: x.cuda() if isinstance(x, torch.Tensor) else x for key, x in how.items()}
-    out, found = attention_with_lse(q, k, v, **how)
-    mass = Scores(q, k, found, **how).rows(0, T).mass(torch.zeros(2, dtype=torch.long, device="cuda"))
-    tolerance = 2e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps * float(expected.abs().max())
-    torch.testing.assert_close(out.cpu().double(), expected, atol=tolerance, rtol=0)
-    torch.testing.assert_close(found.cpu().double(), lse, atol=1e-3, rtol=0)
-    torch.testing.assert_close(mass.cpu().double(), pattern[..., 0], atol=1e-3, rtol=0)

@@ -3,12 +3,26 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
+import sinkscope as ss
+from sinkscope.errors import SinkscopeError
 from sinkscope.reports import page
+from sinkscope.reports.page.pack import pack, unpack
 from tests.synthetic import HOSTILE, causal_attention, mass, profile, report, uniform, words
+
+
+def render(*given):
+    """A measurement's page."""
+    return page.render(page.measured(*given))
+
+
+def named(attention, tokens):
+    return attention.assign(key_token=attention["key"].map(lambda key: tokens[key]))
 
 
 class Page(HTMLParser):
@@ -49,7 +63,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def rendered():
     frame, summary, meta = report({"one-liner": words(12), "essay": words(80), "code": words(30)})
-    return page.render(frame, summary, meta, causal_attention(5), words(5))
+    return render(frame, summary, meta, named(causal_attention(5), words(5)))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +73,9 @@ def parsed(rendered):
 
 def test_sentences_and_key_numbers(parsed):
     assert "An average query pays 48% of its attention to the first token." in parsed.text
-    row = re.search(r"sink_mass \(share of attention\)(0\.\d{3})(0\.\d{3}) to (0\.\d{3})(0\.\d{3})\n", parsed.text)
+    row = re.search(
+        r"sink_mass \(share of attention\)Mean attention[^\n]*1\.(0\.\d{3})(0\.\d{3}) to (0\.\d{3})(0\.\d{3})\n", parsed.text
+    )
     value, half = mass(1.5, 1, 1), 4.302653 * 0.02  # t for two degrees of freedom
     null = np.mean([uniform(n)[0] for n in (12, 80, 30)])
     assert [float(x) for x in row.groups()] == pytest.approx([value, value - half, value + half, null], abs=6e-4)
@@ -84,7 +100,8 @@ def test_cells_hold_value_null_and_error(parsed):
 def test_profiles_and_bands(parsed):
     essay = parsed.data["texts"][1]
     assert essay["label"] == "essay"
-    np.testing.assert_allclose(essay["profiles"]["position_profile"]["layers"][2], profile(80, mass(2, 1, 1)), rtol=5e-3)
+    layers = unpack(essay["profiles"]["position_profile"]["layers"])
+    np.testing.assert_allclose(layers[2], profile(80, mass(2, 1, 1)), rtol=5e-4)
     np.testing.assert_allclose(essay["profiles"]["position_profile"]["null"], uniform(80), rtol=5e-3)
     assert parsed.data["bands"]["sink_mass"]["name"] == "range of 3 texts"
 
@@ -94,7 +111,7 @@ def test_names_of_the_attention_picture(column):
     attention = causal_attention(3)
     if column:
         attention = attention.assign(key_token=attention["key"].map(lambda key: "abc"[key]))
-    html = Page(page.render(*report({"a": words(10)}), attention))
+    html = Page(render(*report({"a": words(10)}), attention))
     assert html.data["attention"]["tokens"] == (["a", "b", "c"] if column else ["0", "1", "2"])
     assert html.data["attention"]["value"] == [[1.0, None, None], [0.6, 0.4, None], [0.6, 0.2, 0.2]]
 
@@ -142,7 +159,7 @@ class TestHostile:
         meta["sentences"]["evil"] = "<img src=x onerror=alert(4)>"
         meta["arguments"]["evil"] = {"</table>": "<svg onload=alert(5)>"}
         tokens = HOSTILE[:5]
-        return page.render(frame, summary, meta, causal_attention(5), tokens)
+        return render(frame, summary, meta, named(causal_attention(5), tokens))
 
     def test_no_element_comes_of_it(self, html):
         parsed = Page(html)
@@ -178,16 +195,15 @@ def noisy(frame):
 
 def test_thirty_layers_nine_heads_five_texts_stay_below_5_megabytes():
     frame, summary, meta = report({f"text {i}": words(1000) for i in range(5)}, 30, 9, METRICS)
-    html = page.render(noisy(frame), summary, meta)
+    html = render(noisy(frame), summary, meta)
     assert len(Page(html).data["texts"]) == 5
     assert len(html.encode()) < 5e6
 
 
 @pytest.mark.parametrize(("numbers", "shown"), [(1_000_000, 8), (1000, 4), (1, 1)])
 def test_large_models_and_long_texts_leave_room_for_fewer(monkeypatch, numbers, shown):
-    monkeypatch.setattr(
-        "sinkscope.reports.page.report.MOST_NUMBERS", numbers
-    )  # a text here has 4 layers x (3 heads x 3 metrics + 50 tokens)
+    # a text here has 4 layers x (3 heads x 3 metrics + 50 tokens)
+    monkeypatch.setattr("sinkscope.reports.page.report.MOST_NUMBERS", numbers)
     html = page.render(*report({f"text {i}": words(50) for i in range(12)}))
     data = Page(html).data
     assert len(data["texts"]) == shown
@@ -196,34 +212,188 @@ def test_large_models_and_long_texts_leave_room_for_fewer(monkeypatch, numbers, 
 
 
 def test_long_texts_are_cut_with_a_note():
-    html = Page(page.render(*report({"long": words(1500)}, layers=2, heads=2)))
+    html = Page(render(*report({"long": words(8300)}, layers=2, heads=2, metrics=["sink_mass"])))
     text = html.data["texts"][0]
-    assert (text["count"], len(text["tokens"]), len(text["profiles"]["position_profile"]["mean"])) == (1500, 1200, 1200)
+    assert (text["count"], len(text["tokens"])) == (8300, 8192)
+    assert text["profiles"]["position_profile"]["layers"]["shape"] == [2, 8192]
 
 
 @pytest.mark.parametrize(
     ("kept", "sections"),
     [
         (["sink_mass"], {"summary", "numbers", "inside", "how"}),
-        (["position_profile"], {"summary", "numbers", "inside", "where", "how"}),
-        (["received_profile", "sink_positions"], {"summary", "numbers", "inside", "where", "sinks", "how"}),
-        ([], {"summary", "numbers", "inside", "how"}),
+        (["position_profile"], {"summary", "where", "how"}),
+        (["received_profile", "sink_positions"], {"summary", "where", "sinks", "how"}),
+        ([], {"summary", "how"}),
     ],
 )
 def test_metrics_that_were_not_measured_are_left_out(kept, sections):
     frame, summary, meta = report({"a": words(10)})
-    html = Page(page.render(frame[frame["metric"].isin(kept)], summary[summary["metric"].isin(kept)], meta))
+    html = Page(render(frame[frame["metric"].isin(kept)], summary[summary["metric"].isin(kept)], meta))
     shown = {attributes["id"] for attributes in html.all("h2")}
     assert shown == sections
-    hidden = [attributes for attributes in html.all("section") if "hidden" in attributes]
-    assert len(hidden) == (not kept)
 
 
 def test_with_next_to_nothing_known():
     frame, summary, _ = report({"a": words(10)})
-    assert "Attention sinks in a model" in page.render(frame.iloc[:0], summary.iloc[:0], {})
+    assert "Attention sinks in a model" in render(frame.iloc[:0], summary.iloc[:0], {})
 
 
 def test_the_same_report_gives_the_same_page(rendered):
     frame, summary, meta = report({"one-liner": words(12), "essay": words(80), "code": words(30)})
-    assert page.render(frame, summary, meta, causal_attention(5), words(5)) == rendered
+    assert render(frame, summary, meta, named(causal_attention(5), words(5))) == rendered
+
+
+# --- numbers as bytes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (16, 2e-4)])
+def test_packed_shares_come_back(bits, error):
+    shares = np.concatenate([np.logspace(-3.9, 0, 500), [0.0, 1.0, np.nan]]).reshape(1, -1)
+    back = unpack(pack(shares, bits))
+    np.testing.assert_allclose(back, shares, rtol=error)
+    assert back.shape == shares.shape
+
+
+def patterns_of(layers, heads, length, sink=0.6):
+    """Every head pays a share of its own to key 0, and the rest evenly."""
+    parts = []
+    for layer in range(layers):
+        for head in range(heads):
+            rows = causal_attention(length, sink * (1 + layer) * (1 + head) / (layers * heads))
+            parts.append(rows.assign(layer=layer, head=head, query_token=[f"t{q}" for q in rows["query"]]))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_patterns_are_packed_head_by_head():
+    frame, summary, meta = report({"a": words(10)}, layers=2, heads=2)
+    shown = page.measured(frame, summary, meta, None, patterns_of(2, 2, 6).sample(frac=1, random_state=0))["patterns"]
+    assert shown["tokens"] == [f"t{i}" for i in range(6)]
+    assert (shown["layers"], shown["heads"], shown["causal"], shown["sinks"]) == ([0, 1], [0, 1], True, [0, 1])
+    values = unpack(shown["value"])
+    assert values.shape == (4, 21)
+    np.testing.assert_allclose(values[3, 15:], [0.6, *[0.4 / 5] * 5], rtol=0.02)  # layer 1, head 1, the last query
+    np.testing.assert_allclose(values[0, 1:3], [0.15, 0.85], rtol=0.02)
+
+
+def test_patterns_of_270_heads_at_64_tokens_add_at_most_1_5_megabytes():
+    frame, summary, meta = report({"a": words(10)})
+    given = patterns_of(1, 1, 64)
+    pairs = len(given)
+    whole = pd.concat([given] * 270, ignore_index=True)
+    whole["layer"], whole["head"] = np.divmod(np.repeat(np.arange(270), pairs), 9)
+    whole["value"] = np.random.default_rng(0).uniform(size=len(whole))
+    without, added = render(frame, summary, meta), render(frame, summary, meta, None, whole)
+    assert len(added.encode()) - len(without.encode()) < 1.5e6
+
+
+# --- the other exits, and the pages of other reports ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured():
+    frame, summary, meta = report({"one": words(12), "two": words(20)}, model="a|b*<i>")
+    return page.measured(frame, summary, meta, None, patterns_of(4, 3, 5))
+
+
+def test_json_is_the_dictionary(measured):
+    assert json.loads(page.as_json(measured)) == json.loads(json.dumps(measured))
+    assert measured["schema_version"] == page.SCHEMA_VERSION
+
+
+def test_every_key_is_documented(measured):
+    schema = (Path(__file__).parents[2] / "docs" / "report_schema.md").read_text(encoding="utf-8")
+    effects = evaluated()
+
+    def keys(of, found):
+        for key, value in of.items() if isinstance(of, dict) else []:
+            found.add(key)
+            inner = value if isinstance(value, list) else [value]
+            for one in inner[:2] if key not in FREE else []:
+                keys(one, found)
+        return found
+
+    for data in (measured, effects, page.compared({"a": effects, "b": effects})):
+        missing = {key for key in keys(data, set()) if f"`{key}`" not in schema}
+        assert not missing
+
+
+#: Keys whose own keys are names of metrics, texts or edits.
+FREE = {"names", "definitions", "cells", "bands", "profiled", "profiles", "losses", "stretches"}
+
+
+def test_markdown_has_the_numbers_and_no_markup_of_others(measured):
+    lines = page.markdown(measured).splitlines()
+    assert lines[0] == r"## Attention sinks in a\|b\*\<i\>"
+    (row,) = [line for line in lines if line.startswith(r"| sink\_mass (")]
+    assert row.count(" | ") == 3
+    assert all(line.count("|") - line.count(r"\|") == 5 for line in lines if line.startswith("| "))
+
+
+def test_the_snippet_is_a_shadow_root_of_its_own(measured):
+    parsed = Page(page.snippet(measured))
+    assert [tag for tag, _ in parsed.elements[:2]] == ["div", "template"]
+    assert "attachShadow" in parsed.scripts[1]
+    assert not {"html", "head", "body", "link"} & {tag for tag, _ in parsed.elements}
+
+
+def edits_table(delta=0.5):
+    """Losses of three edits and one placebo, on one text of 40 tokens."""
+    names = [
+        "none",
+        "sink_window(size=8, sinks=1)",
+        "sink_window(size=16, sinks=1)",
+        str(ss.SinkWindow(8, sinks=1).placebo()),
+    ]
+    summary = pd.DataFrame({"intervention": names, "tokens": 39, "loss": 3.0, "perplexity": 20.0, "kl": 0.1})
+    summary = summary.assign(delta_loss=[0, delta, delta / 2, 0.1], low=-0.1, high=1.0, top1_agreement=0.5)
+    summary = summary.assign(sink_mass=[0.6, 0.5, np.nan, 0.1], sink_position=pd.array([0, 0, None, 3], dtype="Int64"))
+    summary["sink_token"] = ["<s>", "<s>", "", "<script>"]
+    curves = [
+        pd.DataFrame({"text": "a", "intervention": n, "position": range(1, 40), "loss": 3 + i * np.linspace(0, 1, 39)})
+        for i, n in enumerate(names)
+    ]
+    about = {"model": "toy", "texts": [{"label": "a", "n_tokens": 40, "tokens": words(40)}], "interval": "95%, Student's t"}
+    return summary, pd.concat(curves, ignore_index=True), about
+
+
+def evaluated(delta=0.5):
+    return page.evaluated(*edits_table(delta))
+
+
+def test_the_data_of_edits():
+    data = evaluated()
+    names = [edit["name"] for edit in data["edits"]]
+    assert names.index(str(ss.SinkWindow(8, sinks=1).placebo())) == names.index("sink_window(size=8, sinks=1)") + 1
+    by = {edit["name"]: edit for edit in data["edits"]}
+    placebo = str(ss.SinkWindow(8, sinks=1).placebo())
+    assert by[placebo]["placebo_of"] == "sink_window(size=8, sinks=1)"
+    assert by["sink_window(size=16, sinks=1)"]["sink_mass"] is None
+    (family,) = data["families"]
+    assert (family["over"], family["values"], family["placebos"]) == ("size", [8.0, 16.0], [placebo, None])
+    text = data["texts"][0]
+    assert (text["first"], len(text["losses"]["none"]), text["tokens"][0]) == (1, 39, "<|im_start|>")
+    stretch = text["stretches"]["sink_window(size=8, sinks=1)"]
+    assert stretch["edges"][0] == [1, 10]
+    assert stretch["low"][0] < stretch["mean"][0] < stretch["high"][0]
+    assert (
+        "raises the loss by 0.500 nats per token (95% interval -0.100 to +1.000); its placebo changes it by +0.100"
+        in data["sentences"][0]
+    )
+
+
+def test_the_page_of_edits():
+    parsed = Page(page.render(evaluated()))
+    assert "<script>" in parsed.text
+    assert len(parsed.scripts) == 2
+
+
+def test_reports_of_one_kind_are_compared(measured):
+    data = page.compared({"a": evaluated(0.5), "b": evaluated(0.7)})
+    assert [cell["delta"] for cell in data["rows"][1]["in"]] == [0.5, 0.7]
+    html = Page(page.render(page.compared({"a": measured, "<b>": measured})))
+    assert not html.all("b")
+    assert "patterns" not in html.data["reports"][0]
+    for wrong in ({"a": measured}, {"a": measured, "b": evaluated()}):
+        with pytest.raises(SinkscopeError):
+            page.compared(wrong)

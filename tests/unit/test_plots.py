@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from sinkscope import plots
 from sinkscope.errors import SinkscopeError
+from sinkscope.reports.drawing import labelled
 from tests.synthetic import HOSTILE, causal_attention, mass, profile, report, uniform, words
 
 TEXTS = {"short": words(10), "long": words(100), "middle": words(30)}
@@ -46,7 +47,7 @@ class TestHeatmap:
         expected = mass(np.arange(4)[:, None], np.arange(3)[None, :], text=1)
         np.testing.assert_allclose(ax.images[0].get_array(), expected)
         assert (ax.get_ylabel(), ax.get_xlabel()) == ("layer", "head")
-        assert ax.get_title() == "sink_mass of key 0, long"
+        assert ax.get_title() == "toy\nsink_mass of key 0, long"
 
     def test_order_of_the_rows_does_not_matter(self, frame, ax):
         plots.heatmap(frame.sample(frac=1, random_state=0), text="long", ax=ax)
@@ -60,7 +61,7 @@ class TestHeatmap:
     def test_colour_bar_says_metric_unit_and_null(self, frame, ax):
         plots.heatmap(frame, text="short", ax=ax)
         bar = colour_bar(ax)
-        assert bar.get_ylabel() == "sink_mass (share of attention)"
+        assert (bar.texts[0].get_text(), bar.get_ylabel()) == ("share of\nattention", "")
         null = uniform(10)[0]
         assert f"null {null:.3g}" in [tick.get_text() for tick in bar.get_yticklabels()]
         assert bar.lines[-1].get_ydata()[0] == pytest.approx(null)
@@ -90,16 +91,21 @@ class TestHeatmap:
         assert ax.images[0].get_array().max() < 1
         assert "of key 0" in ax.get_title()
 
+    def test_the_scale_can_be_given(self, frame, ax):
+        plots.heatmap(frame, ax=ax, vmin=0.2, vmax=2.0)
+        assert ax.images[0].get_clim() == (0.2, 2.0)
+        assert not any("null" in tick.get_text() for tick in colour_bar(ax).get_yticklabels() if frame["null"].max() < 0.2)
+
 
 class TestProgression:
     def test_mean_over_heads_and_null(self, frame, ax):
         plots.progression(frame, ax=ax)
-        mean = line(ax, "mean of heads")
+        mean = line(ax, "toy")
         np.testing.assert_array_equal(mean.get_xdata(), np.arange(4))
         np.testing.assert_allclose(mean.get_ydata(), mass(np.arange(4), head=1, text=1))  # the middle of each
         null = np.mean([uniform(len(tokens))[0] for tokens in TEXTS.values()])
         np.testing.assert_allclose(line(ax, "uniform attention").get_ydata(), null)
-        assert ax.get_ylabel() == "sink_mass (share of attention)"
+        assert (ax.get_title(), ax.get_ylabel()) == ("sink_mass by layer, mean of heads", "share of attention")
 
     def test_band_is_the_range_of_the_texts(self, frame, ax):
         plots.progression(frame, ax=ax)
@@ -110,22 +116,63 @@ class TestProgression:
 
     def test_one_text_has_no_band(self, ax):
         plots.progression(report({"a": words(10)})[0], ax=ax)
-        assert legend(ax) == ["mean of heads", "uniform attention"]
+        assert legend(ax) == ["toy", "uniform attention"]
         assert not ax.collections
 
     def test_without_rows_for_all_it_takes_the_mean(self, frame, ax):
         plots.progression(frame[frame["text"] != "all"], ax=ax)
-        np.testing.assert_allclose(line(ax, "mean of heads").get_ydata(), mass(np.arange(4), 1, 1))
+        np.testing.assert_allclose(line(ax, "toy").get_ydata(), mass(np.arange(4), 1, 1))
 
     def test_no_null_no_line(self, frame, ax):
         plots.progression(frame.assign(null=np.nan), ax=ax)
         assert "uniform attention" not in legend(ax)
 
+    def test_a_second_curve_has_its_own_colour_name_and_null(self, frame, ax):
+        other = report({label: words(7) for label in TEXTS}, model="other")[0]
+        plots.progression(frame, ax=ax)
+        plots.progression(frame.assign(value=frame["value"] / 2), ax=ax, label="half")
+        plots.progression(other, ax=ax)
+        names = ["toy", "half", "other"]
+        assert len({line(ax, name).get_color() for name in names}) == 3
+        assert legend(ax) == [
+            "toy", "range of 3 texts", "uniform attention", "half", "other", "uniform attention, other"
+        ]  # fmt: skip
+        assert line(ax, "uniform attention, other").get_color() == line(ax, "other").get_color()
+
+    def test_the_legend_is_below_the_axis(self, frame):
+        figure = Figure(layout="constrained")
+        drawn = plots.progression(frame, ax=figure.add_subplot())
+        figure.draw_without_rendering()
+        assert drawn.get_legend().get_window_extent().y1 < drawn.xaxis.label.get_window_extent().y0
+
+
+class TestCompare:
+    def test_one_scale_and_a_name_for_each(self, frame):
+        other = report(TEXTS, layers=5, model="other")[0]
+        other["value"] *= 2
+        all_of_it = (other["metric"] == "sink_mass") & (other["text"] == "all")
+        *maps, curves = plots.compare([frame, other])
+        try:
+            assert len({ax.images[0].get_clim() for ax in maps}) == 1
+            assert maps[0].images[0].get_clim()[1] == pytest.approx(other[all_of_it]["value"].max())
+            assert [ax.get_title().split("\n")[0] for ax in maps] == ["toy", "other"]
+            assert {"toy", "other"} <= set(legend(curves))
+        finally:
+            plt.close(curves.figure)
+
+    def test_of_one_model_they_are_numbered_and_names_can_be_given(self, frame):
+        for reports, names in (([frame, frame], ["toy (1)", "toy (2)"]), ({"a": frame, "b": frame}, ["a", "b"])):
+            *maps, curves = plots.compare(reports, "row_entropy", text="long")
+            assert [ax.get_title() for ax in maps] == [f"{name}\nrow_entropy of key 0, long" for name in names]
+            plt.close(curves.figure)
+        with pytest.raises(SinkscopeError, match="at least two reports, got 1"):
+            plots.compare([frame])
+
 
 class TestPositions:
     def test_averages_layers_of_the_longest_text(self, frame, ax):
         plots.positions(frame, ax=ax)
-        assert ax.get_title() == "position_profile, long"
+        assert ax.get_title() == "toy\nposition_profile, long"
         expected = np.mean([profile(100, mass(layer, 1, text=1)) for layer in range(4)], axis=0)
         np.testing.assert_allclose(line(ax, "mean of layers").get_ydata(), expected)
         np.testing.assert_allclose(line(ax, "uniform attention").get_ydata(), uniform(100))
@@ -148,7 +195,7 @@ class TestPositions:
         rows = frame[frame["metric"] == "position_profile"]
         everything = rows.groupby(["metric", "layer", "key"], as_index=False)[["value", "null"]].mean()
         plots.positions(pd.concat([frame, everything.assign(text="all")]), ax=ax)
-        assert ax.get_title() == f"position_profile, {chosen}"
+        assert ax.get_title() == f"toy\nposition_profile, {chosen}"
 
 
 class TestDistribution:
@@ -196,6 +243,21 @@ class TestAttention:
     def test_labels_are_thinned(self, ax):
         plots.attention(causal_attention(64), words(64), ax=ax)
         assert list(ax.get_xticks()) == list(range(0, 64, 5))
+
+    @pytest.mark.parametrize(
+        ("attrs", "title"),
+        [
+            ({}, "attention"),
+            ({"layer": None, "head": None}, "attention, mean of heads and layers"),
+            ({"layer": 18, "head": None}, "attention, layer 18, mean of heads"),
+            ({"layer": None, "head": 7}, "attention, head 7, mean of layers"),
+            ({"model": "m", "layer": 18, "head": 7}, "m\nattention, layer 18, head 7"),
+        ],
+    )
+    def test_the_title_says_of_which_layer_and_head(self, ax, attrs, title):
+        frame = causal_attention(6)
+        frame.attrs = attrs
+        assert plots.attention(frame, words(6), ax=ax).get_title() == title
 
     def test_too_few_tokens(self, ax):
         with pytest.raises(SinkscopeError, match="position 5, but there are 3 tokens"):
@@ -251,7 +313,7 @@ class TestFigures:
 
     def test_without_sink_mass_the_first_metric_of_heads(self, frame):
         figures = plots.figures(frame[frame["metric"] == "row_entropy"])
-        assert figures["heatmap"].axes[0].get_title().startswith("row_entropy")
+        assert figures["heatmap"].axes[0].get_title().startswith("toy\nrow_entropy")
 
     def test_hostile_labels_are_drawn_as_they_are(self, tmp_path):
         frame = report({"$\\frac{$_": words(10), "_hidden": words(12)})[0]
@@ -292,8 +354,8 @@ def test_estimates_of_several_models_name_them(ax):
 
 
 def test_a_unit_belongs_to_a_threshold_and_a_key():
-    assert plots.labelled("sink_rate@0.3") == "sink_rate@0.3 (share of heads)"
-    assert plots.labelled("sink_mass[key=[SEP]]") == "sink_mass[key=[SEP]] (share of attention)"
+    assert labelled("sink_rate@0.3") == "sink_rate@0.3 (share of heads)"
+    assert labelled("sink_mass[key=[SEP]]") == "sink_mass[key=[SEP]] (share of attention)"
 
 
 def test_importing_the_package_does_not_import_matplotlib():

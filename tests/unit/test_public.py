@@ -14,6 +14,7 @@ import typer
 
 import sinkscope as ss
 from sinkscope.cli import app
+from sinkscope.edit import Edit
 
 ROOT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).with_name("public.txt")
@@ -41,7 +42,8 @@ def described(name, thing):
         return
     yield name + arguments(thing)
     if inspect.isclass(thing) and not issubclass(thing, BaseException):
-        for member in sorted(vars(thing)):
+        contract = vars(Edit) if Edit in thing.__bases__ else {}  # of an intervention: what its subclasses may say
+        for member in sorted({*vars(thing), *contract}):
             if not member.startswith("_"):
                 value = inspect.getattr_static(thing, member)
                 function = getattr(value, "__func__", value)

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 import sinkscope as ss
@@ -14,7 +15,7 @@ from sinkscope.attention import attention_map
 from sinkscope.metrics import BUILT_IN
 from sinkscope.metrics.observer import keys_of
 from sinkscope.reports import files, words
-from sinkscope.reports.compare import side_by_side
+from sinkscope.reports.compare import lengths_differ, side_by_side
 from sinkscope.testing import tiny_hf_model
 from tests import oracles
 from tests.conftest import TEXTS, attempt, play, table, total
@@ -120,10 +121,49 @@ def test_consistency_is_about_the_texts(report):
     assert got == pytest.approx(expected)
 
 
-def test_intervals_are_students(report):
-    rows = report.intervals().set_index("metric").loc["row_entropy"]
-    low, high = stats.t.interval(0.95, len(TEXTS) - 1, rows["value"], rows["std_error"])
-    assert (rows["low"], rows["high"]) == pytest.approx((low, high))
+def test_intervals_are_students_on_a_scale_that_holds_what_is_possible(report):
+    """By the delta method: of a share on the logit scale, of a ratio on the log scale; entropies end at log T."""
+    rows = report.intervals().set_index("metric")
+    t = stats.t.ppf(0.975, len(TEXTS) - 1)
+    m, error, low, high = rows.loc["sink_mass", ["value", "std_error", "low", "high"]]
+    assert [math.log(x / (1 - x)) for x in (low, high)] == pytest.approx(
+        [math.log(m / (1 - m)) + way * t * error / (m * (1 - m)) for way in (-1, 1)]
+    )
+    m, error, low, high = rows.loc["first_to_rest_ratio", ["value", "std_error", "low", "high"]]
+    assert [math.log(x) for x in (low, high)] == pytest.approx([math.log(m) + way * t * error / m for way in (-1, 1)])
+    ends = rows[["low", "high"]].dropna()
+    tokens = np.mean([len(text) + 1 for text in TEXTS.values()])
+    for metric, (least, most) in {"effective_keys": (1, tokens), "row_entropy": (0, math.log(tokens))}.items():
+        assert least < ends.loc[metric, "low"] < rows.loc[metric, "value"] < ends.loc[metric, "high"] < most
+    assert ends["low"].min() >= -1
+    assert rows.loc["sink_mass", "interval"] == f"t, logit, {len(TEXTS)} texts"
+    assert rows.loc["first_to_rest_ratio", "interval"] == f"t, log, {len(TEXTS)} texts"
+
+
+def test_a_missing_interval_says_why(llama, report):
+    one = ss.measure(llama, "so it goes", ["sink_mass", "consistency"]).intervals().set_index("metric")
+    assert set(one["interval"]) == {"none: one text"}
+    rows = report.intervals().set_index("metric")
+    assert rows.loc["consistency@cv", "interval"] == "none: about the texts together"
+    totals = report.totals.copy()
+    some = (totals["metric"] == "sink_mass") & totals["text"].isin(list(TEXTS)[1:])
+    totals.loc[some, "value"] = np.nan
+    totals.loc[(totals["metric"] == "sink_mass") & (totals["text"] == "all"), "std_error"] = np.nan
+    row = ss.SinkReport(report.frame, totals, report.about).intervals().set_index("metric").loc["sink_mass"]
+    assert row["interval"] == "none: one of 3 texts"
+
+
+def test_a_metric_of_ones_own_keeps_to_its_unit(llama):
+    @ss.metric(needs="mass", unit="share of attention")
+    def mine(block):
+        return block.mass
+
+    @ss.metric(needs="mass")
+    def plain(block):
+        return block.mass
+
+    rows = ss.measure(llama, TEXTS, [mine, plain]).intervals().set_index("metric")
+    assert [said.split(", ")[1] for said in rows["interval"]] == ["logit", "plain"]
 
 
 def test_rates_are_named_with_their_threshold(report):
@@ -168,10 +208,92 @@ def test_compare_puts_two_reports_side_by_side(report, tiny):
         assert row["difference"] == pytest.approx(row["value_other"] - row["value"])
 
 
+def test_the_same_texts_are_compared_pair_by_pair(report, tiny):
+    """A paired t interval of the differences, text by text; of shares on the logit scale of -1 to 1."""
+    other = ss.measure(tiny("gpt2"), TEXTS, ["sink_mass", "first_to_rest_ratio"])
+    both = report.compare(other).set_index("metric")
+    for metric, row in both.iterrows():
+        change = [total(other, metric, label) - total(report, metric, label) for label in TEXTS]
+        m, error, t = np.mean(change), stats.sem(change), stats.t.ppf(0.975, 2)
+        ends = [row["low"], row["high"]]
+        if metric == "first_to_rest_ratio":
+            assert ends == pytest.approx([m - t * error, m + t * error])
+        else:
+            assert np.arctanh(ends) == pytest.approx([np.arctanh(m) + way * t * error / (1 - m**2) for way in (-1, 1)])
+        assert row["interval"].startswith("paired, ")
+        assert row["note"] == ""
+
+
+def test_other_texts_are_compared_as_two_samples_and_it_is_said(llama, report):
+    shorter = {label: text[:5] for label, text in TEXTS.items()}
+    for texts, word in ((shorter, "other texts of the same labels"), (["so it goes", "and on"], "other texts")):
+        other = ss.measure(llama, texts, ["first_to_rest_ratio"])
+        row = report.compare(other).iloc[0]
+        values = [
+            r.totals[(r.totals["metric"] == "first_to_rest_ratio") & (r.totals["text"] != "all")]["value"].tolist()
+            for r in (other, report)
+        ]
+        welch = stats.ttest_ind(*values, equal_var=False).confidence_interval(0.95)
+        assert (row["low"], row["high"]) == pytest.approx((welch.low, welch.high))
+        assert "not paired (Welch)" in row["interval"]
+        assert row["note"].startswith(f"{word}; chance differs: ")
+        assert "lengths differ (here: " in lengths_differ({"here": report, "there": other})
+    assert lengths_differ({"here": report, "there": report}) == ""
+
+
+def test_texts_of_unequal_length_are_said_to_be(llama, report):
+    assert "note: the texts have " in str(report)
+    assert report.about["notes"][0].startswith(f"the texts have {min(map(len, TEXTS.values())) + 1} to ")
+    assert ss.measure(llama, {"a": "so it goes", "b": "so it runs"}, ["sink_mass"]).about["notes"] == []
+
+
+def test_metrics_without_a_number_say_so(llama):
+    @ss.metric
+    def nowhere(block):
+        return block.mass * float("nan")
+
+    @ss.metric(needs="mass")
+    def partly(block):
+        return block.mass * torch.tensor([1.0, 1.0, 1.0, float("nan")])[:, None]
+
+    @ss.metric
+    def by_key(block):
+        return block.pattern
+
+    report = ss.measure(llama, "so it goes", [nowhere, partly, by_key, "sink_mass"])
+    assert report.about["notes"] == [
+        "nowhere is NaN for every head: it has no number",
+        "partly is NaN for 3 of 12 heads, in some text or all: its means leave them out",
+        "by_key gives a number for every key: it is in .frame and top(), and has no row in the summary",
+    ]
+    assert "note: nowhere is NaN for every head" in str(report)
+
+
+def test_the_repr_is_what_is_printed(report):
+    assert repr(report) == str(report)
+    assert len(repr(report).splitlines()) <= 3
+
+
+def test_a_notebook_shows_the_page_in_a_frame(report):
+    import html
+
+    shown = report.show(height=300)
+    assert len(repr(shown)) < 100
+    inner = shown._repr_html_()
+    assert html.escape(report.page()) in inner
+    assert "height: 300px" in inner
+
+
+def test_what_says_the_same_is_folded(report):
+    names = [name for name, _ in words.folded(report.intervals())]
+    assert "sink_mass = visible_sink_mass = received = sink_strength" in names
+    assert sum(name.count("=") + 1 for name in names) == len(report.intervals())
+
+
 def test_side_by_side_keeps_what_only_one_has(report, tiny):
     other = ss.measure(tiny("gpt2"), TEXTS, ["sink_mass"])
     both = side_by_side({"x": other, "y": report})
-    assert list(both.columns) == ["x", "x null", "y", "y null"]
+    assert list(both.columns)[:5] == ["x", "x null", "y", "y null", "y - x"]
     assert both.loc["sink_mass", "y"] == total(report, "sink_mass", "all")
     assert math.isnan(both.loc["row_entropy", "x"])
     with pytest.raises(ss.SinkscopeError, match="at least two reports, got 1"):
@@ -216,7 +338,7 @@ def test_several_keys_whose_places_differ_are_told_apart_over_all_texts(llama):
     alone = ss.measure(llama, TEXTS, ["sink_mass"], key=-1)
     mine = table(report, "sink_mass[key=-1]", "all")
     np.testing.assert_allclose(mine, table(alone, "sink_mass", "all"))
-    assert report.heatmap("sink_mass[key=-1]").get_title() == "sink_mass[key=-1], mean of texts"
+    assert report.heatmap("sink_mass[key=-1]").get_title() == "tiny-llama\nsink_mass[key=-1], mean of texts"
     there = report.to_xarray()
     np.testing.assert_allclose(there["sink_mass[key=-1]"].sel(text="all"), mine)
     assert "sink_mass[key=t]" in report.page()
@@ -243,9 +365,11 @@ def test_an_interval_counts_the_texts_that_have_the_number():
     report = play([np.full((1, 1, 3, 3), 1 / 3) for _ in range(3)], ["sink_mass"])
     totals = report.totals.copy()
     totals.loc[totals["text"] == "text 0", "value"] = np.nan
-    totals.loc[totals["text"] == "all", "std_error"] = 0.1
+    totals.loc[totals["text"] == "all", "std_error"] = 0.01
     row = ss.SinkReport(report.frame, totals, report.about).intervals().iloc[0]
-    assert row["high"] - row["value"] == pytest.approx(12.706 * 0.1, abs=1e-3)
+    m = row["value"]
+    wide = math.log(row["high"] / (1 - row["high"])) - math.log(m / (1 - m))
+    assert wide == pytest.approx(12.706 * 0.01 / (m * (1 - m)), abs=1e-3)
 
 
 def test_it_compares_with_its_like(llama):
@@ -306,6 +430,8 @@ def test_the_attention_map_is_the_mean_over_layers_and_heads(llama):
     ]:
         got = attention_map(llama, "so it goes", **how).pivot(index="query", columns="key", values="value")
         np.testing.assert_allclose(got, expected, atol=1e-6)
+    title = ss.plots.attention(attention_map(llama, "so it goes", layer=2, head=3)).get_title()
+    assert title == "tiny-llama\nattention, layer 2, head 3"
     for bad in ({"layer": 3}, {"head": 4}, {"head": -1}):
         with pytest.raises(ss.SinkscopeError, match="are 0 to"):
             attention_map(llama, "so it goes", **bad)
@@ -316,7 +442,7 @@ def test_the_attention_map_is_the_mean_over_layers_and_heads(llama):
 
 def test_every_key_number_has_a_sentence_with_its_value(report):
     said = words.sentences(report.summary("all"), [0])
-    assert list(said) == list(words.KEY_NUMBERS)
+    assert list(said) == [name for name in words.KEY_NUMBERS if name != "sink_strength"]  # here it is the sink mass again
     assert f"{100 * total(report, 'sink_mass', 'all'):.0f}% of its attention to the first token" in said["sink_mass"]
     assert all(sentence.endswith(".") for sentence in said.values())
 
@@ -378,6 +504,7 @@ def test_a_report_survives_the_round_trip(saved):
     pd.testing.assert_frame_equal(back.summary(), report.summary())
     pd.testing.assert_frame_equal(back.attention, report.attention)
     assert back.about == report.about
+    assert back.attention.attrs == report.attention.attrs == {"model": "tiny-llama", "layer": None, "head": None}
     assert back.texts == list(TEXTS)
 
 
@@ -418,7 +545,7 @@ def test_a_table_that_can_not_be_written_leaves_no_half_file(report, tmp_path, m
     monkeypatch.setattr(pd.DataFrame, "to_parquet", fail)
     with pytest.raises(ss.SinkscopeError, match=r"can't write .*measurements.parquet': No space left on device"):
         report.save(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"measurements.csv"}
+    assert not list(tmp_path.iterdir())
 
 
 def test_saving_replaces_an_earlier_report_altogether(saved, llama, tmp_path):

@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import sinkscope as ss
 from sinkscope.testing import tiny_tokenizer
-from sinkscope.tokens import as_stream, key_positions, read_text, tokenize, whole_number
+from sinkscope.tokens import as_stream, key_positions, portions, read_text, tokenize, whole_number
 from tests.conftest import attempt
 
 TOKENIZER, BERT = tiny_tokenizer(), tiny_tokenizer("bert")
@@ -55,7 +56,164 @@ def test_what_a_tokenizer_gives():
     assert ids_of(pads) == ids_of(TOKENIZER(["ab", "a"], padding=True, return_tensors="pt")) == both
     assert ids_of(TOKENIZER(["ab", "a"])) == both
     assert ids_of(TOKENIZER("ab")) == ids_of({"input_ids": [BOS, A, B]}) == [[BOS, A, B]]
-    assert labels_of({"input_ids": "ab", "b": "ba"}) == ["input_ids", "b"]
+
+
+ROW = {"input_ids": [BOS, A, B, A], "attention_mask": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"labels": [-100, A, B, A]},
+        {"labels": [BOS, A, B, A], "label": 1, "idx": 7, "text": "aba", "words": ["ab", "a"]},
+        {"token_type_ids": [0, 0, 0, 0], "special_tokens_mask": [1, 0, 0, 0], "offset_mapping": [(0, 0)] * 4, "length": [4]},
+        {"position_ids": [0, 1, 2, 3], "assistant_masks": [0, 0, 1, 1], "token_type_ids": None},
+    ],
+    ids=lambda beside: next(iter(beside)),
+)
+def test_what_beside_ids_changes_nothing(beside):
+    both = {name: [value] * 2 for name, value in (ROW | beside).items() if value is not None}
+    tensors = {name: torch.tensor(v) for name, v in both.items() if np.asarray(v).dtype.kind == "i"}
+    assert ids_of(ROW | beside) == ids_of([ROW | beside]) == ids_of(iter([ROW | beside])) == [ROW["input_ids"]]
+    assert ids_of(both) == ids_of(tensors) == ids_of([both]) == [ROW["input_ids"]] * 2
+    assert labels_of(both) == ["text 0", "text 1"]
+    assert labels_of({"mine": ROW | beside, "pair": both}) == ["mine", "pair 0", "pair 1"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ({"token_type_ids": [0, 0, 1, 1]}, "token_type_ids that are not all 0.*each sentence by itself"),
+        ({"position_ids": [0, 1, 0, 1]}, "position_ids other than 0, 1, 2.*rows of their own"),
+        ({"position_ids": [2, 3, 4, 5]}, "position_ids other than"),
+        ({"attention_mask": [1, 0, 1, 1]}, "attention_mask of .* with holes"),
+        ({"attention_mask": [1, 1, 2, 2]}, "attention_mask of .* numbers packed texts"),
+        ({"pixel_values": torch.zeros(1, 3)}, "'pixel_values' beside its ids.*if nothing depends on it"),
+        ({"inputs_embeds": [[0.0]], "labels": [1]}, "'inputs_embeds' beside its ids"),
+        ({"seq_lengths": [2, 2]}, "'seq_lengths' beside its ids.*select_columns"),
+        ({"token_type_ids": [0, 0]}, "token_type_ids rows of the same lengths"),
+    ],
+)
+def test_what_beside_ids_would_change_a_result_is_refused_by_name(beside, message):
+    for given in (ROW | beside, {name: [value] for name, value in (ROW | beside).items()}, {"mine": ROW | beside}):
+        with pytest.raises(ss.SinkscopeError, match=message):
+            tokenize(TOKENIZER, given)
+    with pytest.raises(ss.SinkscopeError, match=f"(text 1.*)?{message}"):
+        tokenize(TOKENIZER, [ROW, ROW | beside])
+
+
+def test_positions_and_types_of_pads_do_not_matter():
+    left = {
+        "input_ids": [0, 0, A, B],
+        "attention_mask": [0, 0, 1, 1],
+        "position_ids": [1, 1, 0, 1],
+        "token_type_ids": [3, 3, 0, 0],
+    }
+    assert ids_of(left) == ids_of({name: torch.tensor([row]) for name, row in left.items()}) == [[A, B]]
+    assert ids_of({"input_ids": [[A, B], [B, A]], "position_ids": [[0, 1]]}) == [[A, B], [B, A]]
+
+
+def test_ids_beside_texts_are_never_labels():
+    for given in ({"input_ids": "ab", "b": "ba"}, {"input_ids": [A, B], "b": [B, A]}):
+        with pytest.raises(ss.SinkscopeError, match=r"input_ids must be rows|'b' beside its ids"):
+            tokenize(TOKENIZER, given)
+
+
+def test_rows_of_data_sets_and_loaders():
+    rows = [{"input_ids": [A, B]}, {"input_ids": [B, A, A], "attention_mask": [1, 1, 1]}, {"tokens": [A, A]}]
+    expected = [[A, B], [B, A, A], [A, A]]
+    assert ids_of(rows) == ids_of(iter(rows)) == expected
+    table = pd.DataFrame({"input_ids": [[A, B], [B, A]], "attention_mask": [[1, 1], [1, 1]], "label": [0, 1]})
+    assert ids_of(as_stream(table)) == [[A, B], [B, A]]
+    assert ids_of({"tokens": torch.tensor([[A, B], [B, A]])}) == [[A, B], [B, A]]
+    loader = DataLoader([TOKENIZER(t) for t in ("ab", "a", "b")], batch_size=2, collate_fn=lambda b: TOKENIZER.pad(b))
+    streamed = [(first, labels_of(some, first=first), ids_of(some)) for first, some in portions(loader, 2)]
+    assert streamed == [(0, ["text 0", "text 1"], [[BOS, A, B], [BOS, A]]), (2, ["text 2"], [[BOS, B]])]
+    assert ids_of(iter([torch.tensor([[A, B], [B, A]]), [A, A]])) == [[A, B], [B, A], [A, A]]
+    with pytest.raises(ss.SinkscopeError, match=r"text 0 has no field 'text'.*its fields: tokens, n.*row\['tokens'\]"):
+        tokenize(TOKENIZER, [{"tokens": ["ab", "ba"], "n": 2}])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        np.array([A, B], dtype=np.uint16),
+        pd.Series([A, B]),
+        pd.Series([A, B], dtype="Int64"),
+        pd.Index([A, B]),
+        range(A, B + 1),
+        [np.int64(A), np.int64(B)],
+        [torch.tensor(A), torch.tensor(B)],
+        (np.uint8(A), B),
+        torch.tensor([A, B], dtype=torch.uint16),
+    ],
+    ids=lambda row: type(row).__name__,
+)
+def test_integers_of_any_kind_are_ids(row):
+    assert ids_of(row) == ids_of([row]) == ids_of({"mine": row}) == ids_of({"input_ids": row}) == [[A, B]]
+    assert as_stream(row) is None
+
+
+@pytest.mark.parametrize("ids", [[5, 2**40], [5, 2**70], [5, 2**63]])
+def test_ids_beyond_any_vocabulary_are_refused_or_kept(ids):
+    assert attempt(lambda: ids_of(ids)) == [ids] or isinstance(attempt(lambda: ids_of(ids)), ss.SinkscopeError)
+
+
+# --- chats -----------------------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.fixture
+def chatty(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    return tokenizer
+
+
+def test_a_chat_is_one_text_as_its_template_writes_it(chatty):
+    expected = chatty.apply_chat_template(CHAT, return_dict=False)
+    assert expected == [BOS, A, B, B]
+    for given in (CHAT, {"messages": CHAT}, [{"messages": CHAT, "id": "7"}], {"mine": CHAT}, tuple(CHAT)):
+        assert ids_of(given, chatty) == [expected]
+        assert ids_of(given, chatty, bos=True) == [expected]
+    assert ids_of([CHAT, CHAT[:1]], chatty) == ids_of(iter([CHAT, CHAT[:1]]), chatty) == [expected, [BOS, A, B]]
+    assert ids_of(CHAT[0], chatty) == [[BOS, A, B]]
+    assert ids_of(CHAT, chatty, max_tokens=3) == [[BOS, A, B]]
+    assert "as their template says" in tokenize(chatty, CHAT).bos
+    chatty.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert (ids_of(CHAT, chatty), ids_of(CHAT, chatty, bos=True)) == ([[A, B, B]], [expected])
+
+
+def test_a_chat_without_a_template_or_with_a_broken_one(chatty):
+    with pytest.raises(ss.SinkscopeError, match=r"text 1 is a chat.*no chat template for apply_chat_template: set"):
+        tokenize(TOKENIZER, ["ab", CHAT])
+    chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ss.SinkscopeError, match=r"apply_chat_template fails on text 0: .*roles must alternate"):
+        tokenize(chatty, CHAT)
+
+
+# --- what a tokenizer refuses ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["ab\ud83d", "ab\ud83d\ude00"])
+def test_half_of_a_surrogate_pair_is_named(text):
+    with pytest.raises(
+        ss.SinkscopeError, match=r"text 1 \('mine'\) holds half of a surrogate pair .* at character 2.*utf-16"
+    ):
+        tokenize(TOKENIZER, {"fine": "ab", "mine": text})
+    mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert ids_of(mended)[0][:3] == [BOS, A, B]
+
+
+@pytest.mark.parametrize("error", [TypeError("TextEncodeInput"), OverflowError("too big"), RuntimeError("x\ny")], ids=repr)
+def test_whatever_a_tokenizer_raises_names_the_text(error, monkeypatch):
+    def refuses(*_, **__):
+        raise error
+
+    monkeypatch.setattr(type(TOKENIZER), "__call__", refuses)
+    with pytest.raises(ss.SinkscopeError, match=f"the tokenizer refuses text 0: {type(error).__name__}: .*Give token ids"):
+        tokenize(TOKENIZER, "ab")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +266,26 @@ def test_files_are_texts_labelled_by_their_name(tmp_path):
     assert labels_of(files) == ["one.txt", "two.txt"]
     assert labels_of(files[0]) == ["one.txt"]
     assert ids_of({"mine": files[1]}) == [[BOS, B, A]]
+
+
+def test_long_labels_are_cut_and_stay_distinct(tmp_path):
+    long = "x" * 10**6
+    one, two, short = labels_of({long: "ab", long + "y": "ba", "y" * 200: "ab"})
+    assert (len(one), len(two), short) == (200, 200, "y" * 200)
+    assert one != two
+    assert one[:180] == two[:180] == long[:180]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes("ab".encode("utf-8-sig" if name == "b.txt" else "utf-8"))
+    (tmp_path / "c.jsonl").write_bytes('{"text": "ab"}\n'.encode("utf-8-sig"))
+    for given in (tmp_path / "a.txt", tmp_path / "b.txt", as_stream(tmp_path / "c.jsonl")):
+        assert ids_of(given, bos=False) == [[A, B]]
+    assert ids_of(as_stream(tmp_path), bos=False) == [[A, B]] * 2
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9")
+    with pytest.raises(ss.SinkscopeError, match="byte 6 can't be decoded"):
+        read_text(tmp_path / "b.txt")
 
 
 def test_labels():
@@ -203,6 +381,51 @@ def test_max_tokens_counts_bos():
 
 def test_max_tokens_keeps_an_encoders_last_special_token():
     assert ids_of("abab", BERT, causal=False, max_tokens=4) == [[1, A, B, 2]]
+
+
+class _Counting:
+    """A tokenizer that counts the characters that it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.characters = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **how):
+        self.characters += len(text)
+        return self.tokenizer(text, **how)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "text", ["so it goes, and on. " * 10_000, "a" * 200_000, "1234567890" * 20_000, " " * 9_000 + "ab" * 200_000]
+)
+def test_of_a_long_text_no_more_is_tokenised_than_is_kept(text, causal):
+    counting = _Counting(TOKENIZER if causal else BERT)
+    (short,) = ids_of(text, counting, causal=causal, max_tokens=50)
+    assert counting.characters < 0.4 * len(text)
+    (whole,) = ids_of(text[: len(text) // 2], counting.tokenizer, causal=causal, max_tokens=50)
+    assert short == whole
+    assert len(short) == 50
+
+
+def grouping():
+    """A tokenizer that groups digits in threes from the right, and takes a long word for one token."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"<u>": 0, "1": 1, "11": 2, "111": 3, "a": 4}, unk_token="<u>"))
+    splits = [Regex(r"\d{1,3}(?=(?:\d{3})*(?!\d))"), Regex(r"\s+")]
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(s, "isolated") for s in splits])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<u>")
+
+
+@pytest.mark.parametrize("text", ["1" * 12_600, "1" * 12_601, "1" * 12_602, "a" * 40_000 + " 1"], ids=len)
+def test_tokens_that_depend_on_the_whole_text_are_those_of_the_whole_text(text):
+    tokenizer = grouping()
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids_of(text, tokenizer, bos=False, max_tokens=3) == [whole[:3]]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 0, -3])

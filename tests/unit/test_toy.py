@@ -9,7 +9,8 @@ import torch
 from torch import Generator
 
 from sinkscope.errors import SinkscopeError
-from sinkscope.studies.toy import ATTENTIONS, BigramBackcopy, Run, Toy, look, losses, train, weigh
+from sinkscope.studies.bigrams import BigramBackcopy
+from sinkscope.studies.toy import ATTENTIONS, Run, Toy, look, losses, train, weigh
 
 TASK = BigramBackcopy(vocabulary=8, triggers=2, length=16)
 SMALL = {"steps": 6, "every": 3, "layers": 2, "width": 8, "heads": 2, "batch": 4, "held_out": 5}

@@ -1,4 +1,4 @@
-"""The pages of `evaluate` and of the studies."""
+"""The pages of the studies."""
 
 from __future__ import annotations
 
@@ -8,27 +8,7 @@ from typing import Any
 
 from pandas import DataFrame
 
-from sinkscope.reports.drawing import visible
 from sinkscope.reports.page.parts import environment, facts, picture
-
-
-def render_effects(summary: DataFrame, about: Mapping[str, Any], draw: Callable[..., Any]) -> str:
-    """What `evaluate` found as one HTML page.
-
-    Args:
-        summary: rows of :meth:`EffectReport.summary`.
-        about: how it was made: `model`, `texts`, `interval`, ...
-        draw: draws the loss curve on `ax=`.
-    """
-    rows = [
-        {"intervention": visible(str(r["intervention"])), "token": visible(str(r["sink_token"])), "values": r}
-        for r in summary.to_dict("records")
-    ]
-    return (
-        environment()
-        .get_template("effects.html.j2")
-        .render(about=about, rows=rows, picture=picture(draw), facts=facts(about))
-    )
 
 
 def render_study(

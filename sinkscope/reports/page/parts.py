@@ -12,6 +12,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -33,14 +34,16 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=lambda out: visible(out) if isinstance(out, str) and not isinstance(out, Markup) else out,
     )
-    made.filters["number"] = _number
+    made.filters["number"] = number
     made.filters["sha256"] = _sha256
+    made.filters["folded"] = lambda rows: [(kind, list(of)) for kind, of in groupby(rows, key=lambda row: row["kind"])]
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return made
 
 
-def _number(value: float) -> str:
-    return "\N{EN DASH}" if math.isnan(value) else f"{value:.3g}"
+def number(value: float | None) -> str:
+    """Write a number with three digits, a dash for what is not known."""
+    return "\N{EN DASH}" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
 def _sha256(script: str) -> str:

@@ -1,0 +1,130 @@
+"""One forward pass seen from inside: a layer's activations are collected until a group is complete, cut to blocks, let go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkscope.block import Block, Rows
+from sinkscope.capture.rows import MassAlone, NoRows, Source, StoredPattern
+from sinkscope.errors import SinkscopeError
+from sinkscope.models import Adapter
+from sinkscope.tokens import Batch
+
+#: Needs that attention itself satisfies; the others are hook points.
+ATTENTION = frozenset({"mass", "pattern"})
+
+#: Takes a block, and the group of needs that it carries.
+OnBlock = Callable[[Block, frozenset[str]], None]
+
+
+class NotFiniteError(Exception):
+    """NaN or infinity was met; the first layer is looked for afterwards."""
+
+
+class Pass:
+    """One forward pass over a batch, or over a chunk of its rows that begins at `start`.
+
+    A block is made as soon as all that one of the `groups` needs has come. Metrics see float32 whatever autocast says.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        groups: frozenset[frozenset[str]],
+        batch: Batch,
+        start: int,
+        on_block: OnBlock,
+        tick: Callable[[], None],
+    ) -> None:
+        self.adapter, self.groups, self.batch, self.start = adapter, groups, batch, start
+        self.on_block, self.tick = on_block, tick
+        self.layer = -1
+        self.held: dict[str, Any] = {}
+        self.waiting: set[frozenset[str]] = set()
+        self.seen: set[int] = set()
+        self._busy = False
+
+    @property
+    def unseen(self) -> list[int]:
+        """Layers of which something never came."""
+        return [layer for layer in self.adapter.layers if layer not in self.seen]
+
+    def take(self, layer: int, need: str, value: Tensor | Source) -> None:
+        """Take an activation of a layer, by the name that metrics have for it; a pattern as a tensor, or as its source.
+
+        Raises:
+            SinkscopeError: a metric ran the model while it is being measured.
+        """
+        if self._busy:
+            raise SinkscopeError("a metric ran the model that is being measured: run it before or after, or on a copy")
+        if layer != self.layer:
+            self.layer, self.held, self.waiting = layer, {}, set(self.groups)
+        if not self.waiting:
+            return
+        if need == "pattern" and isinstance(value, Tensor):
+            value = StoredPattern(value, self.start, self.adapter.causal)
+        if isinstance(value, Tensor):
+            self._check_shape(need, value)
+            self.held[need] = value
+        else:
+            if not value.finite(self.batch.valid[:, self.start : self.start + value.n].to(value.device)):
+                raise NotFiniteError
+            self.held |= dict.fromkeys(ATTENTION, value)
+        for group in [g for g in self.waiting if g <= self.held.keys()]:
+            self.waiting.discard(group)
+            self._hand_out(group)
+        self.held = {name: kept for name, kept in self.held.items() if any(name in g for g in self.waiting)}
+        if not self.waiting:
+            self.seen.add(layer)
+            self.tick()
+
+    def _check_shape(self, need: str, value: Tensor) -> None:
+        """Refuse an activation whose axes are not those that metrics are promised."""
+        axis, batch = query_axis(need), len(self.batch.sequences)
+        rows = self.batch.ids.shape[1] - self.start
+        if value.ndim <= axis or value.shape[0] != batch or value.shape[axis] > rows:
+            expected = "[batch, head, query, key]" if axis == 2 else "[batch, position, ...]"
+            raise SinkscopeError(
+                f"{need!r} of layer {self.layer} of {self.adapter.name} is {list(value.shape)}, not {expected} for {batch} "
+                f"text(s) of up to {self.batch.ids.shape[1]} tokens: metrics can't read it"
+            )
+
+    def _hand_out(self, group: frozenset[str]) -> None:
+        self._busy = True
+        try:
+            with torch.autocast(self.batch.ids.device.type, enabled=False):
+                for block in self._blocks(group):
+                    self.on_block(block, group)
+        finally:
+            self._busy = False
+
+    def _blocks(self, group: frozenset[str]) -> Iterator[Block]:
+        """Cut a layer's rows where a metric looks at whole ones and nothing else; otherwise give them all at once."""
+        source: Source | None = next((self.held[name] for name in group & ATTENTION), None)
+        rest = {name: self.held[name] for name in group - ATTENTION}
+        n = source.n if source is not None else min(value.shape[query_axis(name)] for name, value in rest.items())
+        device = next(iter(rest.values())).device if source is None else source.device
+        lengths = self.batch.lengths.to(device)
+        for start, stop in source.cuts() if source is not None and group == {"pattern"} else [(0, n)]:
+            rows: Rows = NoRows() if source is None else source.rows(start, stop)
+            yield Block(
+                layer=self.layer,
+                start=self.start + start,
+                rows=rows if source is None or "pattern" in group else MassAlone(rows),
+                n_queries=stop - start,
+                lengths=lengths,
+                keys=torch.zeros_like(lengths),
+                causal=self.adapter.causal,
+                window=self.adapter.windows.get(self.layer),
+                tokens=self.batch.ids.to(device),
+                activations=rest,
+            )
+
+
+def query_axis(need: str) -> int:
+    """Tell which axis of an activation is the position: scores and patterns are `[batch, head, query, key]`."""
+    return 2 if need.endswith(("hook_attn_scores", "hook_pattern")) else 1

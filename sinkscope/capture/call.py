@@ -1,0 +1,116 @@
+"""Attention as Hugging Face's modules ask for it: which layer asks, and with what; checked against the configuration."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sinkscope.capture.masks import OtherwiseError
+from sinkscope.errors import SinkscopeError
+from sinkscope.models import Adapter
+
+#: What Hugging Face's modules pass to their attention function besides, and that changes no number here.
+HARMLESS = frozenset(
+    {"position_ids", "position_embeddings", "cache_position", "use_cache", "token_type_ids"}
+    | {"output_attentions", "output_hidden_states", "return_dict"}
+)
+
+#: Attends: (layer, query, key, value, what :func:`sinkscope.capture.op.attention_with_lse` is given by name) -> output.
+Compute = Callable[[int, Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+@dataclass
+class Calls:
+    """The function that stands in Hugging Face's attention interface: reads a call, and has `compute` attend.
+
+    Attributes:
+        adapter: the model.
+        compute: attends.
+        live: whether others run the model: layers then say themselves who they are, in any order, and a cache may hold more
+            keys than there are queries. Otherwise layers are told apart by the order of their calls.
+        made: calls since `made` was last set to 0.
+    """
+
+    adapter: Adapter
+    compute: Compute
+    live: bool = False
+    made: int = 0
+    _thread: int = field(default_factory=threading.get_ident, repr=False)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **extra: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend: `[batch, head, position, d]` in, `[batch, position, head, d]` out.
+
+        Raises:
+            OtherwiseError: the layer does not attend as the configuration says.
+            SinkscopeError: the call holds what is not known here.
+        """
+        if not self.live and threading.get_ident() != self._thread:
+            raise SinkscopeError("this model is being measured in another thread: wait until that is done, or run a copy")
+        layer = self._layer(module)
+        window, softcap, sinks = (extra.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
+        causal = extra.pop("is_causal", None)
+        causal = getattr(module, "is_causal", None) if causal is None else causal
+        for name, given in extra.items():
+            if name not in HARMLESS and given is not None and given is not False:
+                raise SinkscopeError(f"its attention takes {name!r}, which engine 'flash' does not know")
+        if dropout and not self.live:
+            raise SinkscopeError(f"its attention drops out ({dropout}) in eval mode")
+        if dropout:
+            raise SinkscopeError(f"its attention drops out ({dropout}), which an edit does not: model.eval() first")
+        if causal is not None and bool(causal) != self.adapter.causal:
+            raise OtherwiseError(f"layer {layer} is {'causal' if causal else 'not causal'}, the model is not so")
+        if window != self.adapter.windows.get(layer):
+            ours = self.adapter.windows.get(layer)
+            raise OtherwiseError(f"layer {layer} has a sliding window of {window}, its configuration says {ours}")
+        if query.shape[2] != key.shape[2] and not self.live:
+            raise SinkscopeError(f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys")
+        given = {
+            "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+            "causal": self.adapter.causal,
+            "window": window,
+            "softcap": softcap,
+            "sinks": sinks,
+            "key_mask": self._key_mask(attention_mask),
+        }
+        with torch.autocast(query.device.type, enabled=False):  # it would lower the products of any statistic
+            out = self.compute(layer, query, key.to(query.dtype), value.to(query.dtype), given)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _layer(self, module: nn.Module) -> int:
+        """Tell the layer by the order of calls, and ask the module where it knows."""
+        says = getattr(module, "layer_idx", None)
+        if self.live:
+            if says is None:
+                raise SinkscopeError(f"{type(module).__name__} does not say which layer it is")
+            return int(says)
+        layers = self.adapter.layers
+        if self.made >= len(layers):
+            raise SinkscopeError(f"attention was asked for more than {len(layers)} times, once per layer")
+        layer = layers[self.made]
+        self.made += 1
+        if says not in (layer, None):
+            raise SinkscopeError(f"layer {says} came where layer {layer} was expected")
+        return layer
+
+    def _key_mask(self, mask: Tensor | None) -> Tensor | None:
+        """Read which keys are real off the mask that `Masks` gave; a mask of the model's own is refused."""
+        if mask is None:
+            return None
+        if self.adapter.causal or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+            raise SinkscopeError("its attention mask is its own, not causal or key padding")
+        return mask[:, 0, 0]

@@ -1,0 +1,126 @@
+"""Where in the text the forward pass of a model stands that others run: past its cache, behind no pads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sinkscope.errors import InertHookError, SinkscopeError
+from sinkscope.models import Adapter
+from sinkscope.runs.undo import Undo, uninterrupted
+
+#: How batches are refused whose texts do not begin in column 0.
+LEFT = "texts padded on the left can't be edited: pad on the right, or run one by one"
+ELSEWHERE = (
+    "tokens whose position_ids are not their columns (packed texts, or generation after padded ones) can't be edited: give "
+    "each text a row of its own, and generate from texts of one length"
+)
+
+
+class Place:
+    """Tells where in the text a forward pass stands, refuses texts that begin elsewhere, and swaps tokens on their way in."""
+
+    def __init__(self, adapter: Adapter, swaps: tuple[tuple[int, int], ...]) -> None:
+        self.adapter, self.swaps, self.start, self.swapped = adapter, swaps, 0, 0
+
+    def __call__(self, n: int) -> Tensor:
+        """Give the positions of the `n` tokens of this pass."""
+        return torch.arange(self.start, self.start + n)
+
+    def __enter__(self) -> Place:
+        """Stand by every forward pass."""
+        with Undo() as undo:
+            with uninterrupted():
+                if self.adapter.kind == "hooked_transformer":  # which calls its own forward past the hooks of torch
+                    undo.enter_context(_wrapped(self.adapter.model, self._before))
+                    first = self.adapter.blocks[0]  # is given the mask that is made of padded strings
+                    undo.callback(first.register_forward_pre_hook(_refuse_left, with_kwargs=True).remove)
+                else:
+                    for module in self.adapter.trunks:
+                        undo.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                if self.swaps:
+                    undo.callback(self.adapter.embedding.register_forward_pre_hook(self._swap).remove)
+            if self.swaps:
+                self._prove()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *how: Any) -> None:
+        """Stand by no more."""
+        self._undo.close()
+
+    def _prove(self) -> None:
+        """See to it that tokens are swapped: a model that was compiled before may pass hooks by.
+
+        Raises:
+            InertHookError: they are not.
+        """
+        ids = torch.ones(1, 4, dtype=torch.long, device=self.adapter.device)
+        whole = [self.adapter.model] if self.adapter.kind == "hooked_transformer" else self.adapter.trunks
+        for module in whole:
+            self.swapped = 0
+            with torch.no_grad():
+                module(ids)
+            if self.swapped:
+                continue
+            raise InertHookError(
+                f"replace_token would do nothing on {self.adapter.name}: its compiled forward passes hooks by. Change the "
+                "ids that you give the model, or edit the model that was not compiled (._orig_mod)"
+            )
+
+    def _before(self, module: nn.Module, args: Any, given: dict[str, Any]) -> None:
+        self.start = self.adapter.cached(given)
+        _refuse_elsewhere(given, self.start)
+        embedded = given.get("inputs_embeds") is not None
+        if self.swaps and (embedded or (args and isinstance(args[0], Tensor) and args[0].is_floating_point())):
+            raise SinkscopeError(
+                "replace_token needs token ids, and was given embeddings (as HookedTransformer.generate does): change the "
+                "ids that you give the model"
+            )
+
+    def _swap(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.swapped += 1
+        ids = args[0].clone()
+        for position, token in self.swaps:
+            if self.start <= position < self.start + ids.shape[1]:
+                ids[:, position - self.start] = token
+        return (ids, *args[1:])
+
+
+def _refuse_left(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
+    _refuse_elsewhere({"attention_mask": given.get("attention_mask")}, 0)
+
+
+def _refuse_elsewhere(given: dict[str, Any], start: int) -> None:
+    """Refuse rows whose text does not begin in column 0: positions would be counted from a pad, or from another text."""
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if real is not None and bool((real.int().diff(dim=-1) > 0).any()):
+        raise SinkscopeError(LEFT)
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        n = positions.shape[1]
+        moved = positions != torch.arange(start, start + n, device=positions.device)
+        if bool((moved if real is None else moved & real[:, -n:].to(moved.device)).any()):
+            raise SinkscopeError(ELSEWHERE)
+
+
+@contextmanager
+def _wrapped(model: nn.Module, before: Callable[..., None]) -> Iterator[None]:
+    """Have a function called before every forward pass, however it is called."""
+    forward, kept = model.forward, vars(model).get("forward")
+
+    def told(*args: Any, **given: Any) -> Any:
+        before(model, args, given)
+        return forward(*args, **given)
+
+    with Undo() as undo:
+        if kept is None:
+            undo.callback(vars(model).pop, "forward", None)
+        else:
+            undo.callback(vars(model).__setitem__, "forward", kept)
+        vars(model)["forward"] = told
+        yield

@@ -1,0 +1,37 @@
+"""Which engine makes an edit: inside the attention op where that is proved exact, else at hook points, proved live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sinkscope.capture import points, proof
+from sinkscope.capture.edited import Edited, InsideCapture
+from sinkscope.capture.routes import way
+from sinkscope.capture.stream import frequencies
+from sinkscope.edit import Edit
+from sinkscope.errors import InertHookError
+from sinkscope.models import Adapter
+from sinkscope.tokens import Tokens
+
+GROUPS = frozenset({frozenset({"mass"})})
+
+
+def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
+    """Give the engine that can make these edits, proved on a few tokens.
+
+    Raises:
+        InertHookError: no edit can be made inside this model's attention, or this one would be discarded; says what works.
+        SinkscopeError: positions that can't be moved into a cache.
+    """
+    why_not = proof.plan(adapter, GROUPS, tokens) if adapter.causal else "it is an encoder, which predicts no next token"
+    if not isinstance(why_not, str):
+        longest = max(len(s) for s in tokens.sequences)
+        turns = any(way(adapter, e, longest) == "streamed" or any(map(e.cache, adapter.layers)) for e in edits)
+        return InsideCapture(adapter, frequencies(adapter) if turns else None)
+    if adapter.causal and adapter.points:
+        return points.plan(adapter, edits, why_not)
+    raise InertHookError(
+        f"interventions can't run inside the attention of {adapter.name}: {why_not}. They are made inside Hugging Face's "
+        "attention interface: use a TransformerBridge (ss.load_model(name)) or a plain Hugging Face decoder that asks "
+        "it, such as GPT-2, OPT, Llama, Mistral, Qwen, Gemma, GPT-NeoX, Phi or gpt-oss"
+    )

