@@ -9,13 +9,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import torch
-
 from sinkscope.capture import scored
 from sinkscope.capture.edited import Edited
-from sinkscope.capture.hooks import dropping_patterns
+from sinkscope.capture.losses import check_logits
 from sinkscope.capture.plans import plan
-from sinkscope.capture.proof import tolerance
 from sinkscope.capture.residuals import residuals
 from sinkscope.capture.routes import Route, Routes, routes
 from sinkscope.edit import NOTHING
@@ -84,10 +81,10 @@ def evaluate(
 
     corpus = Corpus(texts, PORTION, prepare)
     tokens, ready = corpus.head
-    about = _how(adapter, ready.capture, tokens.bos, [name for name, _ in edits], score_from, most)
+    about = _how(adapter, ready.capture, tokens.bos, edits, score_from, most)
     store = Store.of(resume, about | adapter.state() | {"edits": fingerprint([e for _, e in edits])} if resume else {})
     effects = Effects(len(tokens) <= PER_TEXT if per_text is None else per_text)
-    one = _One(adapter, score_from, 1 + len(edits), _check_logits(adapter, tokens))
+    one = _One(adapter, score_from, 1 + len(edits), check_logits(adapter, tokens))
     total = corpus.total and corpus.total * one.ticks
     with claimed(resume if share.rank == 0 else None), bar(progress and share.rank == 0, total, "evaluate") as tick:
         numbers = count()
@@ -115,14 +112,29 @@ def _named(given: Any) -> list[tuple[str, Intervention]]:
 
 
 def _how(
-    adapter: Adapter, capture: Edited, bos: str, names: list[str], score_from: int, max_tokens: int | None
+    adapter: Adapter,
+    capture: Edited,
+    bos: str,
+    edits: Sequence[tuple[str, Intervention]],
+    score_from: int,
+    max_tokens: int | None,
 ) -> dict[str, Any]:
+    names = [name for name, _ in edits]
     return adapter.describe() | {
         "engine": capture.name,
         "engine_why": capture.why,
         "bos": bos,
         "arguments": {"interventions": names, "score_from": score_from, "max_tokens": max_tokens},
+        "placebos": {placebo: name for name, edit in edits if (placebo := _placebo(edit)) in names and placebo != name},
     }
+
+
+def _placebo(edit: Intervention) -> str:
+    """Give the text form of an edit's placebo; nothing where it has none."""
+    try:
+        return str(edit.placebo())
+    except SinkscopeError:
+        return ""
 
 
 def _check(
@@ -143,18 +155,6 @@ def _check(
             edit.check(len(s))
     for _, edit in edits:
         edit.check_model(adapter.layers, adapter.n_heads)
-
-
-def _check_logits(adapter: Adapter, tokens: Tokens) -> int:
-    """Prove on a few tokens that unembedding the last hidden state gives the model's own logits; give how many there are."""
-    ids = tokens.sequences[0].ids[None, :8].to(adapter.device)
-    with adapter.quiet(), dropping_patterns(adapter):
-        own = adapter.own_logits(ids)
-        ours = adapter.logits(adapter.body(ids, torch.ones_like(ids, dtype=torch.bool))[0])
-    gap = float((own - ours).abs().max())
-    if not gap < tolerance(adapter) * max(1.0, float(own.abs().max())):
-        raise SinkscopeError(f"the logits of {adapter.name} are not its output layer's alone (they differ by {gap:.2g})")
-    return own.shape[-1]
 
 
 @dataclass(frozen=True)

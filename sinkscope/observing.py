@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from sinkscope.metrics.base import Metric
 from sinkscope.metrics.observer import Key, Observer, counting
 from sinkscope.models import Adapter
 from sinkscope.runs.undo import surely
-from sinkscope.tokens import Batch, Corpus, TextTokens, Tokens, key_positions
+from sinkscope.tokens import Batch, Corpus, TextTokens, Tokens, columns_of, key_positions
 from sinkscope.where import Rule
 
 #: Texts whose finest rows are kept if nothing is said, and batches of a stream that are read and sorted at a time.
@@ -60,7 +61,8 @@ class Observing:
         where = None if self.where is None else self.where.bound(self.adapter, first, tokens)
         groups = frozenset(m.group for m in self._ready)
         if self.cache is not None:
-            return tokens, (cached.plan(self.adapter, groups, self.cache, tokens), where)
+            columns = columns_of(some, self.tokenizing.get("attention_mask"), len(tokens))
+            return tokens, (cached.plan(self.adapter, groups, self.cache, tokens, columns), where)
         return tokens, (choose(self.engine, self.adapter, groups, self.chunk, tokens), where)
 
     def run(
@@ -72,14 +74,15 @@ class Observing:
     ) -> None:
         """Run every batch that is not to be skipped, and hand over what its observer has seen; `tick` counts text-layers."""
         for tokens, (capture, where) in corpus:
-            with surely(capture):
-                for batch in tokens.batches(self.batch_size, self.adapter.device):
+            with surely(capture) if where is None else nullcontext():
+                for batch in tokens.batches(self.batch_size if self.adapter.takes_pads else 1, self.adapter.device):
                     n = len(batch.sequences)
                     if skip(batch.sequences):
                         tick(n * len(self.adapter.layers))
                         continue
-                    observer = self._observer(batch, where, capture.chunk)
-                    capture.run(batch, observer, partial(tick, n))
+                    observer = self._observer(batch, where, capture.chunk)  # a rule may run the model by itself
+                    with nullcontext() if where is None else surely(capture):
+                        capture.run(batch, observer, partial(tick, n))
                     keep(batch, observer)
 
     @property

@@ -23,8 +23,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from sinkscope.block import Block
+from sinkscope.capture.losses import check_logits, next_losses
 from sinkscope.errors import SinkscopeError
-from sinkscope.losses import check_logits, next_losses
 from sinkscope.metrics.base import RowChoice
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch, TextTokens, Tokens

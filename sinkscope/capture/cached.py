@@ -18,12 +18,13 @@ from sinkscope.tokens import Batch, Tokens
 
 @dataclass(frozen=True)
 class CachedCapture:
-    """The engine, for one call of `measure`; `rows` gives each text's row in the cache."""
+    """The engine, for one call of `measure`; `rows` gives each text's row in the cache, `columns` where its text begins."""
 
     adapter: Adapter
     groups: frozenset[frozenset[str]]
     cache: Any
     rows: dict[str, int]
+    columns: list[int]
     name: str = "cache"
     why: str = "patterns of an ActivationCache; nothing was run"
     chunk: int | None = None
@@ -66,7 +67,12 @@ class CachedCapture:
         value: Tensor = self.cache.cache_dict[name]
         if not self.cache.has_batch_dim:
             value = value[None]
-        value = value[rows]
+        moved = []
+        for row in rows:  # the text to the front: pads on the left go round to the end, where nobody looks
+            one, column = value[row], self.columns[row]
+            one = one.roll(-column, -2 if need == "pattern" else 0)
+            moved.append(one.roll(-column, -1) if need == "pattern" else one)
+        value = torch.stack(moved)
         return value[:, :, :length, :length] if need == "pattern" else value[:, :length]
 
 
@@ -75,7 +81,9 @@ def is_cache(thing: Any) -> bool:
     return all(hasattr(thing, name) for name in ("cache_dict", "has_batch_dim", "model"))
 
 
-def plan(adapter: Adapter, groups: frozenset[frozenset[str]], cache: Any, tokens: Tokens) -> CachedCapture:
+def plan(
+    adapter: Adapter, groups: frozenset[frozenset[str]], cache: Any, tokens: Tokens, columns: list[int]
+) -> CachedCapture:
     """Match the texts with the rows of the cache.
 
     Raises:
@@ -83,10 +91,27 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], cache: Any, tokens
     """
     patterns = (v for k, v in cache.cache_dict.items() if k.endswith("attn.hook_pattern"))
     shape = next((tuple(v.shape) if cache.has_batch_dim else (1, *v.shape) for v in patterns), None)
-    longest = max(len(s) for s in tokens.sequences)
+    longest = max(column + len(s) for column, s in zip(columns, tokens.sequences, strict=True))
     if shape is not None and (shape[0], shape[-1]) != (len(tokens), longest):
         raise SinkscopeError(
             f"the cache holds {shape[0]} texts of up to {shape[-1]} tokens, and {len(tokens)} of up to {longest} were given: "
-            "give the ids that it was filled with (padded on the right, with their attention_mask)"
+            "give the ids that it was filled with (of a padded batch with their attention_mask)"
         )
-    return CachedCapture(adapter, groups, cache, {s.label: row for row, s in enumerate(tokens.sequences)})
+    _check_rows(adapter, cache, tokens, columns)
+    return CachedCapture(adapter, groups, cache, {s.label: row for row, s in enumerate(tokens.sequences)}, columns)
+
+
+def _check_rows(adapter: Adapter, cache: Any, tokens: Tokens, columns: list[int]) -> None:
+    """Compare the texts with those that the cache was filled with, where it keeps their embeddings."""
+    kept = cache.cache_dict.get("hook_embed")
+    if kept is None or adapter.kind == "hooked_encoder":
+        return
+    kept = kept if cache.has_batch_dim else kept[None]
+    with torch.no_grad():
+        for row, (s, column) in enumerate(zip(tokens.sequences, columns, strict=True)):
+            ours, held = adapter.embedding(s.ids.to(kept.device)), kept[row, column : column + len(s)]
+            if ours.shape == held.shape and not torch.allclose(ours.float(), held.float(), rtol=1e-2, atol=1e-3):
+                raise SinkscopeError(
+                    f"row {row} of the cache is not {s.label!r}: give the ids that it was filled with, in their order (of a "
+                    "padded batch with their attention_mask)"
+                )

@@ -14,6 +14,7 @@ from sinkscope.capture.residuals import settled
 from sinkscope.edit import Residuals, Where
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions.base import Intervention, real_numbers
+from sinkscope.metrics.mechanism import median
 from sinkscope.tokens import whole_number
 
 #: An activation is massive from this magnitude, and from this many times the median magnitude (Sun et al. 2402.17762).
@@ -35,11 +36,11 @@ class Massive(NamedTuple):
 def largest(layer: int, residual: Float[Tensor, "position d_model"], n: int = 8) -> list[Massive]:
     """Give the `n` largest activations after one layer, with their ratio to the median."""
     size = residual.detach().float().abs()
-    median = float(size.median())
+    middle = float(median(size.flatten(), dim=0))
     values, places = size.flatten().topk(min(n, size.numel()))
     width = size.shape[1]
     return [
-        Massive(layer, p // width, p % width, float(residual[p // width, p % width]), v / median if median else float("inf"))
+        Massive(layer, p // width, p % width, float(residual[p // width, p % width]), v / middle if middle else float("inf"))
         for v, p in zip(values.tolist(), places.tolist(), strict=True)
     ]
 

@@ -27,9 +27,9 @@ def _real(block: Block, per_position: Tensor) -> Tensor:
     return per_position.masked_fill(~real.reshape(*real.shape, *[1] * (per_position.ndim - 2)), torch.nan)
 
 
-def _median(values: Tensor, dim: int) -> Tensor:
+def median(values: Tensor, dim: int) -> Tensor:
     """Median of what is not NaN; of an even number, the mean of the middle two."""
-    return values.nanquantile(0.5, dim=dim) if values.shape[dim] < 1 << 14 else values.nanmedian(dim=dim).values
+    return (values.nanmedian(dim=dim).values - (-values).nanmedian(dim=dim).values) / 2  # torch gives the lower middle one
 
 
 def _every_row(block: Block, per_head: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def _for_queries(per_kv_head: Tensor, heads: int) -> Tensor:
 def _drain(block: Block, vectors: Tensor) -> Tensor:
     """Norm of the sink key's vector over the median norm of a text's vectors, `[batch, kv_head]`."""
     norms = vectors.float().norm(dim=-1)
-    return _at_key(block, norms) / _median(_real(block, norms), dim=1)
+    return _at_key(block, norms) / median(_real(block, norms), dim=1)
 
 
 @metric(needs="value", at_key=True, unit="times the median")
@@ -148,7 +148,7 @@ def massive_activation(block: Block) -> Tensor:
     max |h| / median |h| over tokens and dimensions. Source: Sun et al. 2024, arXiv 2402.17762.
     """
     size = _magnitudes(block)
-    return _every_row(block, (_largest(size)[0] / size.nanmedian(dim=1).values)[:, None])
+    return _every_row(block, (_largest(size)[0] / median(size, dim=1))[:, None])
 
 
 @metric(needs="residual", unit="magnitude")

@@ -75,6 +75,11 @@ class Identity:
         return network.config.get_text_config()
 
     @property
+    def takes_pads(self) -> bool:
+        """Whether texts of unequal length may share a batch: TransformerLens 3's two-way decoder attends to pads."""
+        return self.causal or self.kind != "hooked_transformer"
+
+    @property
     def width(self) -> int:
         """Numbers in the residual stream at a position."""
         if self.kind == "hugging_face":

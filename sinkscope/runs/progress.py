@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Timer
 
+from sinkscope.runs.undo import heeded
+
 #: Seconds before a bar appears, so that short runs say nothing, and between its lines where stderr is a file or a pipe.
 DELAY, QUIET = 2.0, 10.0
 #: The same in a notebook, whose stderr is no terminal though somebody looks at it.
@@ -16,9 +18,21 @@ NOTEBOOK_DELAY, NOTEBOOK = 0.5, 0.2
 @contextmanager
 def bar(show: bool, total: int | None, what: str, unit: str = "layer") -> Iterator[Callable[[int], None]]:
     """Show how much of `total` (None: unknown) is done and how long the rest will take; yields a function that adds to it."""
-    if not show:
-        yield lambda n: None
-        return
+    with heeded() as look:
+        if not show:
+            yield lambda n: look()
+            return
+        with _shown(total, what, unit) as add:
+
+            def count(n: int) -> None:
+                look()
+                add(n)
+
+            yield count
+
+
+@contextmanager
+def _shown(total: int | None, what: str, unit: str) -> Iterator[Callable[[int], None]]:
     from tqdm.auto import tqdm
 
     live, seen = in_notebook(), sys.stderr.isatty()

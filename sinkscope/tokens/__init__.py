@@ -2,6 +2,7 @@
 
 from sinkscope.tokens.batches import Batch, TextTokens, Tokens, key_positions
 from sinkscope.tokens.corpora import Corpus, as_stream, portions, read_text
+from sinkscope.tokens.encodings import columns_of
 from sinkscope.tokens.numbers import at_most, whole_number
 from sinkscope.tokens.texts import tokenize
 
@@ -12,6 +13,7 @@ __all__ = [
     "Tokens",
     "as_stream",
     "at_most",
+    "columns_of",
     "key_positions",
     "portions",
     "read_text",

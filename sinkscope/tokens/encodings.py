@@ -73,6 +73,14 @@ def rows_of(encoding: Mapping[str, Any], where: str, attention_mask: Any = None)
     return found
 
 
+def columns_of(given: Any, attention_mask: Any, count: int) -> list[int]:
+    """Give the column in which each of some texts begins: behind the pads of its row, where a mask tells of any."""
+    mask = given.get("attention_mask") if attention_mask is None and is_encoding(given) else attention_mask
+    if mask is None:
+        return [0] * count
+    return [int(row.bool().int().argmax()) for row in _rows(mask)]
+
+
 def separate(entries: Iterable[Any], first: int = 0) -> Iterator[Any]:
     """Take batches apart, as a DataLoader gives them: encodings and tensors of several rows; the rest is passed on.
 

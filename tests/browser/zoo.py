@@ -113,6 +113,7 @@ def evaluated(scale=1.0, length=400):
     ]
     texts = [{"label": "essay", "n_tokens": length, "tokens": words(length)}]
     about = {"model": "toy", "texts": texts, "interval": "95%, Student's t, paired", "dtype": "float32"}
+    about["placebos"] = {str(edit.placebo()): str(edit) for edit in sunk}
     return page.evaluated(summary, pd.concat(curves, ignore_index=True), about)
 
 

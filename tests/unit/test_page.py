@@ -354,6 +354,7 @@ def edits_table(delta=0.5):
         for i, n in enumerate(names)
     ]
     about = {"model": "toy", "texts": [{"label": "a", "n_tokens": 40, "tokens": words(40)}], "interval": "95%, Student's t"}
+    about["placebos"] = {names[3]: names[1]}
     return summary, pd.concat(curves, ignore_index=True), about
 
 

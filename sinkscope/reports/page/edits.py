@@ -11,8 +11,6 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
-from sinkscope.errors import SinkscopeError
-from sinkscope.interventions import parse
 from sinkscope.metrics.across import t_interval
 from sinkscope.reports.drawing import visible
 from sinkscope.reports.page.data import MOST_TEXTS, MOST_TOKENS, SCHEMA_VERSION, floats, known
@@ -35,7 +33,7 @@ def evaluated(summary: DataFrame, curves: DataFrame, about: Mapping[str, Any]) -
         about: how it was made: `model`, `texts`, `interval`, ...
     """
     names = summary["intervention"].tolist()
-    placebos = _placebos(names)
+    placebos: dict[str, str] = about.get("placebos", {})
     edits = []
     for row in summary.to_dict("records"):
         edit = {"name": row["intervention"], "shown": visible(row["intervention"]), "tokens": int(row["tokens"])}
@@ -76,19 +74,6 @@ def _sentences(edits: Sequence[Mapping[str, Any]]) -> list[str]:
     placebo = next((e for e in edits if e["placebo_of"] == worst["name"] and e["delta"] is not None), None)
     said += "" if placebo is None else f"; its placebo changes it by {placebo['delta']:+.3f}"
     return [f"{said}."]
-
-
-def _placebos(names: Sequence[str]) -> dict[str, str]:
-    """Find edits that are another's placebo: placebo -> edit."""
-    found = {}
-    for name in names:
-        try:
-            placebo = str(parse(name).placebo())
-        except SinkscopeError:
-            continue
-        if placebo in names and placebo != name:
-            found[placebo] = name
-    return found
 
 
 def _families(names: Sequence[str], placebos: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -8,30 +8,29 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sinkscope.capture.hooks import dropping_patterns
-from sinkscope.capture.proof import WRONG, WRONG_IN_HALF
+from sinkscope.capture.proof import tolerance
+from sinkscope.capture.scored import rows_at_a_time
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch, Tokens
 
-#: Logits at a time, in numbers: tokens x vocabulary is never whole.
-LOGITS = 4 << 20
 
-
-def check_logits(adapter: Adapter, tokens: Tokens) -> None:
-    """Prove on a few tokens that unembedding the last hidden state gives the model's own logits.
+def check_logits(adapter: Adapter, tokens: Tokens) -> int:
+    """Prove on a few tokens that unembedding the last hidden state gives the model's own logits; give how many there are.
 
     Raises:
         SinkscopeError: it does not, or the model predicts no next token.
     """
     if not adapter.causal:
-        raise SinkscopeError(f"{adapter.name} is an encoder, which predicts no next token: choose queries by another rule")
+        raise SinkscopeError(f"{adapter.name} is an encoder, which predicts no next token whose loss could be taken")
     ids = tokens.sequences[0].ids[None, :8].to(adapter.device)
     with adapter.quiet(), dropping_patterns(adapter):
         own = adapter.own_logits(ids)
         ours = adapter.logits(adapter.body(ids, torch.ones_like(ids, dtype=torch.bool))[0])
     gap = float((own - ours).abs().max())
-    if not gap < WRONG.get(adapter.dtype, WRONG_IN_HALF) * max(1.0, float(own.abs().max())):
+    if not gap < tolerance(adapter) * max(1.0, float(own.abs().max())):
         raise SinkscopeError(f"the logits of {adapter.name} are not its output layer's alone (they differ by {gap:.2g})")
+    return own.shape[-1]
 
 
 def next_losses(adapter: Adapter, batch: Batch, chunk: int | None = None) -> Float[Tensor, "batch position"]:
@@ -56,7 +55,7 @@ def next_losses(adapter: Adapter, batch: Batch, chunk: int | None = None) -> Flo
                 while len(here):
                     now, here = here[:size], here[size:]
                     logits = adapter.logits(hidden[row, (now - start).to(hidden.device)])
-                    size = max(1, LOGITS // logits.shape[-1])  # the vocabulary is known once one token has been unembedded
+                    size = rows_at_a_time(logits.shape[-1], 1)  # the vocabulary is known once one token has been unembedded
                     truth = batch.ids[row, (now + 1).to(batch.ids.device)].to(logits.device)
                     found[row, now] = cross_entropy(logits, truth, reduction="none").cpu()
     return found
