@@ -125,7 +125,7 @@ def test_queries_whose_next_token_is_hard(llama, engine):
 
 
 def test_next_losses_in_chunks_and_pieces(llama, monkeypatch):
-    from sinkscope import losses as module
+    from sinkscope.capture import losses as module
     from sinkscope.models import adapt
 
     adapter = adapt(llama)
