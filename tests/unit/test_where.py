@@ -124,7 +124,7 @@ def test_queries_whose_next_token_is_hard(llama, engine):
         assert sorted(seen.unique()) == np.flatnonzero(hard).tolist()
 
 
-def test_next_losses_in_chunks_and_pieces(llama, monkeypatch):
+def test_next_losses_in_pieces(llama, monkeypatch):
     from sinkscope.capture import losses as module
     from sinkscope.models import adapt
 
@@ -132,7 +132,7 @@ def test_next_losses_in_chunks_and_pieces(llama, monkeypatch):
     tokens = adapter.tokenize(["the quick brown fox", "so it goes on"])
     (batch,) = tokens.batches(8)
     assert len(batch.sequences) == 2
-    monkeypatch.setattr(module, "LOGITS", 3 * 64)
+    monkeypatch.setattr(module, "rows_at_a_time", lambda *_: 3)
     found = module.next_losses(adapter, batch)
     for row, s in enumerate(batch.sequences):
         assert found[row, : len(s) - 1] == pytest.approx(losses(llama, s.ids), abs=1e-5)
