@@ -21,9 +21,9 @@ def of_measurements(frame: DataFrame, column: str, about: Mapping[str, Any]) -> 
         raise unknown("column", column, ["value", "null", "std_error"])
     variables = []
     for name, rows in frame.groupby("metric", sort=False):
-        axes = [a for a in ("text", "layer", "head") if rows[a].notna().all()]
+        axes = [a for a in ("text", "layer", "head", QUERY) if a in rows and rows[a].notna().all()]
         if rows.duplicated(axes).any():
-            axes.append(QUERY if QUERY in rows and rows[QUERY].notna().all() else "key")
+            axes.append("key")
         index = rows[axes].astype({a: int for a in axes if a != "text"})
         variables.append(index.assign(**{str(name): rows[column]}).set_index(axes).to_xarray())
     merged: xr.Dataset = xarray.merge(variables, join="outer", compat="no_conflicts")

@@ -87,13 +87,18 @@ def rows_of(frame: DataFrame, metric: str, text: str | None = None, needs: str =
     Raises:
         SinkscopeError: there are none; the message lists those there are.
     """
-    rows = frame.dropna(subset=[needs, "value"])
+    rows = without_queries(frame).dropna(subset=[needs, "value"])
     for column, wanted in (("text", text), ("metric", metric)):
         if wanted is not None:
             if wanted not in (available := rows[column].unique()):
                 raise unknown(column, wanted, available)
             rows = rows[rows[column] == wanted]
     return rows if needs == "key" else first_key(rows)
+
+
+def without_queries(frame: DataFrame) -> DataFrame:
+    """Leave out what is reported per query: no picture of heads or keys is made of it."""
+    return frame[frame["query"].isna()] if "query" in frame else frame
 
 
 def constant_null(rows: DataFrame) -> float | None:

@@ -40,6 +40,7 @@ from sinkscope.reports.drawing import (
     rows_of,
     short,
     title_of,
+    without_queries,
 )
 
 #: What the curves of `progression` are known by on an Axes that they share.
@@ -271,6 +272,7 @@ def figures(frame: DataFrame, attention: DataFrame | None = None, tokens: Sequen
         attention: columns `query, key, value`, for the picture of one short text.
         tokens: that text's tokens, if not in its column `key_token`.
     """
+    frame = without_queries(frame)
     over = frame["text"] == "all"  # where a metric of several keys may bear another name
     by_head = frame[over if over.any() else ~over].dropna(subset=["head", "value"])["metric"].unique().tolist()
     metric = "sink_mass" if "sink_mass" in by_head else "".join(by_head[:1])

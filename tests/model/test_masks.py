@@ -37,7 +37,7 @@ def oracle(layers, eps):
             h, size = layer["h"][k], np.abs(layer["h"])
             if norms[place][k] > eps["norm"] * median(norms[place]):
                 found["norm"].setdefault(k, place)
-            if size[k].max() > 0.5 and size[k].max() >= eps["massive"] * sorted(size.flatten())[(size.size - 1) // 2]:
+            if size[k].max() > 0.5 and size[k].max() >= eps["massive"] * median(size.flatten()):
                 found["massive"].setdefault(k, place)
             cosine = float(h @ layer["h"][0]) / norm(h) / norm(layer["h"][0])
             if rise <= place < fall and abs(cosine) > eps["bos_cosine"]:

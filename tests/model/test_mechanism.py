@@ -94,7 +94,7 @@ def oracle(layer, key):
     found["residual_peak"] = [max(abs(x) for x in layer["h"][i]) for i in range(t)]
     at_key = layer["h"][key]
     found["sink_cosine"] = [float(layer["h"][i] @ at_key) / norm(layer["h"][i]) / norm(at_key) for i in range(t)]
-    found["massive_activation"] = [at[0] / sorted(size.flatten())[(size.size - 1) // 2]]
+    found["massive_activation"] = [at[0] / median(size.flatten())]
     p = np.linalg.svd(layer["h"], compute_uv=False) ** 2
     found["matrix_entropy"] = [-math.fsum(x * math.log(x) for x in p / p.sum() if x > 0)]
     return found

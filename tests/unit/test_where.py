@@ -124,15 +124,15 @@ def test_queries_whose_next_token_is_hard(llama, engine):
         assert sorted(seen.unique()) == np.flatnonzero(hard).tolist()
 
 
-def test_next_losses_in_chunks_and_pieces(llama, monkeypatch):
-    from sinkscope import losses as module
+def test_next_losses_in_pieces(llama, monkeypatch):
+    from sinkscope.capture import losses as module
     from sinkscope.models import adapt
 
     adapter = adapt(llama)
     tokens = adapter.tokenize(["the quick brown fox", "so it goes on"])
     (batch,) = tokens.batches(8)
     assert len(batch.sequences) == 2
-    monkeypatch.setattr(module, "LOGITS", 3 * 64)
+    monkeypatch.setattr(module, "rows_at_a_time", lambda *_: 3)
     found = module.next_losses(adapter, batch)
     for row, s in enumerate(batch.sequences):
         assert found[row, : len(s) - 1] == pytest.approx(losses(llama, s.ids), abs=1e-5)
@@ -192,6 +192,15 @@ def test_a_report_with_a_column_more_survives_the_round_trip(llama, tmp_path):
     again = ss.load_report(tmp_path)
     assert again.frame.equals(report.frame)
     assert report.to_xarray()["query_profile"].dims == ("text", "layer", "head", "query")
+
+
+def test_a_number_per_query_is_no_picture_of_heads(llama, tmp_path):
+    report = ss.measure(llama, ["so it goes", "and on"], ["query_profile"], key=[0, 1])
+    assert report.figures() == {}
+    assert isinstance(attempt(lambda: report.heatmap("query_profile")), SinkscopeError)
+    assert report.to_xarray()["query_profile"].dims == ("text", "layer", "head", "query", "key")
+    report.save(tmp_path)
+    assert ss.load_report(tmp_path).frame.equals(report.frame)
 
 
 def test_a_run_with_other_queries_is_not_taken_up(llama, tmp_path):

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from pandas import DataFrame
 
 from sinkscope.metrics.across import t_interval
-from sinkscope.reports.drawing import COLOUR_MAP, first_key, labelled, layer_series, query_by_key, visible
+from sinkscope.reports.drawing import COLOUR_MAP, first_key, labelled, layer_series, query_by_key, visible, without_queries
 from sinkscope.reports.page.glance import glance
 from sinkscope.reports.page.kinds import KINDS, QUIET, definition, kind, quiet
 from sinkscope.reports.page.pack import pack
@@ -76,7 +76,7 @@ def measured(
 
 def _inside(frame: DataFrame, texts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Cells by metric and text, and as many texts as there is room for."""
-    by_head = first_key(frame.dropna(subset=["layer", "head", "value"]))
+    by_head = first_key(without_queries(frame).dropna(subset=["layer", "head", "value"]))
     layers = sorted(frame["layer"].dropna().unique().tolist())
     heads = sorted(by_head["head"].unique().tolist())
     metrics = by_head["metric"].unique().tolist()
