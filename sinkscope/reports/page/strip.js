@@ -120,8 +120,11 @@ const paintRow = (image, row, columns, count, value, floor, colours) => {
   }
   for (let x = 0; x < columns; x++) {
     if (best[x] < 0) continue;
-    const rgb = colours.bytes(best[x] ? 1 - Math.log(best[x]) / floor : 0);
-    image.data.set([...rgb, 255], 4 * (row * columns + x));
+    const [r, g, b] = colours.bytes(best[x] ? 1 - Math.log(best[x]) / floor : 0), to = 4 * (row * columns + x);
+    image.data[to] = r;
+    image.data[to + 1] = g;
+    image.data[to + 2] = b;
+    image.data[to + 3] = 255;
   }
 };
 
@@ -135,7 +138,7 @@ const drawText = (page, {text, profile}, show) => {
 };
 
 // The tokens around a place, MOST at a time: what a strip of thousands of positions is scrolled through.
-const MOST = 1000;
+const MOST = 500;
 export const windowed = (host, {tokens, name}, shaded, show) => {
   let from = 0, spans = [], last = null;
   const fill = start => {
