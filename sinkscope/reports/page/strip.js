@@ -43,8 +43,9 @@ export const drawAlong = page => {
   const strip = drawStrip(page, along);
   const words = drawText(page, along, i => { strip(i); });
   page.along = (i, layer) => {
-    strip(i, layer);
-    if (words) words(i);
+    const there = Math.max(0, Math.min(profile.count - 1, i));
+    strip(there, layer);
+    if (words) words(there);
   };
   drawLayer(page);
   page.listen("head", "along", () => drawLayer(page));
