@@ -13,7 +13,7 @@ from sinkscope.metrics import BUILT_IN
 from sinkscope.metrics.base import AcrossTexts, AnyMetric
 from sinkscope.reports import intervals, notes
 from sinkscope.reports.compare import compared
-from sinkscope.reports.shown import Shown, inline
+from sinkscope.reports.shown import Shown
 from sinkscope.reports.tables import COLUMNS as COLUMNS
 from sinkscope.reports.tables import SUMMARY_COLUMNS as SUMMARY_COLUMNS
 from sinkscope.reports.tables import tables

@@ -131,7 +131,7 @@ def page_of(name):
     """Render an animal of the zoo, once; `snippet` is one in somebody else's page, twice."""
     if name == "snippet":
         twice = 2 * page.snippet(plain())
-        style = "h1 { color: purple; font-size: 99px } svg, span { display: none !important } * { font-size: 30px }"
+        style = "h1 { color: purple; font-size: 60px } svg, span { display: none !important } * { font-size: 30px }"
         head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{style}</style>'
-        return f'<!doctype html><html lang="en">{head}<title>A notebook</title><div><h1>A notebook</h1>{twice}</div></html>'
+        return f'<!doctype html><html lang="en">{head}<title>A notebook</title><main><h1>A notebook</h1>{twice}</main></html>'
     return page.render(ZOO[name]())

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import sinkscope as ss
 from sinkscope.errors import SinkscopeError
 from sinkscope.reports import page
 from sinkscope.reports.page.pack import pack, unpack
+from sinkscope.testing import tiny_model
 from tests.synthetic import HOSTILE, causal_attention, mass, profile, report, uniform, words
 
 
@@ -398,3 +400,47 @@ def test_reports_of_one_kind_are_compared(measured):
     for wrong in ({"a": measured}, {"a": measured, "b": evaluated()}):
         with pytest.raises(SinkscopeError):
             page.compared(wrong)
+
+
+# --- patterns: from a model, in a saved report ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_patterns_average_to_the_attention_map(family):
+    model = tiny_model(family)
+    found = ss.attention_patterns(model, "so it goes on and on")
+    expected = ss.attention_map(model, "so it goes on and on").set_index(["query", "key"])["value"]
+    mean = found.groupby(["query", "key"])["value"].mean()
+    np.testing.assert_allclose(mean, expected[mean.index], atol=1e-6)
+    assert (expected[~expected.index.isin(mean.index)] == 0).all()  # what a causal query can't see
+    np.testing.assert_allclose(found.groupby(["layer", "head", "query"])["value"].sum(), 1, atol=1e-5)
+    assert found["query_token"][0] == ss.attention_map(model, "so it goes on and on")["query_token"][0]
+
+
+def test_many_heads_leave_room_for_fewer_tokens(monkeypatch):
+    model = tiny_model("llama")
+    heads = len(ss.attention_patterns(model, "so it goes").groupby(["layer", "head"]))
+    monkeypatch.setattr("sinkscope.attention.MOST_NUMBERS", heads * 6)
+    assert ss.attention_patterns(model, "so it goes on and on")["query"].max() == 2  # three tokens have six pairs
+    with pytest.raises(SinkscopeError, match="one text at a time; got 2"):
+        ss.attention_patterns(model, ["so", "it goes"])
+
+
+def test_patterns_are_saved_and_read_back(tmp_path):
+    model = tiny_model("llama")
+    report = replace(ss.measure(model, "so it goes", ["sink_mass"]), patterns=ss.attention_patterns(model, "so it goes"))
+    report.save(tmp_path)
+    back = ss.load_report(tmp_path)
+    pd.testing.assert_frame_equal(back.patterns, report.patterns)
+    assert not (tmp_path / "patterns.csv").exists()
+    assert back.json() == report.json()
+    assert back.page() == (tmp_path / "report.html").read_text(encoding="utf-8")
+    replace(report, patterns=None).save(tmp_path)
+    assert ss.load_report(tmp_path).patterns is None
+
+
+@pytest.mark.parametrize("kind", ["measure", "evaluate"])
+def test_reports_of_0_1_0_still_give_a_page(kind):
+    report = ss.load_report(Path(__file__).parents[1] / "data" / "saved" / "0.1.0" / kind)
+    assert Page(report.page()).data["kind"] == kind
+    assert len(report.markdown().splitlines()) > 5

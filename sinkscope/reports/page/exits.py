@@ -26,13 +26,15 @@ TITLES = {"measure": "Attention sinks in {model}", "evaluate": "{model} under in
 
 def render(data: dict[str, Any]) -> str:
     """Give a page of its own: one file that needs no network, no server and no library."""
-    return _fill("page.html.j2", data, IN_PAGE)
+    return _fill("page.html.j2", data, IN_PAGE, main="main", banner="header", region=_region)
 
 
 def snippet(data: dict[str, Any]) -> str:
     """Give a fragment for somebody else's page, such as a notebook; in a shadow root, so that neither disturbs the other."""
     name = hashlib.sha256(as_json(data).encode()).hexdigest()[:16]
-    return _fill("snippet.html.j2", data, IN_PLACE.replace("NAME", name), name=name)
+    # A page has landmarks of its own: a fragment adds none.
+    plain = {"main": "div", "banner": "div", "region": lambda heading: ""}
+    return _fill("snippet.html.j2", data, IN_PLACE.replace("NAME", name), name=name, **plain)
 
 
 def as_json(data: dict[str, Any]) -> str:
@@ -70,6 +72,10 @@ def _fill(template: str, data: dict[str, Any], starting: str, **more: Any) -> st
     whole = Markup(f'"use strict";\n(() => {{\n{script()}\n{starting}\n}})();\n')
     given = {"data": data, "title": title(data), "script": whole, "style": Markup(read("page.css"))}
     return environment().get_template(template).render(**given, **more)
+
+
+def _region(heading: str) -> Markup:
+    return Markup(f' aria-labelledby="{heading}"')
 
 
 def _plain(text: object) -> str:

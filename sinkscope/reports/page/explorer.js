@@ -63,7 +63,7 @@ const paintMap = (context, side, patterns, from, state, colours) => {
 const panel = (page, patterns, r, c, pinned) => {
   const {data, state} = page, from = data.patterns, head = patterns.index(r, c), {tokens} = patterns;
   const node = html("article", {class: "panel"}), title = html("h3", {}, `Layer ${from.layers[r]}, head ${from.heads[c]}`);
-  const pin = html("button", {type: "button"}, pinned ? "Unpin" : "Pin, to see another beside it");
+  const pin = html("button", {type: "button"}, pinned ? "Unpin" : "Pin beside");
   pin.onclick = () => page.pin(pinned ? null : [r, c]);
   const about = html("p", {class: "soft"}, facts(data, r, c));
   const out = html("p", {class: "soft taken"}), matrix = html("div", {class: "stack matrix"});

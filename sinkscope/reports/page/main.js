@@ -58,7 +58,7 @@ export const start = (root, data) => {
   page.listen = (topic, name, act) => listeners.set(`${topic} ${name}`, act);
   page.tell = topic => { for (const [name, act] of listeners) if (name.startsWith(`${topic} `)) act(); };
   page.pickHead = (layer, head) => { Object.assign(page.state, {layer, head}); page.tell("head"); };
-  const draw = DRAW[data.kind](page), host = root.querySelector("main");
+  const draw = DRAW[data.kind](page), host = root.querySelector(".report");
   let wide = host.clientWidth, waiting = 0;
   new ResizeObserver(() => {  // drawn in the page's own pixels: once more where there is more or less room
     if (Math.abs(host.clientWidth - wide) < 8) return;

@@ -13,7 +13,10 @@ export const patternsOf = data => {
   const {tokens, causal, sinks, heads, value} = data, packed = unpack(value), T = tokens.length, per = value.shape[1];
   const first = q => causal ? q * (q + 1) / 2 : q * T, seen = q => causal ? q + 1 : T;
   const isSink = Uint8Array.from({length: T}, (_, k) => sinks.includes(k) ? 1 : 0);
-  const raw = (head, q, k) => k < seen(q) ? packed.at(head * per + first(q) + k) : null;
+  const raw = (head, q, k) => {
+    const share = k < seen(q) ? packed.at(head * per + first(q) + k) : null;
+    return Number.isNaN(share) ? null : share;
+  };
   const taken = (head, q) => sinks.reduce((sum, k) => sum + (raw(head, q, k) || 0), 0);
   const left = (head, q) => { const rest = 1 - taken(head, q); return rest > 0.005 ? rest : null; };
   const weight = (head, q, k, without) => {

@@ -43,8 +43,9 @@ export const drawAlong = page => {
   const strip = drawStrip(page, along);
   const words = drawText(page, along, i => { strip(i); });
   page.along = (i, layer) => {
-    strip(i, layer);
-    if (words) words(i);
+    const there = Math.max(0, Math.min(profile.count - 1, i));
+    strip(there, layer);
+    if (words) words(there);
   };
   drawLayer(page);
   page.listen("head", "along", () => drawLayer(page));
@@ -120,8 +121,11 @@ const paintRow = (image, row, columns, count, value, floor, colours) => {
   }
   for (let x = 0; x < columns; x++) {
     if (best[x] < 0) continue;
-    const rgb = colours.bytes(best[x] ? 1 - Math.log(best[x]) / floor : 0);
-    image.data.set([...rgb, 255], 4 * (row * columns + x));
+    const [r, g, b] = colours.bytes(best[x] ? 1 - Math.log(best[x]) / floor : 0), to = 4 * (row * columns + x);
+    image.data[to] = r;
+    image.data[to + 1] = g;
+    image.data[to + 2] = b;
+    image.data[to + 3] = 255;
   }
 };
 
@@ -135,7 +139,7 @@ const drawText = (page, {text, profile}, show) => {
 };
 
 // The tokens around a place, MOST at a time: what a strip of thousands of positions is scrolled through.
-const MOST = 1000;
+const MOST = 500;
 export const windowed = (host, {tokens, name}, shaded, show) => {
   let from = 0, spans = [], last = null;
   const fill = start => {
