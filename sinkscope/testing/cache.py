@@ -8,19 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, SinkWindow, StreamingWindow, Window
 from sinkscope.models import Adapter, adapt
 from sinkscope.runs.undo import Undo
+from sinkscope.testing.mistakes import NEAR, kept, matched, positions_of, ranges, stands
 from sinkscope.tokens import whole_number
 
 #: Tokens that are run if nothing is said.
 TOKENS = 512
-#: How near a held value must be to that of a token, relative to its norm, to be taken for it.
-NEAR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class CacheCheck:
         how = "original positions" if self.positions == "original" else "positions inside the cache"
         if self.equal:
             return f"equal to {self.tolerance:g} over {self.tokens} tokens ({how})"
-        keys = f" with the keys of tokens {_ranges(self.held)} (expected {_ranges(self.expected)})" if self.held else ""
+        keys = f" with the keys of tokens {ranges(self.held)} (expected {ranges(self.expected)})" if self.held else ""
         return f"leaves the banded pass ({how}) at token {self.token}, layer {self.layer}{keys}: {self.mistake}"
 
 
@@ -185,13 +184,13 @@ def _run(
                     left[name] = int((~(gap <= tolerance)).nonzero()[0])
             if len(left) == len(agree):
                 run.positions = max(left, key=lambda name: left[name])
-                layer, kept = left[run.positions], dict(run.given)
+                layer, then = left[run.positions], dict(run.given)
                 for later in range(token + 1, min(token + 3, len(ids))):
                     output = adapter.model(input_ids=ids[None, later : later + 1], past_key_values=cache, use_cache=True)
                     cache = getattr(output, "past_key_values", None) or cache
-                if layer in kept:
-                    run.grown = run.given[layer][0].shape[2] - kept[layer][0].shape[2]
-                run.given = kept
+                if layer in then:
+                    run.grown = run.given[layer][0].shape[2] - then[layer][0].shape[2]
+                run.given = then
                 return (token, layer), run
             agree = [name for name in agree if name not in left]
     run.positions = agree[0]
@@ -228,7 +227,7 @@ def _diagnosed(
     known = banded.values[layer][:, : token + 1].float()
     distance = torch.cdist(values.transpose(0, 1).flatten(1), known.transpose(0, 1).flatten(1))
     norms = known.transpose(0, 1).flatten(1).norm(dim=-1)
-    held = _matched(distance < NEAR * norms)
+    held = matched(distance < NEAR * norms)
     if -1 in held:
         if held[-1] == -1 and held[:-1] == expected[:-1]:
             return (
@@ -237,74 +236,6 @@ def _diagnosed(
             )
         return held, "values that are no token's: they are changed, or stand in the wrong place"
     if sorted(held) != sorted(expected):
-        return held, _kept(held, expected, sinks, evicts=len(held) <= token or run.grown == 0)
-    stands = None if not adapter.rotations else _stands(adapter, keys, banded.keys[layer], held, 2 * len(banded.hidden[0]))
-    return held, _positions(held, stands)
-
-
-def _matched(near: Bool[Tensor, "slot position"]) -> tuple[int, ...]:
-    """Take for each slot the token that it holds, -1 where it is none; equal ones in their order, from the last."""
-    held: list[int] = []
-    for row in near.flip(0):
-        candidates = row.nonzero().flatten().tolist()
-        before = [k for k in candidates if not held or k < held[-1]]
-        held.append(max(before or candidates, default=-1))
-    return tuple(held[::-1])
-
-
-def _kept(held: tuple[int, ...], expected: tuple[int, ...], sinks: int, evicts: bool) -> str:
-    """Name what is wrong with which keys are kept."""
-    if not evicts:
-        return "nothing is evicted"
-    if set(range(sinks)) & set(expected) - set(held):
-        return f"sinks are evicted: of the first {sinks} tokens it keeps {_ranges([k for k in held if k < sinks]) or 'none'}"
-    if abs(len(held) - len(expected)) == 1:
-        return f"off by one in size: it keeps {len(held)} keys where {len(expected)} are expected"
-    return f"it keeps other keys, {len(held)} where {len(expected)} are expected"
-
-
-def _stands(adapter: Adapter, keys: Tensor, own: Tensor, held: tuple[int, ...], far: int) -> list[int | None]:
-    """Find the rotary position at which each held key stands: which turn of the token's own key gives it."""
-    turns = adapter.rotations[0].float().to(keys.device)
-    half = len(turns)
-    angles = torch.arange(-far, far + 1, device=keys.device)[:, None] * turns
-    wheel = torch.polar(torch.ones_like(angles), angles)
-    found: list[int | None] = []
-    for slot, token in enumerate(held):
-        mine, theirs = (torch.complex(k[:, :half], k[:, half : 2 * half]) for k in (own[:, token].float(), keys[:, slot]))
-        gap = (wheel[:, None] * mine - theirs).abs().amax((1, 2))
-        best = int(gap.argmin())
-        near = float(gap[best]) < 10 * NEAR * float(mine.abs().max())
-        found.append(token + best - far if near else None)
-    return found
-
-
-def _positions(held: tuple[int, ...], stands: list[int | None] | None) -> str:
-    """Name what is wrong with where the right keys stand."""
-    if stands is None:
-        return "the right keys, and other positions"
-    last = len(held) - 1
-    if all(at in (k, min(k, last)) for k, at in zip(held, stands, strict=True)):
-        return "no position shift: keys stand where they stood when they came, and are not moved up"
-    wrong = [(slot, k, at) for slot, (k, at) in enumerate(zip(held, stands, strict=True)) if at not in (slot, k)]
-    if not wrong:
-        return "positions inside the cache and original ones are mixed: " + _where(held, stands)
-    if all(at in (k + slot, 2 * k, 2 * slot, 2 * slot - min(k, last)) for slot, k, at in wrong):
-        return "keys are rotated twice: " + _where([k for _, k, _ in wrong], [at for _, _, at in wrong])
-    return "keys stand at other positions: " + _where([k for _, k, _ in wrong], [at for _, _, at in wrong])
-
-
-def _where(held: Sequence[int], stands: Sequence[int | None]) -> str:
-    some = [f"token {k} at {'none' if at is None else at}" for k, at in zip(held, stands, strict=True)]
-    return ", ".join(some[:4]) + (", ..." if len(some) > 4 else "")
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Write 0, 1, 5, 6, 7 as `0-1, 5-7`."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+        return held, kept(held, expected, sinks, evicts=len(held) <= token or run.grown == 0)
+    far = 2 * len(banded.hidden[0])
+    return held, positions_of(held, stands(adapter, keys, banded.keys[layer], held, far) if adapter.rotations else None)
