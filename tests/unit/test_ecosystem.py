@@ -120,11 +120,12 @@ def test_a_notebook_shows_reports_and_progress(tmp_path):
     ).execute()
     outputs = [cell.outputs for cell in made.cells]
     shown = [" ".join(str(o.get("data", {}).get("text/html", "")) for o in cell) for cell in outputs]
-    assert "SinkReport: tiny-llama, 3 texts" in shown[2]
+    assert "Attention sinks in tiny-llama" in shown[2]
+    assert "attachShadow" in shown[2]
     assert "<table" in shown[2]
     assert "measure" in " ".join(o.get("text", "") for o in outputs[2])  # the progress bar, on stderr
     assert any("image/png" in o.get("data", {}) for o in outputs[3])
-    assert "EffectReport: tiny-llama" in shown[4]
+    assert "tiny-llama under interventions" in shown[4]
 
 
 # --- a shell ---------------------------------------------------------------------------------------------------------
