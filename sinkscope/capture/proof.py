@@ -71,7 +71,8 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
 
 def tolerance(adapter: Adapter) -> float:
     """Give the gap from which two ways of computing are not the same."""
-    half = torch.is_autocast_enabled(adapter.device.type)
+    device = adapter.device.type
+    half = torch.is_autocast_enabled(device) or (device == "cuda" and torch.backends.cuda.matmul.allow_tf32)
     return WRONG_IN_HALF if half else WRONG.get(adapter.dtype, WRONG_IN_HALF)
 
 

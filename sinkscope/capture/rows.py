@@ -20,6 +20,8 @@ from sinkscope.errors import SinkscopeError
 ROWS = 256
 #: Bytes of the rows that are recomputed at a time, where that is fewer, and the fewest rows.
 BYTES, FEWEST = 16 << 20, 16
+#: The same on a GPU, where every block costs a dozen launches: a quarter of the time (H200, 4,096 tokens).
+GPU_ROWS, GPU_BYTES = 512, 256 << 20
 #: The same of rows that are stored, and only looked at.
 STORED = 8 << 20
 
@@ -132,14 +134,15 @@ class Scores:
         return ScoredRows(self, start, stop)
 
     def cuts(self) -> Iterator[tuple[int, int]]:
-        """Cut into blocks of about `BYTES`, and at most `ROWS` rows: fewer, where rows are long."""
-        area = BYTES / (4 * self.q.shape[0] * self.q.shape[1])
+        """Cut into blocks of about `BYTES`, and at most `ROWS` rows: fewer, where rows are long; larger ones on a GPU."""
+        size, most = (GPU_BYTES, GPU_ROWS) if self.q.is_cuda else (BYTES, ROWS)
+        area = size / (4 * self.q.shape[0] * self.q.shape[1])
         start = 0
         while start < self.n:
             before = min(start, self.window or start)
             # rows x keys = area, where the keys of a causal block are those before it and its own
             rows = (math.sqrt(before**2 + 4 * area) - before) / 2 if self.causal else area / self.n
-            stop = min(start + min(max(FEWEST, int(rows)), ROWS), self.n)
+            stop = min(start + min(max(FEWEST, int(rows)), most), self.n)
             yield start, stop
             start = stop
 

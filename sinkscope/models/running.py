@@ -93,16 +93,17 @@ class Running(Identity):
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Inference for the time of a run, alone: no gradients, no dropout; every module's mode is put back.
+        """Have the model to oneself for the time of a run, in inference.
 
         Raises:
             SinkscopeError: this thread runs the model already.
         """
-        with alone(self.network), self._inference():
+        with alone(self.network), self.inference():
             yield
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
+    def inference(self) -> Iterator[None]:
+        """No gradients, no dropout; every module's mode is put back."""
         training = [module for module in {*self.model.modules(), *self.network.modules()} if module.training]
         with Undo() as undo, torch.no_grad():
             for module in training:  # not eval(): on a bridge it takes as long as a short text

@@ -109,7 +109,7 @@ def check_cache(
     edits: dict[str, Intervention] = {"original": SinkWindow(size, sinks) if sinks else Window(size)}
     if sinks and adapter.rotations:
         edits["cache"] = StreamingWindow(size, sinks)
-    with adapter.quiet():
+    with adapter.inference():
         banded = {name: _banded(adapter, edit, given) for name, edit in edits.items()}
         left, run = _run(adapter, make_cache(), given, banded, tolerance)
     if left is None:

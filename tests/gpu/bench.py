@@ -123,6 +123,7 @@ class Bench:
     def once(self, run: Callable[[], Any]) -> tuple[float, float | None]:
         """Seconds and peak MB of one run."""
         gpu = self.device.type == "cuda"
+        gc.collect()  # what an error of the way before may still hold
         self.sync()
         before = torch.cuda.memory_allocated() if gpu else 0
         if gpu:
@@ -246,18 +247,18 @@ def probe(bench: Bench, models: tuple[Any, Any], dtype: str, tokens: int) -> Non
     """All metrics with larger blocks of whole rows: what is best on a CPU's cache need not be here."""
     from sinkscope.capture import rows
 
-    before = rows.BYTES, rows.ROWS
+    before = rows.GPU_BYTES, rows.GPU_ROWS
     run = partial(WAYS["all"].run, *models, bench.ids(tokens))
     for megabytes, most in ((16, 256), (64, 256), (256, 512), (1024, 2048)):
         if bench.left() < 30:
             return
         with bench.guarded(f"blocks of {megabytes} MB, {dtype}"):
-            rows.BYTES, rows.ROWS = megabytes << 20, most
+            rows.GPU_BYTES, rows.GPU_ROWS = megabytes << 20, most
             bench.once(run)
             seconds, peak = bench.once(run)
             row = {"what": f"at most {megabytes} MB and {most}", "dtype": dtype, "tokens": tokens, "seconds": seconds}
             bench.record.found.setdefault("probes", []).append(row | {"peak_mb": peak and round(peak)})
-        rows.BYTES, rows.ROWS = before
+        rows.GPU_BYTES, rows.GPU_ROWS = before
 
 
 def profile(bench: Bench, way: str, models: tuple[Any, Any], dtype: str, tokens: int) -> None:
