@@ -72,16 +72,17 @@ def _timings(timings: list[dict[str, Any]]) -> str:
     """One row for each way, one column for each length: median time, its ratio to the first way, peak memory."""
     lengths = sorted({t["tokens"] for t in timings})
     at = {(t["way"], t["tokens"]): t for t in timings}
-    limits = {n: next((t for t in timings if t["tokens"] == n), None) for n in lengths}
+    first = timings[0]["way"]
 
     def cell(way: str, n: int) -> str:
-        t, limit = at.get((way, n)), limits[n]
-        if t is None or limit is None or not t["seconds"] or not limit["seconds"]:
+        t, limit = at.get((way, n)), at.get((first, n))
+        if t is None or not t["seconds"]:
             return "-"
-        median, first = statistics.median(t["seconds"]), statistics.median(limit["seconds"])
+        median = statistics.median(t["seconds"])
+        ratio = f", {median / statistics.median(limit['seconds']):.2f}x" if limit and limit["seconds"] else ""
         memory = "" if t["peak_mb"] is None else f", {t['peak_mb']:.0f} MB"
         rounds = "" if len(t["seconds"]) >= t["rounds"] else f" (of {len(t['seconds'])})"
-        return f"{median * 1e3:.1f} ms, {median / first:.2f}x{memory}{rounds}"
+        return f"{median * 1e3:.1f} ms{ratio}{memory}{rounds}"
 
     ways = {t["way"]: t["what"] for t in timings}
     rows = [(what, *(cell(way, n) for n in lengths)) for way, what in ways.items()]

@@ -35,7 +35,7 @@ def compare(q, k, v, how, record):
     unit = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps * float(expected.abs().max())
     for name, ours, theirs, allowed in (
         ("output", out, expected, unit),
-        ("lse", found, lse, EXACT[dtype]),
+        ("lse", found, lse, EXACT[dtype] + 1e-6 * float(lse.abs().max())),  # float32 has seven digits, whatever their size
         ("share", mass, pattern[..., 0], EXACT[dtype]),
     ):
         error = float((ours.double().cpu() - theirs).abs().max())
