@@ -72,8 +72,15 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
 def tolerance(adapter: Adapter) -> float:
     """Give the gap from which two ways of computing are not the same."""
     device = adapter.device.type
-    half = torch.is_autocast_enabled(device) or (device == "cuda" and torch.backends.cuda.matmul.allow_tf32)
+    half = torch.is_autocast_enabled(device) or (device == "cuda" and in_tf32())
     return WRONG_IN_HALF if half else WRONG.get(adapter.dtype, WRONG_IN_HALF)
+
+
+def in_tf32() -> bool:
+    """Tell whether the user has float32 products rounded; the old switch raises where the new one (torch 2.9) was used."""
+    products = torch.backends.cuda.matmul
+    precision = getattr(products, "fp32_precision", None)
+    return bool(products.allow_tf32) if precision is None else bool(precision == "tf32")
 
 
 def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sinkscope.capture import op
 from sinkscope.capture import rows as rows_module
 from sinkscope.capture.op import attention_with_lse
+from sinkscope.capture.proof import in_tf32
 from sinkscope.capture.rows import Scores
 
 T = 300  # two blocks of rows, the second not full
@@ -184,3 +185,19 @@ def test_blocks_of_whole_rows_are_bounded():
         for start, stop in scores.cuts():
             scores.rows(start, stop).pattern()
     assert largest.size * 4 <= 1.1 * rows_module.BYTES
+
+
+@pytest.mark.parametrize("value", ["tf32", "ieee"])
+@pytest.mark.parametrize("switch", ["old", "new", "all backends"])
+def test_products_in_tf32_are_noticed(switch, value):
+    """However the user asks for them; torch raises where its old switch is read after its new one was set."""
+    products, everywhere = torch.backends.cuda.matmul, torch.backends
+    try:
+        if switch == "old":
+            torch.set_float32_matmul_precision("high" if value == "tf32" else "highest")
+        else:
+            (products if switch == "new" else everywhere).fp32_precision = value
+        assert in_tf32() == (value == "tf32")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        products.fp32_precision = everywhere.fp32_precision = "none"
