@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from sinkscope.edit import Whole
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions.base import OTHER_INPUT, Intervention
 from sinkscope.tokens import whole_number
@@ -24,7 +25,7 @@ class Window(Intervention):
 
     is_window: ClassVar[bool] = True
     touches: ClassVar[frozenset[str]] = frozenset({"scores"})
-    size: int = 256
+    size: Whole = 256
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no sense."""
@@ -62,15 +63,15 @@ class SinkWindow(Window):
     `at` keeps others than the first, those from this position on: the placebo.
     """
 
-    sinks: int = 4
-    at: int = field(default=0, kw_only=True)
+    sinks: Whole = 4
+    at: Whole = field(default=0, kw_only=True)
 
     def check(self, length: int) -> None:
         """Refuse kept keys outside the text."""
         if self.at + self.sinks > length:
             raise SinkscopeError(f"{self} keeps keys outside the text, whose positions are 0 to {length - 1}")
 
-    def placebo(self, seed: int = 0) -> Intervention:
+    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Keep as many later keys instead of the first."""
         return replace(self, at=random.Random(whole_number(seed, "seed")).randrange(16, 64))
 
@@ -93,7 +94,7 @@ class StreamingWindow(SinkWindow):
         if self.at:
             raise SinkscopeError(f"{self}: a streaming window keeps the first keys; for a placebo take SinkWindow's")
 
-    def placebo(self, seed: int = 0) -> Intervention:
+    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Keep as many later keys, at their own positions."""
         return SinkWindow(self.size, sinks=self.sinks, layers=self.layers).placebo(seed)
 
@@ -111,7 +112,7 @@ class RecomputeWindow(Intervention):
 
     is_window: ClassVar[bool] = True
     touches: ClassVar[frozenset[str]] = frozenset({"input"})
-    size: int = 256
+    size: Whole = 256
 
     def __post_init__(self) -> None:
         """Refuse layers, and sizes that make no sense."""
