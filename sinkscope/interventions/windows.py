@@ -45,7 +45,8 @@ class Window(Intervention):
     def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor:
         """Hide what has been evicted."""
         kept = self._kept
-        return (queries - keys >= self.size - len(kept)) & ~((keys >= kept.start) & (keys < kept.stop))
+        evicted = queries - keys >= int(self.size) - len(kept)
+        return evicted & ~((keys >= kept.start) & (keys < kept.stop))
 
     def evicts(self) -> int | None:
         """Give the size, where every layer has it and no key is kept."""
@@ -129,4 +130,4 @@ class RecomputeWindow(Intervention):
 
     def rerun(self) -> int:
         """Give the size."""
-        return self.size
+        return int(self.size)
