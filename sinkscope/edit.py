@@ -19,6 +19,8 @@ from sinkscope.errors import SinkscopeError
 
 #: One whole number or several, or None for all of them; kept as a tuple.
 Where = Any
+#: A whole number of any type; kept as an int.
+Whole = Any
 #: Runs some ids, has a function look at `(layer, residual stream after it)`, and gives what it saw, layer by layer.
 Residuals = Callable[[Int[Tensor, " position"], Callable[[int, Float[Tensor, "position d_model"]], Any]], list[Any]]
 

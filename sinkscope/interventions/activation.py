@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +65,7 @@ class EditActivation(Intervention):
     to: Any = 0.0
     positions: Where = field(default=None, kw_only=True)
     dims: Where = field(default=None, kw_only=True)
-    ratio: float | int = field(default=RATIO, kw_only=True)
+    ratio: Any = field(default=RATIO, kw_only=True)
     #: Of a placebo that is yet to be located: the seed that draws its dimensions.
     decoy: int | None = field(default=None, kw_only=True)
 
@@ -138,10 +138,10 @@ class EditActivation(Intervention):
         segments = [s for s in torch.split(ids, size)[:SEGMENTS] if len(s) == size]
         return tuple(torch.stack([residuals(s, look)[self.layers[0]] for s in segments]).mean(0).tolist())
 
-    def placebo(self, seed: int = 0) -> EditActivation:
+    def placebo(self, seed: SupportsIndex = 0) -> EditActivation:
         """Set as many activations in other dimensions of the same tokens, which are not massive."""
         if self.dims is None:
-            return replace(self, decoy=seed)
+            return replace(self, decoy=whole_number(seed, "seed"))
         others = [d for d in range(max(self.dims)) if d not in self.dims]
         if len(others) < len(self.dims):
             raise SinkscopeError(f"{self}: too few other dimensions below {max(self.dims)} for a placebo")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from jaxtyping import Int
@@ -59,7 +59,7 @@ class Intervention(Edit):
                 shown.append(f"{f.name}={list(value) if isinstance(value, tuple) else value!r}")
         return f"{name}({', '.join(shown)})"
 
-    def placebo(self, seed: int = 0) -> Intervention:
+    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Give the same edit on a matched position that is not a sink.
 
         Raises:
@@ -87,7 +87,7 @@ class Intervention(Edit):
 
 @dataclass(frozen=True)
 class _Both(Both, Intervention):
-    def placebo(self, seed: int = 0) -> Intervention:
+    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         placebo: Intervention = self.first.placebo(seed) & self.second.placebo(seed)
         return placebo
 

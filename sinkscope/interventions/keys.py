@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class _Keys(Intervention):
         """Refuse keys that count from the end."""
         return FROM_THE_END if min(self.keys) < 0 else None
 
-    def placebo(self, seed: int = 0) -> Intervention:
+    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Give the same edit on as many other early positions, which nearly as many queries see."""
         near = [k for k in range(4, 32) if k not in self.keys]
         draw = random.Random(whole_number(seed, "seed"))

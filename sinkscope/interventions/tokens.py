@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from sinkscope.edit import Where
+from sinkscope.edit import Where, Whole
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions.base import FROM_THE_END, OTHER_INPUT, Intervention, inside, resolve
 from sinkscope.tokens import whole_number
@@ -40,7 +40,7 @@ class DropTokens(Intervention):
         """Refuse: the tokens that are left have other positions."""
         return OTHER_INPUT
 
-    def placebo(self, seed: int = 0) -> Intervention:
+    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Leave as many later tokens out."""
         first = 8 + whole_number(seed, "seed") % 24
         return DropTokens(tuple(range(first, first + len(self.positions))))
@@ -61,8 +61,8 @@ class ReplaceToken(Intervention):
     """
 
     touches: ClassVar[frozenset[str]] = frozenset({"input"})
-    position: int = 0
-    token: int = 0
+    position: Whole = 0
+    token: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what is not a position and an id."""
@@ -78,7 +78,7 @@ class ReplaceToken(Intervention):
         """Refuse a position outside the text."""
         inside([self.position], length, self)
 
-    def placebo(self, seed: int = 0) -> Intervention:
+    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Swap a later token."""
         return replace(self, position=8 + whole_number(seed, "seed") % 24)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from sinkscope.edit import Whole
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions.base import OTHER_INPUT, Intervention
 from sinkscope.tokens import whole_number
@@ -24,7 +25,7 @@ class Window(Intervention):
 
     is_window: ClassVar[bool] = True
     touches: ClassVar[frozenset[str]] = frozenset({"scores"})
-    size: int = 256
+    size: Whole = 256
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no sense."""
@@ -44,7 +45,8 @@ class Window(Intervention):
     def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor:
         """Hide what has been evicted."""
         kept = self._kept
-        return (queries - keys >= self.size - len(kept)) & ~((keys >= kept.start) & (keys < kept.stop))
+        evicted = queries - keys >= int(self.size) - len(kept)
+        return evicted & ~((keys >= kept.start) & (keys < kept.stop))
 
     def evicts(self) -> int | None:
         """Give the size, where every layer has it and no key is kept."""
@@ -62,15 +64,15 @@ class SinkWindow(Window):
     `at` keeps others than the first, those from this position on: the placebo.
     """
 
-    sinks: int = 4
-    at: int = field(default=0, kw_only=True)
+    sinks: Whole = 4
+    at: Whole = field(default=0, kw_only=True)
 
     def check(self, length: int) -> None:
         """Refuse kept keys outside the text."""
         if self.at + self.sinks > length:
             raise SinkscopeError(f"{self} keeps keys outside the text, whose positions are 0 to {length - 1}")
 
-    def placebo(self, seed: int = 0) -> Intervention:
+    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Keep as many later keys instead of the first."""
         return replace(self, at=random.Random(whole_number(seed, "seed")).randrange(16, 64))
 
@@ -93,7 +95,7 @@ class StreamingWindow(SinkWindow):
         if self.at:
             raise SinkscopeError(f"{self}: a streaming window keeps the first keys; for a placebo take SinkWindow's")
 
-    def placebo(self, seed: int = 0) -> Intervention:
+    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Keep as many later keys, at their own positions."""
         return SinkWindow(self.size, sinks=self.sinks, layers=self.layers).placebo(seed)
 
@@ -111,7 +113,7 @@ class RecomputeWindow(Intervention):
 
     is_window: ClassVar[bool] = True
     touches: ClassVar[frozenset[str]] = frozenset({"input"})
-    size: int = 256
+    size: Whole = 256
 
     def __post_init__(self) -> None:
         """Refuse layers, and sizes that make no sense."""
@@ -128,4 +130,4 @@ class RecomputeWindow(Intervention):
 
     def rerun(self) -> int:
         """Give the size."""
-        return self.size
+        return int(self.size)
