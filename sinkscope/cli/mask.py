@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sinkscope.cli.inputs import errors, texts
 from sinkscope.cli.options import AsJson, Bos, Debug, Device, DeviceMap, Files, MaxTokens, Model, Out, Texts
 from sinkscope.cli.shown import print_table, say
+
+if TYPE_CHECKING:
+    from sinkscope.reports.mask import SinkMask
 
 EPILOG = "Example: sinkscope mask smollm2-135m --file corpus.jsonl --by attention --by norm=10 --out sinks"
 
@@ -74,17 +77,22 @@ def mask(
         if as_json:
             typer.echo(found.agreement().to_json(orient="records"))
             return
-        say(f"{found}\n")
-        table = found.agreement()
-        also = [name for name in table if str(name).startswith("also_")]
-        cells = [
-            [r["rule"], str(r["tokens"]), f"{r['share']:.4f}", str(r["texts"]), *(f"{r[name]:.2f}" for name in also)]
-            for r in table.to_dict("records")
-        ]
-        header = ["rule", "tokens", "share", "texts", *(f"also by {str(name).removeprefix('also_')}" for name in also)]
-        print_table(header, cells)
+        _show(found)
         if out is not None:
             say(f"\none row per flagged token: {out / 'mask.parquet'}")
+
+
+def _show(found: SinkMask) -> None:
+    """Print what each rule takes, and how far they agree."""
+    say(f"{found}\n")
+    table = found.agreement()
+    also = [name for name in table if str(name).startswith("also_")]
+    cells = [
+        [r["rule"], str(r["tokens"]), f"{r['share']:.4f}", str(r["texts"]), *(f"{r[name]:.2f}" for name in also)]
+        for r in table.to_dict("records")
+    ]
+    header = ["rule", "tokens", "share", "texts", *(f"also by {str(name).removeprefix('also_')}" for name in also)]
+    print_table(header, cells)
 
 
 def thresholds(by: list[str]) -> tuple[list[str], dict[str, float]]:

@@ -13,6 +13,7 @@ import pandas as pd
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics.across import t_interval
 from sinkscope.reports import notes
+from sinkscope.reports.paged import Paged
 from sinkscope.reports.words import number, percent
 from sinkscope.results import ALL, BLOCKS, FEWEST, NONE, Effects, Run
 
@@ -31,7 +32,7 @@ FEWEST_TOKENS, MOST_ROWS = FEWEST * 8, 24
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EffectReport:
+class EffectReport(Paged):
     """What interventions did to a model's predictions.
 
     Attributes:
@@ -151,38 +152,11 @@ class EffectReport:
         tables = {"effects": self.frame, "details": self.details, "curves": self.curves}
         return files.save(directory, tables, self.figures(), self.page(), self.about)
 
-    def page(self) -> str:
-        """Give the self-contained HTML page."""
-        from sinkscope.reports import page
-
-        return page.render(self.data())
-
-    def snippet(self) -> str:
-        """Give the page as a fragment for another page: what a notebook shows."""
-        from sinkscope.reports import page
-
-        return page.snippet(self.data())
-
-    def json(self) -> str:
-        """Give all that the page shows as JSON; the documentation says what every key means."""
-        from sinkscope.reports import page
-
-        return page.as_json(self.data())
-
-    def markdown(self) -> str:
-        """Give the numbers and how they were made as Markdown, for an issue or an appendix."""
-        from sinkscope.reports import page
-
-        return page.markdown(self.data())
-
     def data(self) -> dict[str, Any]:
         """Give all that the page shows as a dictionary, that of :meth:`json`."""
         from sinkscope.reports import page
 
         return page.evaluated(self.summary(), self.curves, self.about)
-
-    def _repr_html_(self) -> str:
-        return self.snippet()
 
     @property
     def headline(self) -> str:

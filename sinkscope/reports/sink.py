@@ -13,6 +13,7 @@ from sinkscope.metrics import BUILT_IN
 from sinkscope.metrics.base import AcrossTexts, AnyMetric
 from sinkscope.reports import intervals, notes
 from sinkscope.reports.compare import compared
+from sinkscope.reports.paged import Paged
 from sinkscope.reports.shown import Shown
 from sinkscope.reports.tables import COLUMNS as COLUMNS
 from sinkscope.reports.tables import SUMMARY_COLUMNS as SUMMARY_COLUMNS
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SinkReport:
+class SinkReport(Paged):
     """Attention-sink statistics of one model on some texts.
 
     Attributes:
@@ -232,30 +233,6 @@ class SinkReport:
 
     # Files.
 
-    def page(self) -> str:
-        """Give the self-contained HTML page."""
-        from sinkscope.reports import page
-
-        return page.render(self.data())
-
-    def snippet(self) -> str:
-        """Give the page as a fragment for another page: what a notebook shows."""
-        from sinkscope.reports import page
-
-        return page.snippet(self.data())
-
-    def json(self) -> str:
-        """Give all that the page shows as JSON; the documentation says what every key means."""
-        from sinkscope.reports import page
-
-        return page.as_json(self.data())
-
-    def markdown(self) -> str:
-        """Give the numbers and how they were measured as Markdown, for an issue or an appendix."""
-        from sinkscope.reports import page
-
-        return page.markdown(self.data())
-
     def data(self) -> dict[str, Any]:
         """Give all that the page shows as a dictionary, that of :meth:`json`."""
         from sinkscope.reports import page
@@ -288,9 +265,6 @@ class SinkReport:
     def show(self, height: int = 720) -> Shown:
         """Open the page inside a notebook's cell, `height` pixels high."""
         return Shown(self.page(), height)
-
-    def _repr_html_(self) -> str:
-        return self.snippet()
 
     def __str__(self) -> str:
         """Say in one line what this is, and in one each what to know before reading the numbers."""

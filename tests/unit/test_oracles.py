@@ -406,17 +406,18 @@ def test_null_is_none_where_there_is_none():
 
 
 def test_consistency_by_hand():
-    got = oracles.consistency([1, 2, 3])  # mean 2, std 1; t(0.975, 2) = 4.302653 from tables
-    margin = 4.302653 / math.sqrt(3)
-    assert got == pytest.approx({"std": 1, "cv": 0.5, "low": 2 - margin, "high": 2 + margin}, rel=1e-6)
+    """On the scale of log odds, whose slope at m is 1 / (m (1 - m)); t(0.975, 2) = 4.302653 from tables."""
+    got = oracles.consistency([0.2, 0.3, 0.4])  # mean 0.3, std 0.1
+    way = 4.302653 * 0.1 / math.sqrt(3) / (0.3 * 0.7)
+    low, high = (1 / (1 + 0.7 / 0.3 * math.exp(sign * way)) for sign in (1, -1))
+    assert got == pytest.approx({"std": 0.1, "cv": 1 / 3, "low": low, "high": high}, rel=1e-6)
 
 
 def test_consistency_of_two_texts():
     got = oracles.consistency([0.4, 0.6])  # std = 0.1 * sqrt(2), error 0.1; t(0.975, 1) = tan(0.475 pi)
-    t = math.tan(0.475 * math.pi)
-    assert got == pytest.approx(
-        {"std": 0.1 * math.sqrt(2), "cv": 0.2 * math.sqrt(2), "low": 0.5 - 0.1 * t, "high": 0.5 + 0.1 * t}
-    )
+    way = math.tan(0.475 * math.pi) * 0.1 / 0.25
+    low, high = (1 / (1 + math.exp(sign * way)) for sign in (1, -1))
+    assert got == pytest.approx({"std": 0.1 * math.sqrt(2), "cv": 0.2 * math.sqrt(2), "low": low, "high": high})
 
 
 def test_consistency_at_the_edges():

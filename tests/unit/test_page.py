@@ -206,7 +206,7 @@ def test_thirty_layers_nine_heads_five_texts_stay_below_5_megabytes():
 def test_large_models_and_long_texts_leave_room_for_fewer(monkeypatch, numbers, shown):
     # a text here has 4 layers x (3 heads x 3 metrics + 50 tokens)
     monkeypatch.setattr("sinkscope.reports.page.data.MOST_NUMBERS", numbers)
-    html = page.render(*report({f"text {i}": words(50) for i in range(12)}))
+    html = render(*report({f"text {i}": words(50) for i in range(12)}))
     data = Page(html).data
     assert len(data["texts"]) == shown
     assert set(data["cells"]["sink_mass"]) == {"all", *(f"text {i}" for i in range(shown))}
