@@ -33,6 +33,8 @@ def of_measure(tally: Tally, asked: Iterable[AnyMetric]) -> list[str]:
 def _of_metric(group: Group, texts: int) -> list[str]:
     """Say what is odd about one metric; built-in ones leave heads out on purpose, and profiles have no mean."""
     name, count = group.name + group.tag, group.value.count
+    if name.partition("@")[0].partition("[")[0] == "sink_positions":
+        return []  # that no position is a sink is a finding
     if not count.any():
         where = "head" if "head" in group.axes else "place"
         return [f"{name} is NaN for every {where}{'' if texts == 1 else ' of every text'}: it has no number"]

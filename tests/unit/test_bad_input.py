@@ -366,7 +366,7 @@ def test_the_global_random_state_is_not_touched(llama):
 def test_strange_text_is_just_text(llama, text):
     report = ss.measure(llama, {text: text})
     assert report.texts == [text]
-    assert str(report).startswith("SinkReport: tiny-llama, 1 text, engine ")
+    assert str(report).startswith("SinkReport: tiny-llama, 1 text of ")
 
 
 def test_errors_are_value_errors(llama):
