@@ -12,7 +12,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope import studies
-from sinkscope.metrics.across import POSITIVE, t_interval
+from sinkscope.metrics.across import POSITIVE, SHARE, t_interval
 from sinkscope.studies import conflict, mixing, toy
 from sinkscope.studies.massive import _say as say_massive
 from sinkscope.studies.report import COLUMNS, Estimate, StudyReport, published, tabulate
@@ -504,7 +504,7 @@ def test_emergence_says_what_training_said():
     for case, how in CASES.items():
         runs = [toy.train(toy.BigramBackcopy(), steps=4, seed=seed, every=1, **how).iloc[-1] for seed in range(2)]
         got = report.estimate(case, "sink_mass")
-        assert got[:3] == pytest.approx(Estimate.of([run["sink_mass"] for run in runs], bounds=POSITIVE)[:3], abs=1e-4)
+        assert got[:3] == pytest.approx(Estimate.of([run["sink_mass"] for run in runs], bounds=SHARE)[:3], abs=1e-4)
         assert got.null == pytest.approx(sum(1 / i for i in range(2, 65)) / 63)
         assert report.estimate(case, "value_drain").value == pytest.approx(
             np.mean([r["value_drain"] for r in runs]), abs=1e-4
