@@ -27,11 +27,6 @@ def editing_residuals(adapter: Adapter, edit: Callable[[int, Tensor], Tensor]) -
     def after(module: nn.Module, args: Any, output: Any, layer: int) -> Any:
         several = isinstance(output, tuple | list)
         first = output[0] if several else output
-        if first.ndim != 3:
-            raise SinkscopeError(
-                f"the residual stream after layer {layer} of {adapter.name} is {list(first.shape)}, not [batch, position, "
-                "d_model]: it has several streams, and edits of single activations are not defined there"
-            )
         edited = edit(layer, first)
         return output if edited is first else type(output)([edited, *output[1:]]) if several else edited
 
@@ -42,6 +37,19 @@ def editing_residuals(adapter: Adapter, edit: Callable[[int, Tensor], Tensor]) -
         yield
 
 
+def one_stream(layer: int, residual: Tensor) -> None:
+    """Refuse residual streams of another shape, such as several beside each other.
+
+    Raises:
+        SinkscopeError: names the shape.
+    """
+    if residual.ndim != 3:
+        raise SinkscopeError(
+            f"the residual stream after layer {layer} is {list(residual.shape)}, not [batch, position, d_model]: it has several "
+            "streams, and single activations are not defined there"
+        )
+
+
 def residuals(
     adapter: Adapter, ids: Int[Tensor, " position"], look: Callable[[int, Float[Tensor, "position d_model"]], T]
 ) -> list[T]:
@@ -49,6 +57,7 @@ def residuals(
     seen: list[T] = []
 
     def keep(layer: int, residual: Tensor) -> Tensor:
+        one_stream(layer, residual)
         seen.append(look(layer, residual[0].detach()))
         return residual
 

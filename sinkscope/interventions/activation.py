@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.capture.residuals import settled
+from sinkscope.capture.residuals import one_stream, settled
 from sinkscope.edit import Residuals, Where
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions.base import Intervention, real_numbers
@@ -160,6 +160,7 @@ class EditActivation(Intervention):
         """Set them."""
         if self.dims is None or self.to == "mean":
             raise SinkscopeError(f"{self} is not located: take edit.located(model, text)")
+        one_stream(layer, residual)
         if max(self.dims) >= residual.shape[-1]:
             raise SinkscopeError(f"{self}: the residual stream has dimensions 0 to {residual.shape[-1] - 1}")
         edited = residual.clone()

@@ -240,7 +240,7 @@ def _nothing_installed() -> Iterator[None]:
         raise OSError(f"not run while a model is loaded: {command}")
 
     with Undo() as undo:
-        for name in ("run", "check_call", "Popen"):
+        for name in ("run", "check_call"):  # not Popen, a class that others inherit from
             undo.callback(setattr, subprocess, name, getattr(subprocess, name))
             setattr(subprocess, name, refuse)
         helpers: Any = sys.modules.get("transformer_lens.model_bridge.sources.transformers.helpers")
