@@ -45,8 +45,8 @@ def one_stream(layer: int, residual: Tensor) -> None:
     """
     if residual.ndim != 3:
         raise SinkscopeError(
-            f"the residual stream after layer {layer} is {list(residual.shape)}, not [batch, position, d_model]: it has several "
-            "streams, and single activations are not defined there"
+            f"the residual stream after layer {layer} is {list(residual.shape)}, not [batch, position, d_model]: it has "
+            "several streams, and single activations are not defined there"
         )
 
 
