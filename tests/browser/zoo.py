@@ -117,12 +117,23 @@ def evaluated(scale=1.0, length=400):
     return page.evaluated(summary, pd.concat(curves, ignore_index=True), about)
 
 
+def beside():
+    """Four windows, as if two had placebos without rows of their own."""
+    data = evaluated()
+    data["edits"] = [edit for edit in data["edits"] if "sink" not in edit["name"]]
+    names = [edit["name"] for edit in data["edits"]]
+    data["families"] = [family for family in data["families"] if set(family["edits"]) <= set(names)]
+    for edit in data["edits"][1:3]:
+        edit["placebos"] = {"n": 5, "delta": 0.125, "std": 0.02, "p": 0.03}
+    return data
+
+
 def compared():
     other = page.measured(*measured({"essay": words(80)}, model="other"))
     return page.compared({"first": plain(), "second with a long name": other, "<b>": keys(), "deep": one()})
 
 
-ZOO = {f.__name__: f for f in (one, plain, largest, encoder, keys, corpus, hostile, unknown, evaluated, compared)}
+ZOO = {f.__name__: f for f in (one, plain, largest, encoder, keys, corpus, hostile, unknown, evaluated, beside, compared)}
 ZOO["compared edits"] = lambda: page.compared({"first": evaluated(), "second": evaluated(0.5)})
 
 
