@@ -76,7 +76,7 @@ def evaluate(
     def prepare(first: int, some: Any) -> tuple[Tokens, _Ready]:
         tokens = adapter.tokenize(some, bos=bos, max_tokens=most, first=first)
         ways = {n: routes(adapter, edits, n, NONE) for n in {len(s) for s in tokens.sequences}}
-        _check(adapter, tokens, edits, ways, score_from)
+        check(adapter, tokens, edits, ways, score_from)
         return tokens, _Ready(plan(adapter, tokens, [e for _, e in edits]), ways)
 
     corpus = Corpus(texts, PORTION, prepare)
@@ -92,7 +92,7 @@ def evaluate(
             mine = [s for s in tokens.sequences if share.mine(next(numbers))]
             tick(one.ticks * (len(tokens) - len(mine)))
             one.portion(ready, mine, store, effects, tick)
-    return EffectReport.assemble(*_gathered(effects, share, corpus.labels, about, adapter))
+    return EffectReport.assemble(*gathered(effects, share, corpus.labels, about, adapter))
 
 
 def _named(given: Any) -> list[tuple[str, Intervention]]:
@@ -137,7 +137,7 @@ def _placebo(edit: Intervention) -> str:
         return ""
 
 
-def _check(
+def check(
     adapter: Adapter,
     tokens: Tokens,
     edits: Sequence[tuple[str, Intervention]],
@@ -243,7 +243,7 @@ class _One:
             yield one.run(sequence, made)
 
 
-def _gathered(
+def gathered(
     effects: Effects, share: Share, labels: dict[str, int], about: dict[str, Any], adapter: Adapter
 ) -> tuple[Effects, dict[str, Any]]:
     """Put together what all processes found, in the order of the texts, and say what there is to say of them."""

@@ -53,4 +53,15 @@ export const scale = names => {
   return {names, name: share => names[index(share)], bytes: share => parts[index(share)]};
 };
 
+const COOL = [0, 114, 178], WARM = [213, 94, 0];
+
+// From blue through nothing to vermilion; the middle is the paper's grey.
+export const diverging = () => {
+  const names = Array.from({length: 65}, (_, i) => {
+    const share = (i - 32) / 32, to = share < 0 ? COOL : WARM;
+    return `#${to.map(c => Math.round(235 + (c - 235) * Math.abs(share)).toString(16).padStart(2, "0")).join("")}`;
+  });
+  return {names, name: share => names[Math.round(Math.max(0, Math.min(1, share)) * 64)]};
+};
+
 export const roomFor = (host, most) => Math.max(260, Math.min(most, host.clientWidth || most));

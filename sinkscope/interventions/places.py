@@ -1,0 +1,71 @@
+"""Places: where one edit can be made, head by head, layer by layer or position by position, and the edit there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+from sinkscope.errors import SinkscopeError
+from sinkscope.interventions.base import Intervention
+
+#: What an edit can be swept over -> what it must take for that.
+OVER = {"heads": ("heads",), "layers": ("layers",), "positions": ("keys", "positions", "position")}
+
+
+class Place(NamedTuple):
+    """One place; what a sweep does not go over is None."""
+
+    layer: int | None = None
+    head: int | None = None
+    position: int | None = None
+
+
+def places(edit: Intervention, over: str, layers: Sequence[int], n_heads: int, positions: Sequence[int]) -> list[Place]:
+    """Give every place of a sweep in order; layers and heads that the edit names bound it.
+
+    Args:
+        edit: what is done at each.
+        over: `"heads"`, `"layers"` or `"positions"`.
+        layers: those with attention.
+        n_heads: heads of each.
+        positions: those to go over.
+    """
+    if over == "positions":
+        return [Place(position=position) for position in positions]
+    named = [layer for layer in layers if edit.edits(layer)]
+    if over == "layers":
+        return [Place(layer=layer) for layer in named]
+    heads = edit.named_heads() or range(n_heads)
+    return [Place(layer=layer, head=head) for layer in named for head in heads]
+
+
+def at(edit: Intervention, place: Place) -> Intervention:
+    """Give the edit at one place, every part of it.
+
+    Raises:
+        SinkscopeError: a part does not take what the sweep goes over.
+
+    >>> from sinkscope.interventions import parse
+    >>> str(at(parse("zero_value(keys=[0])"), Place(layer=3, head=1)))
+    'zero_value(keys=[0], layers=[3], heads=[1])'
+    """
+    first, *others = (_at(part, place) for part in edit.parts())
+    for other in others:
+        first = first & other
+    return first
+
+
+def _at(part: Intervention, place: Place) -> Intervention:
+    over = "positions" if place.position is not None else "layers" if place.head is None else "heads"
+    takes = {f.name for f in fields(part)}
+    name = next((name for name in OVER[over] if name in takes), None)
+    if name is None:
+        several = " or ".join(f"{name}=" for name in OVER[over])
+        can = [other for other, names in OVER.items() if takes & set(names)]
+        raise SinkscopeError(
+            f"{part} takes no {several}, so it can't be swept over {over}; over={' or '.join(map(repr, can)) or 'nothing'} can"
+        )
+    if over == "positions":
+        return replace(part, **{name: place.position if name == "position" else (place.position,)})
+    return replace(part, layers=(place.layer,), **({} if place.head is None else {"heads": (place.head,)}))
