@@ -7,7 +7,7 @@ by layer, and what is not proved is run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -39,28 +39,39 @@ class Prefix:
     def keeping(self, firsts: Collection[int]) -> Iterator[None]:
         """Keep what the layers before these give, in the run inside."""
 
-        def keep(module: nn.Module, args: Any, output: Any, layer: int) -> None:
-            self._kept[layer] = output
+        def kept(layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **how: Any) -> Any:
+                self._kept[layer] = forward(*args, **how)
+                return self._kept[layer]
 
-        with Undo() as undo:
-            with uninterrupted():
-                for layer in {first - 1 for first in firsts if first > 0}:
-                    undo.callback(self._blocks[layer].register_forward_hook(partial(keep, layer=layer)).remove)
+            return run
+
+        blocks = self._blocks[: max(firsts, default=0)]
+        with _instead(blocks, [kept(layer, block.forward) for layer, block in enumerate(blocks)]):
             yield
 
     @contextmanager
     def handed_out(self, first: int, copies: int) -> Iterator[None]:
-        """Have the layers before `first` give at once, for so many copies of the text, what the last of them gave."""
-        with Undo() as undo:
-            if first > 0:
-                given = _copied(self._kept[first - 1], copies)
-                with uninterrupted():
-                    for block in self._blocks[:first]:
-                        own = vars(block).get("forward")
-                        put_back = partial(vars(block).pop, "forward", None)
-                        undo.callback(put_back if own is None else partial(vars(block).__setitem__, "forward", own))
-                        vars(block)["forward"] = lambda *args, **how: given
+        """Have each layer before `first` give at once, for so many copies of the text, what it gave; hooks on it still fire."""
+
+        def given(layer: int) -> Callable[..., Any]:
+            return lambda *args, **how: _copied(self._kept[layer], copies)
+
+        with _instead(self._blocks[:first], list(map(given, range(first)))):
             yield
+
+
+@contextmanager
+def _instead(blocks: Sequence[nn.Module], functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Have functions called in place of what modules compute."""
+    with Undo() as undo:
+        with uninterrupted():
+            for block, function in zip(blocks, functions, strict=True):
+                own = vars(block).get("forward")  # of a model that somebody has wrapped
+                put_back = partial(vars(block).pop, "forward", None)
+                undo.callback(put_back if own is None else partial(vars(block).__setitem__, "forward", own))
+                vars(block)["forward"] = function
+        yield
 
 
 def _copied(output: Any, copies: int) -> Any:

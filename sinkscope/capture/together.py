@@ -23,7 +23,7 @@ from sinkscope.results import NONE, Run
 from sinkscope.tokens import TextTokens
 
 #: Tokens of a batch: fewer leave processors idle, more don't make them faster.
-TOKENS = {"cpu": 512, "cuda": 16_384}
+TOKENS = {"cpu": 1024, "cuda": 16_384}
 #: Runs that are scored together, beside one clean run: at most so many, and so many numbers of their hidden states.
 RUNS, NUMBERS = 32, 32 << 20
 

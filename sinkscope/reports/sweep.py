@@ -263,6 +263,9 @@ def _notes(frame: pd.DataFrame, about: Mapping[str, Any]) -> list[str]:
     idle = int((rows["kl"].abs() < IDLE).sum())
     if idle:
         found.append(f"the edit changed nothing at {idle} of {len(rows)} {about['arguments']['over']}")
+    asked, without = about["arguments"]["placebo"], sorted(set(frame.loc[frame["placebo_kl"].isna(), "text"]) - {ALL})
+    if asked and without:
+        found.append(f"no placebo in {len(without)} of {len(about['texts'])} texts, which are too short for one")
     known = rows.dropna(subset=["low"])
     if len(known) >= 20:
         apart = int(((known["low"] > 0) | (known["high"] < 0)).sum())
