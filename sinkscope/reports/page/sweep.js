@@ -5,7 +5,7 @@ import {chart} from "./chart.js";
 import {grid} from "./grid.js";
 
 // Linear up to a size, logarithmic beyond, where few places cost much and all others would be without a colour.
-const coloursOf = ({most, linear}) => {
+const costColours = ({most, linear}) => {
   const base = diverging(), bent = size => size <= linear / most ? size * most / linear : 1 + Math.log10(size * most / linear);
   const name = share => {
     const s = 2 * Math.max(0, Math.min(1, share)) - 1;
@@ -18,33 +18,33 @@ export const drawSweep = page => {
   const {data, $, state} = page;
   Object.assign(state, {measure: "delta", text: "all"});
   const draw = () => {
-    if (data.over === "heads") drawMaps(page);
-    else drawCurve(page);
+    if (data.over === "heads") drawCosts(page);
+    else drawCostCurve(page);
   };
   page.picker($("measure-picker"), Object.entries(data.measures), state.measure, measure => { state.measure = measure; draw(); });
   page.picker($("text-picker"), Object.entries(data.names), state.text, text => { state.text = text; draw(); });
   draw();
-  drawTop(page);
+  drawDearest(page);
   return draw;
 };
 
-const tell = ({data, state}, r, c) => {
+const tellCost = ({data, state}, r, c) => {
   const cells = data.cells[state.text], {measure} = state, value = of => cells[of] ? cells[of][r][c] : null;
   const between = value("low") !== null && measure === "delta" ? ` (95% interval ${signed(value("low"))} to ${signed(value("high"))})` : "";
   const other = data.placebo ? `; placebo ${signed(value(`placebo_${measure}`))}` : "";
-  return `${nameOf(data, r, c)}: ${signed(value(measure))} nats${between}${other}`;
+  return `${placeName(data, r, c)}: ${signed(value(measure))} nats${between}${other}`;
 };
 
-const nameOf = (data, r, c) => {
+const placeName = (data, r, c) => {
   if (data.over === "heads") return `Layer ${data.rows[r]}, head ${data.columns[c]}`;
   if (data.over === "layers") return `Layer ${data.rows[r]}`;
   const token = data.tokens[data.rows[r]];
   return `Position ${data.rows[r]}${token === undefined ? "" : ` “${token}”`}`;
 };
 
-const drawMaps = page => {
-  const {data, $, state} = page, {measure} = state, scale = data.scales[measure], colours = coloursOf(scale), marks = [];
-  const say = (r, c) => { $("map-readout").textContent = tell(page, r, c); };
+const drawCosts = page => {
+  const {data, $, state} = page, {measure} = state, scale = data.scales[measure], colours = costColours(scale), marks = [];
+  const say = (r, c) => { $("map-readout").textContent = tellCost(page, r, c); };
   const maps = data.placebo ? {map: measure, placebo: `placebo_${measure}`} : {map: measure};
   for (const [id, of] of Object.entries(maps)) {
     const name = of === measure ? data.edit : "its placebo";
@@ -52,7 +52,7 @@ const drawMaps = page => {
     const value = data.cells[state.text][of] || data.rows.map(() => data.columns.map(() => null));
     const {mark} = grid($(id), {
       rows: data.rows, columns: data.columns, value, rowName: "layer", columnName: "head", mark: null, range: [-scale.most, scale.most],
-      label: `${name}: ${data.measures[measure]} by layer and head`, cellName: (r, c) => nameOf(data, r, c).toLowerCase(), say,
+      label: `${name}: ${data.measures[measure]} by layer and head`, cellName: (r, c) => placeName(data, r, c).toLowerCase(), say,
       pick: (r, c) => page.pickHead(r, c),
     }, colours);
     marks.push(mark);
@@ -62,21 +62,21 @@ const drawMaps = page => {
   again();
 };
 
-const drawCurve = page => {
-  const {data, $, state} = page, {measure} = state, cells = data.cells[state.text], of = name => cells[name] && cells[name].map(row => row[0]);
+const drawCostCurve = page => {
+  const {data, $, state} = page, {measure} = state, cells = data.cells[state.text], of = name => cells[name]?.map(row => row[0]);
   const axis = data.over.slice(0, -1), y = of(measure) || data.rows.map(() => null), other = of(`placebo_${measure}`), low = measure === "delta" ? of("low") : null;
   const lines = [{kind: "main", name: "the edit", y}];
   if (other) lines.push({kind: "placebo", name: "its placebo", y: other});
   $("map-caption").textContent = `${data.edit}: ${data.measures[measure]}, by ${axis}`;
   chart($("map"), {
     x: data.rows, lines, band: low && {low, high: of("high"), name: "95% interval", kind: ""}, zero: true, direct: true, wide: 1000,
-    xName: axis, label: `${data.measures[measure]} by ${axis}`, tell: i => tell(page, i, 0),
+    xName: axis, label: `${data.measures[measure]} by ${axis}`, tell: i => tellCost(page, i, 0),
     say: words => { $("map-readout").textContent = words; },
   });
 };
 
 // The places that cost most, as a list to pick from.
-const drawTop = page => {
+const drawDearest = page => {
   const {data, $} = page;
   if (data.over !== "heads") return;
   const list = data.top.slice(0, 6).map(({row, column, delta}) => {
