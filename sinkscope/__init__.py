@@ -9,8 +9,8 @@ Data flow::
 Two contracts carry it: a metric is a function of a :class:`~sinkscope.block.Block`, an intervention an
 :class:`~sinkscope.edit.Edit`; engines know these alone. Modules import downwards::
 
-    cli > studies > masks, sweeps > observe, causal, attention > interventions > capture > models > reports > runs > results > metrics
-        > tokens > block, edit > errors
+    cli > studies > masks, sweeps > observe, causal, attention > interventions > capture > models > reports > runs > results
+        > metrics > tokens > block, edit > errors
 """
 
 from __future__ import annotations

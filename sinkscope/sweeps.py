@@ -49,7 +49,7 @@ def sweep(
     resume: str | Path | None = None,
     distributed: bool = False,
 ) -> SweepReport:
-    """Make one edit at every head, layer or position in turn, and see what each costs: :func:`sinkscope.evaluate` of them all.
+    """Make one edit at every head, layer or position in turn, and see what each costs: `evaluate` of them all.
 
     What all runs share is computed once: the clean run, and of every other run the layers before the edited one, where that
     is proved to give the same. Edits of one layer are run side by side.
@@ -236,7 +236,7 @@ class _One:
         if not any(self.starts):
             return "nothing: every run edits the first layer or the input"
         if early:
-            return f"layers before the edited one, but for {early} of {len(self.starts)} layers, which need more than the last one"
+            return f"layers before the edited one, but for {early} of {len(self.starts)} layers, which ask for more"
         return "layers before the edited one (proved equal on the first tokens)"
 
     @property

@@ -64,6 +64,6 @@ class Each(Edit):
         return torch.stack([(nothing if mask is None else mask).expand(shape) for mask in found])
 
     def _split(self, layer: int, whole: Tensor, change: Callable[[Edit, Tensor], Tensor]) -> Tensor:
-        parts = zip(self.of, whole.split(1), strict=True)
+        parts = zip(self.of, torch.split(whole, 1), strict=True)
         changed = [change(edit, part) if edit.edits(layer) else part for edit, part in parts]
         return torch.cat(changed)

@@ -52,7 +52,7 @@ class Prefix:
 
     @contextmanager
     def handed_out(self, first: int, copies: int) -> Iterator[None]:
-        """Have each layer before `first` give at once, for so many copies of the text, what it gave; hooks on it still fire."""
+        """Have each layer before `first` give at once, for so many copies of the text, what it gave; its hooks still fire."""
 
         def given(layer: int) -> Callable[..., Any]:
             return lambda *args, **how: _copied(self._kept[layer], copies)

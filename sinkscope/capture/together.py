@@ -101,7 +101,7 @@ class Together:
             alike = list(some)
             size = most if fits else 1
             for batch in (alike[at : at + size] for at in range(0, len(alike), size)):
-                if fits or "input" not in batch[0].edit.touches and batch[0].how == "whole":
+                if fits or ("input" not in batch[0].edit.touches and batch[0].how == "whole"):
                     yield from self._batch(batch, self.starts[first])
                 else:
                     yield scored.passed(self.adapter, self.capture, self.sequence, batch[0], partial(self.tick, 1))

@@ -7,10 +7,24 @@ from typing import Annotated, Any
 import typer
 
 from sinkscope.cli.inputs import errors, texts
-from sinkscope.cli.options import AsJson, Bos, Debug, Device, DeviceMap, Files, MaxTokens, Model, Out, Texts, intervention_names
+from sinkscope.cli.options import (
+    AsJson,
+    Bos,
+    Debug,
+    Device,
+    DeviceMap,
+    Files,
+    MaxTokens,
+    Model,
+    Out,
+    Texts,
+    intervention_names,
+)
 from sinkscope.cli.shown import say_where, show_costs
 
-EPILOG = 'Example: sinkscope sweep smollm2-135m --file novel.txt --max-tokens 256 --edit "zero_value(0)" --over heads --out map'
+EPILOG = (
+    'Example: sinkscope sweep smollm2-135m --file novel.txt --max-tokens 256 --edit "zero_value(0)" --over heads --out map'
+)
 
 
 def sweep(
@@ -23,7 +37,8 @@ def sweep(
     ] = "zero_attention(0)",
     over: Annotated[str, typer.Option("--over", help="heads, layers or positions.")] = "heads",
     placebo: Annotated[
-        bool | None, typer.Option("--placebo/--no-placebo", help="The edit's placebo at each place, too? Default: if it has one.")
+        bool | None,
+        typer.Option("--placebo/--no-placebo", help="The edit's placebo at each place, too? Default: if it has one."),
     ] = None,
     position: Annotated[
         list[int] | None, typer.Option("--position", help="With --over positions: one of them; repeat. Default: all.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import NamedTuple
+from functools import reduce
+from operator import and_
+from typing import Any, NamedTuple
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions.base import Intervention
@@ -50,22 +52,18 @@ def at(edit: Intervention, place: Place) -> Intervention:
     >>> str(at(parse("zero_value(keys=[0])"), Place(layer=3, head=1)))
     'zero_value(keys=[0], layers=[3], heads=[1])'
     """
-    first, *others = (_at(part, place) for part in edit.parts())
-    for other in others:
-        first = first & other
-    return first
+    parts: list[Intervention] = [_at(part, place) for part in edit.parts()]
+    return reduce(and_, parts)
 
 
-def _at(part: Intervention, place: Place) -> Intervention:
+def _at(part: Any, place: Place) -> Any:
     over = "positions" if place.position is not None else "layers" if place.head is None else "heads"
     takes = {f.name for f in fields(part)}
     name = next((name for name in OVER[over] if name in takes), None)
     if name is None:
         several = " or ".join(f"{name}=" for name in OVER[over])
-        can = [other for other, names in OVER.items() if takes & set(names)]
-        raise SinkscopeError(
-            f"{part} takes no {several}, so it can't be swept over {over}; over={' or '.join(map(repr, can)) or 'nothing'} can"
-        )
+        can = " or ".join(repr(other) for other, names in OVER.items() if takes & set(names))
+        raise SinkscopeError(f"{part} takes no {several}, so it can't be swept over {over}; over={can or 'nothing'} can")
     if over == "positions":
         return replace(part, **{name: place.position if name == "position" else (place.position,)})
     return replace(part, layers=(place.layer,), **({} if place.head is None else {"heads": (place.head,)}))

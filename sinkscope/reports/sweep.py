@@ -113,9 +113,7 @@ class SweepReport(Paged):
         rows = self.summary(text).sort_values("delta_loss", ascending=False, kind="stable")
         return rows.head(n).reset_index(drop=True)
 
-    def heatmap(
-        self, value: str = "delta_loss", *, text: str = ALL, placebo: bool = False, ax: Axes | None = None
-    ) -> Axes:
+    def heatmap(self, value: str = "delta_loss", *, text: str = ALL, placebo: bool = False, ax: Axes | None = None) -> Axes:
         """Draw what each place costs: a map of layers and heads, its colours centred on zero, else a curve with its interval.
 
         Args:
@@ -139,8 +137,8 @@ class SweepReport(Paged):
             metric: one with a value per head.
 
         Returns:
-            `(value, low, high, said)`: the mean over texts with its 95% interval across them, on the logit scale, and how that
-            was made; one text has none.
+            `(value, low, high, said)`: the mean over texts with its 95% interval across them, on the logit scale, and how
+            that was made; one text has none.
 
         Raises:
             SinkscopeError: this is no sweep over heads, or no text is in both reports.
@@ -269,7 +267,9 @@ def _notes(frame: pd.DataFrame, about: Mapping[str, Any]) -> list[str]:
     known = rows.dropna(subset=["low"])
     if len(known) >= 20:
         apart = int(((known["low"] > 0) | (known["high"] < 0)).sum())
-        said = f"{apart} of {len(known)} intervals exclude zero; about {round(0.05 * len(known))} would if nothing had changed"
+        said = (
+            f"{apart} of {len(known)} intervals exclude zero; about {round(0.05 * len(known))} would if nothing had changed"
+        )
         theirs = known.dropna(subset=["placebo_low"])
         if len(theirs):
             other = int(((theirs["placebo_low"] > 0) | (theirs["placebo_high"] < 0)).sum())

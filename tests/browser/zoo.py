@@ -118,8 +118,9 @@ def evaluated(scale=1.0, length=400):
     return page.evaluated(summary, pd.concat(curves, ignore_index=True), about)
 
 
-def swept(over="heads", layers=6, heads=8, texts=3, tokens=words(40), placebo=True):
+def swept(over="heads", layers=6, heads=8, texts=3, tokens=(), placebo=True):
     """A few places cost much, most nothing, some help; nobody knows of one."""
+    tokens = list(tokens) or words(40)
     places = {
         "heads": [(layer, head, None) for layer in range(layers) for head in range(heads)],
         "layers": [(layer, None, None) for layer in range(layers)],
@@ -135,7 +136,12 @@ def swept(over="heads", layers=6, heads=8, texts=3, tokens=words(40), placebo=Tr
             rows.append(("toy", text, *place, "zero_attention(keys=[0])", 39, 3.0 + cost, *numbers, 0.9, *other))
     frame = pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(PLACE, "Int64"))
     frame.loc[frame.index % 17 == 5, "delta_loss"] = np.nan
-    about = {"model": "toy <b>", "interval": "95%, Student's t, paired, across texts", "notes": ["a note <i>"], "dtype": "float32"}
+    about = {
+        "model": "toy <b>",
+        "interval": "95%, Student's t, paired, across texts",
+        "notes": ["a note <i>"],
+        "dtype": "float32",
+    }
     about["texts"] = [{"label": label, "n_tokens": len(tokens), "tokens": tokens} for label in labels]
     about["arguments"] = {"edit": "zero_attention(keys=[0])", "over": over, "placebo": int(placebo)}
     return page.swept(frame, about)

@@ -84,11 +84,14 @@ def test_other_edits_and_other_places(llama, edit, over, how):
     report = same_as_evaluate(llama, TEXTS, edit, over, **how)
     if "positions" in how:
         assert report.summary()["position"].tolist() == how["positions"]
-    assert set(report.summary().columns) & {"layer", "head", "position"} == {
-        "heads": {"layer", "head"},
-        "layers": {"layer"},
-        "positions": {"position"},
-    }[over]
+    assert (
+        set(report.summary().columns) & {"layer", "head", "position"}
+        == {
+            "heads": {"layer", "head"},
+            "layers": {"layer"},
+            "positions": {"position"},
+        }[over]
+    )
 
 
 def test_a_plain_model_and_all_positions(llama):

@@ -20,7 +20,21 @@ const root = host.attachShadow({mode: "open"});
 root.append(host.querySelector("template").content.cloneNode(true));
 start(root, JSON.parse(host.querySelector("script").textContent));"""
 #: The script's parts, in the order in which they rest on each other.
-PARTS = ("tools", "keys", "grid", "chart", "numbers", "heads", "patterns", "explorer", "strip", "edits", "sweep", "compare", "main")
+PARTS = (
+    "tools",
+    "keys",
+    "grid",
+    "chart",
+    "numbers",
+    "heads",
+    "patterns",
+    "explorer",
+    "strip",
+    "edits",
+    "sweep",
+    "compare",
+    "main",
+)
 TITLES = {"measure": "Attention sinks in {model}", "evaluate": "{model} under interventions", "compare": "Reports compared"}
 TITLES["sweep"] = "{edit} at the {over} of {model}"
 
@@ -108,8 +122,8 @@ def _edits(data: dict[str, Any]) -> list[str]:
 def _places(data: dict[str, Any]) -> list[str]:
     axes = {"heads": ("layer", "head"), "layers": ("layer",), "positions": ("position",)}[data["over"]]
     rows = [
-        [*(str(r[side]) for side in ("row", "column")[: len(axes)]), *(number(r["delta"]), _interval(r), number(r["kl"]))]
-        + [number(r["placebo_delta"])]
+        [*(str(r[side]) for side in ("row", "column")[: len(axes)]), number(r["delta"]), _interval(r)]
+        + [number(r[name]) for name in ("kl", "placebo_delta")]
         for r in data["top"]
     ]
     return _table([*axes, "difference (nats)", "95% interval", "KL", "placebo's difference"], rows)

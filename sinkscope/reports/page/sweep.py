@@ -92,7 +92,7 @@ def _sentences(whole: DataFrame, arguments: Mapping[str, Any]) -> list[str]:
     if not whole["delta_loss"].notna().any():
         return []
     over, one = arguments["over"], arguments["over"].removesuffix("s")
-    worst = whole.loc[whole["delta_loss"].idxmax()]
+    worst = whole.nlargest(1, "delta_loss").iloc[0]
     where = ", ".join(f"{axis} {int(worst[axis])}" for axis in ("layer", "head", "position") if notna(worst[axis]))
     edit = visible(arguments["edit"])
     said = [f"{edit}, one {one} at a time, costs most at {where}: {worst['delta_loss']:+.3f} nats per token."]
