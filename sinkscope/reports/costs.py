@@ -74,14 +74,18 @@ def norm_of(values: Any) -> Normalize:
     return SymLogNorm(max(usual, most / 1000), vmin=-most, vmax=most)
 
 
-def _map(rows: DataFrame, name: str, value: str, title: str, ax: Axes) -> Axes:
-    cells = rows.pivot(index="layer", columns="head", values=name).sort_index().sort_index(axis=1)
-    norm = norm_of(rows[value])
+def diverging(ax: Axes, cells: DataFrame, norm: Normalize, unit: str) -> None:
+    """Draw cells in colours that are centred on zero, with their bar."""
     table = np.ma.masked_invalid(cells.to_numpy(float, na_value=np.nan))
     image = ax.imshow(table, DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
     bar = ax.figure.colorbar(image, ax=ax)
     bar.ax.tick_params(labelsize=7)
-    bar.set_label(f"{'KL' if value == 'kl' else 'difference in loss'}, {UNIT}", fontsize=7)
+    bar.set_label(unit, fontsize=7)
+
+
+def _map(rows: DataFrame, name: str, value: str, title: str, ax: Axes) -> Axes:
+    cells = rows.pivot(index="layer", columns="head", values=name).sort_index().sort_index(axis=1)
+    diverging(ax, cells, norm_of(rows[value]), f"{'KL' if value == 'kl' else 'difference in loss'}, {UNIT}")
     for of, labels in (("y", cells.index), ("x", cells.columns)):
         at = every(len(labels), 16 if of == "y" else 10)
         ax.set(**{f"{of}ticks": at, f"{of}ticklabels": [str(labels[i]) for i in at]})

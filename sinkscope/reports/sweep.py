@@ -158,6 +158,18 @@ class SweepReport(Paged):
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
         return Correlation(float(values.mean()), *of_mean(float(values.mean()), error, len(values), SIGNED, len(values)))
 
+    def beside(self, report: SinkReport) -> SinkReport:
+        """Give a report of the same model with what each head costs as a metric of its own, `cost[EDIT]`.
+
+        The metric's null is what the placebo costs.
+
+        Raises:
+            SinkscopeError: this is no sweep over heads, another model, or no text in common.
+        """
+        from sinkscope.reports.joined import joined
+
+        return joined(report, self)
+
     def figures(self) -> dict[str, Figure]:
         """Draw everything that this report can be drawn as: file stem -> matplotlib Figure."""
         from sinkscope.reports import costs

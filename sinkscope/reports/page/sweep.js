@@ -1,18 +1,8 @@
 // The page of a sweep: what an edit costs at each place, its placebo beside it, in colours that are centred on zero.
 
-import {diverging, html, signed} from "./tools.js";
+import {costColours, html, signed} from "./tools.js";
 import {chart} from "./chart.js";
 import {grid} from "./grid.js";
-
-// Linear up to a size, logarithmic beyond, where few places cost much and all others would be without a colour.
-const costColours = ({most, linear}) => {
-  const base = diverging(), bent = size => size <= linear / most ? size * most / linear : 1 + Math.log10(size * most / linear);
-  const name = share => {
-    const s = 2 * Math.max(0, Math.min(1, share)) - 1;
-    return base.name((1 + Math.sign(s) * bent(Math.abs(s)) / bent(1)) / 2);
-  };
-  return {names: base.names.map((_, i) => name(i / (base.names.length - 1))), name};
-};
 
 export const drawSweep = page => {
   const {data, $, state} = page;

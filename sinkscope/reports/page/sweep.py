@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame, notna
 
-from sinkscope.reports.costs import norm_of
 from sinkscope.reports.drawing import visible
-from sinkscope.reports.page.data import MOST_TOKENS, SCHEMA_VERSION, floats
+from sinkscope.reports.page.data import MOST_TOKENS, SCHEMA_VERSION, floats, scale
 from sinkscope.reports.page.parts import facts
 
 #: Texts to be looked into one by one, and places that are listed.
@@ -49,19 +48,13 @@ def swept(frame: DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
         "columns": columns,
         "measures": MEASURES,
         "placebo": bool(whole["placebo_delta_loss"].notna().any()),
-        "scales": {short: _scale(whole[name]) for short, name in NUMBERS.items() if short in MEASURES},
+        "scales": {short: scale(whole[name]) for short, name in NUMBERS.items() if short in MEASURES},
         "names": {label: "all texts (mean)" if label == "all" else visible(label) for label in labels},
         "cells": {label: _cells(frame[frame["text"] == label], axes, rows, columns) for label in labels},
         "top": _top(whole, axes),
         "tokens": [visible(token) for token in texts[0].get("tokens", [])[:MOST_TOKENS]] if len(texts) == 1 else [],
         "facts": [[name, visible(value)] for name, value in facts(about)],
     }
-
-
-def _scale(values: Any) -> dict[str, Any]:
-    """Give the largest size, and the size from which colours are logarithmic, if they are."""
-    norm = norm_of(values)
-    return {"most": float(f"{norm.vmax:.3g}"), "linear": float(f"{getattr(norm, 'linthresh', norm.vmax):.3g}")}
 
 
 def _cells(of: DataFrame, axes: list[str], rows: list[int], columns: list[int]) -> dict[str, Any]:

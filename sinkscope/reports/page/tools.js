@@ -64,4 +64,14 @@ export const diverging = () => {
   return {names, name: share => names[Math.round(Math.max(0, Math.min(1, share)) * 64)]};
 };
 
+// Linear up to a size, logarithmic beyond, where few places cost much and all others would be without a colour.
+export const costColours = ({most, linear}) => {
+  const base = diverging(), bent = size => size <= linear / most ? size * most / linear : 1 + Math.log10(size * most / linear);
+  const name = share => {
+    const s = 2 * Math.max(0, Math.min(1, share)) - 1;
+    return base.name((1 + Math.sign(s) * bent(Math.abs(s)) / bent(1)) / 2);
+  };
+  return {names: base.names.map((_, i) => name(i / (base.names.length - 1))), name};
+};
+
 export const roomFor = (host, most) => Math.max(260, Math.min(most, host.clientWidth || most));
