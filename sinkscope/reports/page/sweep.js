@@ -38,7 +38,7 @@ const drawCosts = page => {
   const maps = data.placebo ? {map: measure, placebo: `placebo_${measure}`} : {map: measure};
   for (const [id, of] of Object.entries(maps)) {
     const name = of === measure ? data.edit : "its placebo";
-    $(`${id}-caption`).textContent = `${name}: ${data.measures[measure]}, by layer and head`;
+    $(`${id}-caption`).textContent = `${name}, by layer and head`;
     const value = data.cells[state.text][of] || data.rows.map(() => data.columns.map(() => null));
     const {mark} = grid($(id), {
       rows: data.rows, columns: data.columns, value, rowName: "layer", columnName: "head", mark: null, range: [-scale.most, scale.most],
