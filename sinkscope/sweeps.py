@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from sinkscope.capture.edited import Edited
+from sinkscope.capture.looks import Looks
 from sinkscope.capture.losses import check_logits
 from sinkscope.capture.plans import plan
 from sinkscope.capture.prefix import starts
-from sinkscope.capture.residuals import residuals
 from sinkscope.capture.routes import Route, Routes, routes
 from sinkscope.capture.together import Together, first_edited, parts
-from sinkscope.causal import check, gathered
+from sinkscope.causal import check, following, gathered
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.interventions import Intervention, parse
-from sinkscope.interventions.places import OVER, Place, at, places
+from sinkscope.interventions.places import OVER, Place, at, fits, places, seeds
 from sinkscope.models import Adapter, adapt
 from sinkscope.reports.sweep import Row, SweepReport
 from sinkscope.results import NONE, Effects
@@ -60,7 +59,7 @@ def sweep(
         edit: an intervention or its text form, such as `"zero_value(0)"`. Layers and heads that it names bound the sweep.
         over: `"heads"` (each head of each layer), `"layers"` or `"positions"` (in place of those that the edit names).
         placebo: run the edit's placebo at each place as well? A number: so many draws, of which the mean is reported. None:
-            once, where the edit has one; never over positions, each of which is the others' placebo.
+            once, where the edit has one; never where it is another place of the sweep.
         positions: those to go over; None for all of each text but the last, which predicts nothing.
         score_from: as for :func:`sinkscope.evaluate`, like `bos` and `max_tokens`.
         bos: BOS first?
@@ -97,16 +96,16 @@ def sweep(
     store = Store.of(resume, about | adapter.state() | {"edit": fingerprint(made.edit)} if resume else {})
     with surely(ready.capture):
         begun = starts(adapter, ready.capture, tokens.sequences[0], ready.firsts(adapter))
-    one = _One(adapter, score_from, vocabulary, begun)
+    one = _One(adapter, made.edit, score_from, vocabulary, begun)
     effects = Effects(per_text=True)
     with claimed(resume if share.rank == 0 else None), bar(progress and share.rank == 0, one.total(corpus), "sweep") as tick:
         numbers = count()
         for tokens, ready in corpus:
-            mine = [s for s in tokens.sequences if share.mine(next(numbers))]
-            tick(sum(one.ticks(ready.ways[len(s)]) for s in tokens.sequences if s not in mine))
-            with surely(ready.capture):
-                for s in mine:
-                    one.text(ready, s, store, effects, tick)
+            for s, other in zip(tokens.sequences, following(tokens.sequences, corpus.head[0].sequences[0]), strict=True):
+                if share.mine(next(numbers)):
+                    one.text(ready, s, other, store, effects, tick)
+                else:
+                    tick(one.ticks(ready.ways[len(s)]))
     effects, about = gathered(effects, share, corpus.labels, about | {"shared": one.shared}, adapter)
     return SweepReport.assemble(effects.runs, {label: made.rows(n) for label, n in corpus.labels.items()}, about)
 
@@ -150,7 +149,7 @@ class _Made:
             chosen = tuple(dict.fromkeys(whole_number(p, "positions", "whole numbers") for p in positions))
             if not chosen or min(chosen) < 0:
                 raise SinkscopeError(f"positions={list(chosen)}: give at least one, counted from 0")
-        return cls(adapter, edit, over, _seeds(edit, over, placebo), placebo is not None, chosen)
+        return cls(adapter, edit, over, seeds(edit, over, placebo), placebo is not None, chosen)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -165,7 +164,7 @@ class _Made:
             every = places(self.edit, self.over, self.adapter.layers, self.adapter.n_heads, positions)
             edits = {place: at(self.edit, place) for place in every}
             drawn = {place: [edit.placebo(seed) for seed in range(self.seeds)] for place, edit in edits.items()}
-            fit = self.asked or all(_fits(edit, length) for several in drawn.values() for edit in several)
+            fit = self.asked or all(fits(edit, length) for several in drawn.values() for edit in several)
             self._known[length] = {place: [edit, *(drawn[place] if fit else [])] for place, edit in edits.items()}
         return self._known[length]
 
@@ -176,36 +175,6 @@ class _Made:
     def rows(self, length: int) -> list[Row]:
         """Give what a report has a row for."""
         return [Row(place, str(edit), tuple(map(str, placebos))) for place, (edit, *placebos) in self.at(length).items()]
-
-
-def _fits(edit: Intervention, length: int) -> bool:
-    try:
-        edit.check(length)
-    except SinkscopeError:
-        return False
-    return True
-
-
-def _seeds(edit: Intervention, over: str, placebo: Any) -> int:
-    """Count the placebos to draw at each place."""
-    if placebo is None or isinstance(placebo, bool):
-        wanted = 0 if placebo is False else 1
-    else:
-        wanted = whole_number(placebo, "placebo", "True, False or a number of draws")
-    if wanted < 0:
-        raise SinkscopeError(f"placebo={wanted}: give True, False or a number of draws")
-    if placebo is None and over == "positions":
-        return 0
-    if wanted and over == "positions":
-        raise SinkscopeError("over='positions', every position is the others' placebo: leave placebo out")
-    try:
-        for seed in range(wanted):
-            edit.placebo(seed)
-    except SinkscopeError:
-        if placebo is not None:
-            raise
-        return 0
-    return wanted
 
 
 @dataclass(frozen=True)
@@ -225,6 +194,7 @@ class _One:
     """What is done with one text; a tick of the bar is a layer of one run, or as much of scoring."""
 
     adapter: Adapter
+    edit: Intervention
     score_from: int
     vocabulary: int
     starts: dict[int, int]
@@ -259,26 +229,39 @@ class _One:
             return sum(counts)
         return corpus.total and (corpus.total * counts[0] if len(set(counts)) == 1 else None)
 
-    def text(self, ready: _Ready, sequence: TextTokens, store: Store, into: Effects, tick: Callable[[int], None]) -> None:
+    def text(
+        self,
+        ready: _Ready,
+        sequence: TextTokens,
+        other: TextTokens | None,
+        store: Store,
+        into: Effects,
+        tick: Callable[[int], None],
+    ) -> None:
         """Add what is found in a text: what was kept of an interrupted run, or run now and kept, part by part."""
-        way, look = ready.ways[len(sequence)], partial(residuals, self.adapter)
-        together = Together(self.adapter, ready.capture, sequence, self.starts, tick)
-        clean = None
-        for part in parts(self.adapter, way.edited, len(sequence)):
+        look = Looks(self.adapter, ready.capture, other)
+        texts = [s for s in (sequence, other if self.edit.borrows else None) if s is not None]
+        todo: list[tuple[Store, list[Route]]] = []
+        for part in parts(self.adapter, ready.ways[len(sequence)].edited, len(sequence)):
             here = replace(store, run=f"{store.run} {[route.name for route in part]}")
-            found = kept_runs(here, sequence)
+            found = kept_runs(here, *texts)
             if found is None:
-                settled = [route.settled(route.edit.settle(sequence.ids, look)) for route in part]
-                clean = together.clean() if clean is None else clean
-                done = _Share(tick, self._scoring * len(part))
-                runs = [run.slim() for run in together.scored(clean, settled, self.score_from, self.vocabulary, done)]
-                found = runs, {r.name: str(r.edit) for r in settled if r.name != str(r.edit)}
-                keep_runs(here, sequence, found)
+                todo.append((here, [route.settled(route.edit.settle(sequence.ids, look)) for route in part]))
             else:
                 tick(sum(self._layers(route) + self._scoring for route in part))
-            into.add(*found)
-        if clean is None:
+                into.add(*found)
+        if not todo:
             tick(len(self.adapter.layers))
+            return
+        with surely(ready.capture):
+            together = Together(self.adapter, ready.capture, sequence, self.starts, tick)
+            clean = together.clean()
+            for here, part in todo:
+                done = _Share(tick, self._scoring * len(part))
+                runs = [run.slim() for run in together.scored(clean, part, self.score_from, self.vocabulary, done)]
+                found = runs, {r.name: str(r.edit) for r in part if r.name != str(r.edit)}
+                keep_runs(here, found, *texts)
+                into.add(*found)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,17 +10,20 @@ from torch import Tensor
 
 from sinkscope.edit import Edit
 
+#: What edits may touch that share a batch: what a text is told from the others in.
+TOUCHES = frozenset({"scores", "pattern", "values", "output", "residual"})
+
 
 @dataclass(frozen=True)
 class Each(Edit):
-    """As many edits as there are texts in a batch. Windows and edits of the input can't be among them: see `fits`."""
+    """As many edits as there are texts in a batch; not all can be among them, see `fits`."""
 
     of: tuple[Edit, ...] = ()
 
     @staticmethod
     def fits(edit: Edit) -> bool:
-        """Tell whether an edit may be one of several: it reaches every key, and leaves the input as it is."""
-        return not edit.is_window and "input" not in edit.touches
+        """Tell whether an edit may be one of several: it reaches every key, and touches no input, cache or neuron."""
+        return not edit.is_window and edit.touches <= TOUCHES
 
     @property
     def touches(self) -> frozenset[str]:  # type: ignore[override]
@@ -37,33 +40,48 @@ class Each(Edit):
 
     def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor | None:
         """Give a mask for each text."""
-        nothing = torch.zeros(1, 1, 1, dtype=torch.bool, device=keys.device)
-        shape = (heads, len(queries), keys.shape[1])
-        return self._masks(layer, lambda edit: edit.hides(layer, queries, keys, heads, length), nothing, shape)
+        found = self._asked(layer, lambda edit: edit.hides(layer, queries, keys, heads, length))
+        return _stacked(found, (heads, len(queries), keys.shape[1]), torch.bool, keys.device)
+
+    def biases(self, layer: int, keys: Tensor, heads: int, length: int) -> Tensor | None:
+        """Give biases for each text."""
+        found = self._asked(layer, lambda edit: edit.biases(layer, keys, heads, length))
+        return _stacked(found, (heads, 1, len(keys)), torch.float32, keys.device)
 
     def zeroes(self, layer: int, keys: Tensor, heads: int, length: int) -> Tensor | None:
         """Give a mask for each text."""
-        nothing = torch.zeros(1, 1, 1, dtype=torch.bool, device=keys.device)
-        return self._masks(layer, lambda edit: edit.zeroes(layer, keys, heads, length), nothing, (heads, 1, len(keys)))
+        found = self._asked(layer, lambda edit: edit.zeroes(layer, keys, heads, length))
+        return _stacked(found, (heads, 1, len(keys)), torch.bool, keys.device)
 
-    def values(self, layer: int, values: Tensor, keys: Tensor, length: int) -> Tensor:
+    def values(self, layer: int, values: Tensor, keys: Tensor, heads: int, length: int) -> Tensor:
+        """Edit each text's; where one needs values for every head that queries, all have them."""
+        return self._split(layer, values, lambda edit, part: edit.values(layer, part, keys, heads, length))
+
+    def outputs(self, layer: int, outputs: Tensor, queries: Tensor) -> Tensor:
         """Edit each text's."""
-        return self._split(layer, values, lambda edit, part: edit.values(layer, part, keys, length))
+        return self._split(layer, outputs, lambda edit, part: edit.outputs(layer, part, queries))
 
     def residual(self, layer: int, residual: Tensor, positions: Tensor) -> Tensor:
         """Edit each text's."""
         return self._split(layer, residual, lambda edit, part: edit.residual(layer, part, positions))
 
-    def _masks(
-        self, layer: int, ask: Callable[[Edit], Tensor | None], nothing: Tensor, shape: tuple[int, int, int]
-    ) -> Tensor | None:
-        """Stack what each answers; one that edits another layer hides nothing."""
-        found = [ask(edit) if edit.edits(layer) else None for edit in self.of]
-        if all(mask is None for mask in found):
-            return None
-        return torch.stack([(nothing if mask is None else mask).expand(shape) for mask in found])
+    def _asked(self, layer: int, ask: Callable[[Edit], Tensor | None]) -> list[Tensor | None]:
+        return [ask(edit) if edit.edits(layer) else None for edit in self.of]
 
     def _split(self, layer: int, whole: Tensor, change: Callable[[Edit, Tensor], Tensor]) -> Tensor:
         parts = zip(self.of, torch.split(whole, 1), strict=True)
         changed = [change(edit, part) if edit.edits(layer) else part for edit, part in parts]
+        wide = max(part.shape[1] for part in changed)  # heads: one for each that queries, where an edit needs them
+        if any(part.shape[1] < wide for part in changed):
+            changed = [part.repeat_interleave(wide // part.shape[1], 1) for part in changed]
         return torch.cat(changed)
+
+
+def _stacked(
+    found: Sequence[Tensor | None], shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """Stack what each answers, zeros where one answers nothing."""
+    if all(part is None for part in found):
+        return None
+    nothing = torch.zeros(1, 1, 1, dtype=dtype, device=device)
+    return torch.stack([(nothing if part is None else part.to(device)).expand(shape) for part in found])

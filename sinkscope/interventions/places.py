@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions.base import Intervention
+from sinkscope.interventions.heads import MeanHead, ZeroHead
+from sinkscope.tokens import whole_number
 
 #: What an edit can be swept over -> what it must take for that.
 OVER = {"heads": ("heads",), "layers": ("layers",), "positions": ("keys", "positions", "position")}
@@ -67,3 +69,44 @@ def _at(part: Any, place: Place) -> Any:
     if over == "positions":
         return replace(part, **{name: place.position if name == "position" else (place.position,)})
     return replace(part, layers=(place.layer,), **({} if place.head is None else {"heads": (place.head,)}))
+
+
+def fits(edit: Intervention, length: int) -> bool:
+    """Tell whether a text of this length can have an edit."""
+    try:
+        edit.check(length)
+    except SinkscopeError:
+        return False
+    return True
+
+
+def seeds(edit: Intervention, over: str, placebo: Any) -> int:
+    """Count the placebos to draw at each place.
+
+    Args:
+        edit: what is swept.
+        over: what it is swept over.
+        placebo: True, False, a number of draws, or None: one, where there is one that is not another place of the sweep.
+
+    Raises:
+        SinkscopeError: a placebo is asked for, and there is none.
+    """
+    if placebo is None or isinstance(placebo, bool):
+        wanted = 0 if placebo is False else 1
+    else:
+        wanted = whole_number(placebo, "placebo", "True, False or a number of draws")
+    if wanted < 0:
+        raise SinkscopeError(f"placebo={wanted}: give True, False or a number of draws")
+    others = over == "positions" or (over == "heads" and any(isinstance(p, ZeroHead | MeanHead) for p in edit.parts()))
+    if wanted and others and placebo is not None:
+        raise SinkscopeError(f"over={over!r}, every one of the {over} is the others' placebo: leave placebo out")
+    if others:
+        return 0
+    try:
+        for seed in range(wanted):
+            edit.placebo(seed)
+    except SinkscopeError:
+        if placebo is not None:
+            raise
+        return 0
+    return wanted

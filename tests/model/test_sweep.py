@@ -15,7 +15,20 @@ from sinkscope.capture import prefix, scored, together
 from sinkscope.capture.each import Each
 from sinkscope.capture.plans import plan
 from sinkscope.edit import Edit
-from sinkscope.interventions import DropTokens, EditActivation, ReplaceToken, ZeroAttention, ZeroValue
+from sinkscope.interventions import (
+    DropTokens,
+    EditActivation,
+    MeanHead,
+    QuantizeKV,
+    ReplaceToken,
+    ReplaceValue,
+    ScaleAttention,
+    ScaleOutput,
+    SelfOnly,
+    ZeroAttention,
+    ZeroHead,
+    ZeroValue,
+)
 from sinkscope.metrics.across import SIGNED, t_interval
 from sinkscope.models import adapt
 from sinkscope.testing import tiny_hf_model
@@ -48,11 +61,21 @@ def same_as_evaluate(model, texts, edit, over="heads", **how):
     return report
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_oss", "bloom"])
-def test_every_head_equals_evaluate_of_it_alone(tiny, family):
+@pytest.mark.parametrize(
+    ("family", "edit"),
+    [
+        ("gpt2", ZeroHead()),
+        ("llama", ScaleAttention([0, 2], 0.3)),
+        ("gpt_oss", ss.MaskKeys([0, 2])),
+        ("bloom", ZeroAttention([0, 2])),
+        ("bloom", ZeroHead()),
+    ],
+    ids=str,
+)
+def test_every_head_equals_evaluate_of_it_alone(tiny, family, edit):
     model = tiny(family)
     before = fingerprint(model)
-    report = same_as_evaluate(model, TEXTS, ZeroAttention([0, 2]) if family == "bloom" else ss.MaskKeys([0, 2]))
+    report = same_as_evaluate(model, TEXTS, edit)
     assert fingerprint(model) == before
     assert len(report.summary()) == model.cfg.n_layers * model.cfg.n_heads
     assert "proved equal" in report.about["shared"]
@@ -72,7 +95,12 @@ def test_every_head_of_a_hooked_transformer(hooked):
         (ss.MaskKeys(0, layers=[1, 2], heads=[3]), "heads", {}),
         (ss.Window(7), "layers", {}),
         (ss.SinkWindow(7, sinks=2), "layers", {}),
-        (ZeroValue(0), "layers", {}),
+        (ZeroValue(0), "heads", {}),
+        (MeanHead(heads=[1]), "layers", {}),
+        (ReplaceValue(0, by="donor", layers=[0, 2], heads=[0, 3]), "heads", {}),
+        (QuantizeKV(4), "layers", {}),
+        (SelfOnly(3), "positions", {"positions": [3, 0]}),
+        (ScaleOutput(0, 0.5, layers=1), "positions", {"positions": [3, 0]}),
         (ss.MaskKeys(0, layers=[1]), "positions", {"positions": [30, 0, 7]}),
         (DropTokens(0), "positions", {"positions": [0, 5]}),
         (ReplaceToken(0, 9), "positions", {"positions": [0, 5]}),
@@ -159,15 +187,17 @@ def test_each_asks_every_edit_whatever_an_engine_asks():
         for name, method in vars(Edit).items()
         if inspect.isfunction(method) and "layer" in inspect.signature(method).parameters
     }
-    alone = {"reach", "cache"}  # of windows, which are run alone
+    alone = {"reach", "cache", "held", "unrotated", "mlp"}  # of windows, caches and neurons, which are run alone
     assert asked - alone <= vars(Each).keys()
     assert not Each.fits(ss.Window(4))
     assert not Each.fits(ss.MaskKeys(0) & DropTokens(1))
+    assert not Each.fits(QuantizeKV(4))
     assert Each.fits(ss.MaskKeys(0) & ACTIVATION)
 
 
 def test_edits_of_several_layers_in_one_batch(llama):
-    edits = (ss.MaskKeys(0, layers=1), ZeroAttention(2, heads=1), ZeroValue(1, layers=[0, 2]), ACTIVATION)
+    edits = (ss.MaskKeys(0, layers=1), ZeroAttention(2, heads=1), ZeroValue(1, layers=[0, 2]), ZeroValue(0, heads=[1]))
+    edits += (ACTIVATION, ScaleAttention(0, 0.5, heads=2), ZeroHead(layers=1, heads=[0]), ScaleOutput([1], 2.0))
     adapter, ids = adapt(llama), TEXTS["text 0"]
     text = TextTokens("a", ids, ("",) * len(ids))
     with plan(adapter, Tokens((text,), ""), edits) as capture:
@@ -202,8 +232,9 @@ def test_placebos(llama):
         ("mask_keys(0)", "positions", {"positions": [99]}, "positions are 0 to 43"),
         ("mask_keys(0)", "positions", {"positions": []}, "give at least one"),
         ("mask_keys(0)", "positions", {"positions": [-1]}, "counted from 0"),
-        ("mask_keys(0)", "positions", {"placebo": True}, "every position is the others' placebo"),
+        ("mask_keys(0)", "positions", {"placebo": True}, "every one of the positions is the others' placebo"),
         ("window(8)", "layers", {"placebo": True}, "there is no placebo for it"),
+        ("zero_head()", "heads", {"placebo": True}, "every one of the heads is the others' placebo"),
         ("mask_keys(0)", "heads", {"placebo": -1}, "placebo=-1"),
         ("mask_keys(0)", "heads", {"score_from": 50}, "the first one scored can be"),
         ("mask_keys(0, layers=[7])", "heads", {}, "those with attention are 0 to 2"),
@@ -280,5 +311,5 @@ def test_rank_correlation(llama):
 
 @pytest.mark.model
 def test_some_heads_of_smollm2(smollm2):
-    report = same_as_evaluate(smollm2, [novel(64)], ss.MaskKeys(0, layers=[2, 20], heads=[1, 5]), placebo=False)
+    report = same_as_evaluate(smollm2, [novel(64)], ZeroHead(layers=[2, 20], heads=[1, 5]))
     assert len(report.summary()) == 4
