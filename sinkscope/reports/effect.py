@@ -41,7 +41,8 @@ class EffectReport(Paged):
         frame: tidy, the columns of `effects.csv`: one row per (text, intervention), and per intervention one for `all`
             texts; placebos have theirs. `none` is the unedited run. `tokens` counts the predictions scored; `loss` is in nats
             per token. An edit that drops or swaps tokens is scored on those that stand in both runs, `none` on all:
-            `delta_loss` is against the unedited run on the same tokens, `std_error` its standard error; `kl` is KL(clean || edited) in nats; `sink_mass` is the mean attention to the first token, over layers, heads and
+            `delta_loss` is against the unedited run on the same tokens, `std_error` its standard error; `kl` is
+            KL(clean || edited) in nats; `sink_mass` is the mean attention to the first token, over layers, heads and
             queries (NaN where it was dropped), and `sink_position` the position that receives most attention in all.
         details: the same rows: 95% interval of `delta_loss`, share of top-1 predictions that stay, the sink's token.
         curves: loss by position: columns `text, intervention, position, loss`; of many texts the mean over `all`.
