@@ -59,6 +59,8 @@ docs: $(ENV)/ready
 
 bench: $(ENV)/ready
 	$(ENV)/bin/python tests/benchmarks/bench.py
+	$(ENV)/bin/python tests/benchmarks/sweep.py
+	$(ENV)/bin/python tests/benchmarks/vocabulary.py
 
 # Over ten thousand generated calls of the command line, the public functions and the readers of files.
 fuzz: $(ENV)/ready

@@ -82,7 +82,7 @@ def evaluate(
     def prepare(first: int, some: Any) -> tuple[Tokens, _Ready]:
         tokens = adapter.tokenize(some, bos=bos, max_tokens=most, first=first)
         ways = {n: routes(adapter, edits, n, NONE) for n in {len(s) for s in tokens.sequences}}
-        _check(adapter, tokens, edits, ways, score_from, placebos)
+        check(adapter, tokens, edits, ways, score_from, placebos)
         return tokens, _Ready(plan(adapter, tokens, [e for _, e in edits]), ways)
 
     corpus = Corpus(texts, PORTION, prepare)
@@ -98,11 +98,11 @@ def evaluate(
     with claimed(resume if share.rank == 0 else None), bar(progress and share.rank == 0, total, "evaluate") as tick:
         numbers = count()
         for tokens, ready in corpus:
-            beside = zip(tokens.sequences, _next(tokens.sequences, corpus.head[0].sequences[0]), strict=True)
+            beside = zip(tokens.sequences, following(tokens.sequences, corpus.head[0].sequences[0]), strict=True)
             mine = [(s, other) for s, other in beside if share.mine(next(numbers))]
             tick(one.ticks * (len(tokens) - len(mine)))
             one.portion(ready, mine, store, effects, tick)
-    return EffectReport.assemble(*_gathered(effects, share, corpus.labels, about, adapter))
+    return EffectReport.assemble(*gathered(effects, share, corpus.labels, about, adapter))
 
 
 def _how(
@@ -123,7 +123,7 @@ def _how(
     }
 
 
-def _check(
+def check(
     adapter: Adapter,
     tokens: Tokens,
     edits: Sequence[tuple[str, Intervention]],
@@ -250,13 +250,13 @@ class _One:
             yield one.run(sequence, made)
 
 
-def _next(sequences: Sequence[TextTokens], first: TextTokens) -> list[TextTokens | None]:
+def following(sequences: Sequence[TextTokens], first: TextTokens) -> list[TextTokens | None]:
     """Give the next text of each; behind the last of a portion comes the first of the call; None where it is the only one."""
     behind = [*sequences[1:], first]
     return [None if other.label == s.label else other for s, other in zip(sequences, behind, strict=True)]
 
 
-def _gathered(
+def gathered(
     effects: Effects, share: Share, labels: dict[str, int], about: dict[str, Any], adapter: Adapter
 ) -> tuple[Effects, dict[str, Any]]:
     """Put together what all processes found, in the order of the texts, and say what there is to say of them."""
