@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -75,7 +76,7 @@ def main(kills):
                 struck = 0
                 while struck < 3 and n < kills:  # the same directory is killed up to three times
                     calls += 1
-                    if not killed(lambda: run(out), draw.uniform(0.05, 0.95) * took):
+                    if not killed(partial(run, out), draw.uniform(0.05, 0.95) * took):
                         break
                     struck, n = struck + 1, n + 1
                 for ours, theirs in zip(tables(run(out)), whole, strict=True):
