@@ -85,7 +85,7 @@ def sweep(
         ways = {}
         for n in {len(s) for s in tokens.sequences}:
             ways[n] = routes(adapter, list(made.named(n).items()), n, NONE)
-            check(adapter, _of_length(tokens, n), list(made.named(n).items()), {n: ways[n]}, score_from)
+            check(adapter, _of_length(tokens, n), list(made.named(n).items()), {n: ways[n]}, score_from, {})
         return tokens, _Ready(plan(adapter, tokens, list(made.named(max(ways)).values())), ways)
 
     corpus = Corpus(texts, PORTION, prepare)

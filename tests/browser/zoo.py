@@ -118,6 +118,17 @@ def evaluated(scale=1.0, length=400):
     return page.evaluated(summary, pd.concat(curves, ignore_index=True), about)
 
 
+def beside():
+    """Four windows, as if two had placebos without rows of their own."""
+    data = evaluated()
+    data["edits"] = [edit for edit in data["edits"] if "sink" not in edit["name"]]
+    names = [edit["name"] for edit in data["edits"]]
+    data["families"] = [family for family in data["families"] if set(family["edits"]) <= set(names)]
+    for edit in data["edits"][1:3]:
+        edit["placebos"] = {"n": 5, "delta": 0.125, "std": 0.02, "p": 0.03}
+    return data
+
+
 def swept(over="heads", layers=6, heads=8, texts=3, tokens=(), placebo=True):
     """A few places cost much, most nothing, some help; nobody knows of one."""
     tokens = list(tokens) or words(40)
@@ -152,7 +163,7 @@ def compared():
     return page.compared({"first": plain(), "second with a long name": other, "<b>": keys(), "deep": one()})
 
 
-ZOO = {f.__name__: f for f in (one, plain, largest, encoder, keys, corpus, hostile, unknown, evaluated, compared)}
+ZOO = {f.__name__: f for f in (one, plain, largest, encoder, keys, corpus, hostile, unknown, evaluated, beside, compared)}
 ZOO["swept heads"] = lambda: swept(layers=48, heads=64)
 ZOO["swept layers"] = lambda: swept("layers", texts=1)
 ZOO["swept positions"] = lambda: swept("positions", texts=1, tokens=RIGHT_TO_LEFT * 3, placebo=False)

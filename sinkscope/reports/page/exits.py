@@ -116,7 +116,14 @@ def _edits(data: dict[str, Any]) -> list[str]:
         [_plain(r["shown"]), number(r["loss"]), number(r["delta"]), _interval(r), number(r["kl"]), number(r["sink_mass"])]
         for r in data["edits"]
     ]
-    return _table(["intervention", "loss (nats)", "difference", "95% interval", "KL", "on token 0"], rows)
+    header = ["intervention", "loss (nats)", "difference", "95% interval", "KL", "on token 0"]
+    if any(r.get("placebos") for r in data["edits"]):
+        header += ["placebo", "p"]
+        for row, r in zip(rows, data["edits"], strict=True):
+            beside = r["placebos"] or dict.fromkeys(("delta", "std", "p"))
+            spread = "" if beside["std"] is None else f" ± {number(beside['std'])}"
+            row += [f"{number(beside['delta'])}{spread}", number(beside["p"])]
+    return _table(header, rows)
 
 
 def _places(data: dict[str, Any]) -> list[str]:
