@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sinkscope.studies.start import bos
     from sinkscope.studies.streaming import streaming_llm
     from sinkscope.studies.training import emergence
+    from sinkscope.studies.trigger import necessity
 
 #: Name on the command line -> module and function, in the order in which they are best read.
 STUDIES = {
@@ -36,6 +37,7 @@ STUDIES = {
     "over-mixing": ("mixing", "over_mixing"),
     "semantic-conflict": ("conflict", "semantic_conflict"),
     "emergence": ("training", "emergence"),
+    "necessity": ("trigger", "necessity"),
     "architectures": ("compared", "architectures"),
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "find",
     "first_token",
     "massive_activations",
+    "necessity",
     "non_first",
     "over_mixing",
     "run_all",

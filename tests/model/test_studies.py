@@ -55,7 +55,7 @@ def test_an_estimate_is_the_t_interval():
 
 def test_every_published_figure_has_its_source_and_how_it_was_read():
     rows = pd.concat([published(name) for name in studies.STUDIES])
-    assert len(rows) == 80
+    assert len(rows) == 84
     assert rows["source"].str.len().min() > 20
     assert set(rows["evidence"]) == {"transcription", "code", "secondary"}  # none from memory
     assert rows["value"].notna().all()
