@@ -11,9 +11,9 @@ from typing import Any, SupportsIndex
 
 from sinkscope.capture import scored
 from sinkscope.capture.edited import Edited
+from sinkscope.capture.looks import Looks
 from sinkscope.capture.losses import check_logits
 from sinkscope.capture.plans import plan
-from sinkscope.capture.residuals import residuals
 from sinkscope.capture.routes import Route, Routes, routes
 from sinkscope.edit import NOTHING
 from sinkscope.errors import SinkscopeError
@@ -89,7 +89,8 @@ def evaluate(
     with claimed(resume if share.rank == 0 else None), bar(progress and share.rank == 0, total, "evaluate") as tick:
         numbers = count()
         for tokens, ready in corpus:
-            mine = [s for s in tokens.sequences if share.mine(next(numbers))]
+            beside = zip(tokens.sequences, _next(tokens.sequences, corpus.head[0].sequences[0]), strict=True)
+            mine = [(s, other) for s, other in beside if share.mine(next(numbers))]
             tick(one.ticks * (len(tokens) - len(mine)))
             one.portion(ready, mine, store, effects, tick)
     return EffectReport.assemble(*_gathered(effects, share, corpus.labels, about, adapter))
@@ -185,24 +186,31 @@ class _One:
         return max(1, round(self.vocabulary / (12 * self.adapter.width)))
 
     def portion(
-        self, ready: _Ready, sequences: Sequence[TextTokens], store: Store, into: Effects, tick: Callable[[int], None]
+        self,
+        ready: _Ready,
+        texts: Sequence[tuple[TextTokens, TextTokens | None]],
+        store: Store,
+        into: Effects,
+        tick: Callable[[int], None],
     ) -> None:
-        """Add what is found in some texts: what was kept of an interrupted run, or run now and kept."""
-        kept = {s.label: kept_runs(store, s) for s in sequences}
-        ways = {s.label: self._settled(ready, s) for s in sequences if kept[s.label] is None}
+        """Add what is found in some texts, each with the next: what was kept of an interrupted run, or run now and kept."""
+        borrows = any(r.edit.borrows for way in ready.ways.values() for r in way.edited)
+        beside = {s.label: [t for t in (s, other) if t is s or (borrows and t)] for s, other in texts}
+        kept = {label: kept_runs(store, *some) for label, some in beside.items()}
+        ways = {s.label: self._settled(ready, s, other) for s, other in texts if kept[s.label] is None}
         with surely(ready.capture):
-            for s in sequences:
+            for s, _ in texts:
                 found = kept.pop(s.label)
                 if found is None:
                     found = self._run(ready.capture, s, ways[s.label], tick)
-                    keep_runs(store, s, found)
+                    keep_runs(store, found, *beside[s.label])
                 else:
                     tick(self.ticks)
                 into.add(*found)
 
-    def _settled(self, ready: _Ready, sequence: TextTokens) -> Routes:
+    def _settled(self, ready: _Ready, sequence: TextTokens, other: TextTokens | None) -> Routes:
         """Locate in a text what edits leave open."""
-        way, look = ready.ways[len(sequence)], partial(residuals, self.adapter)
+        way, look = ready.ways[len(sequence)], Looks(self.adapter, ready.capture, other)
         return Routes(way.clean, tuple(r.settled(r.edit.settle(sequence.ids, look)) for r in way.edited))
 
     def _run(self, capture: Edited, sequence: TextTokens, way: Routes, tick: Callable[[int], None]) -> Found:
@@ -241,6 +249,12 @@ class _One:
             if not one.scored.any():
                 raise SinkscopeError(f"{made.route.edit} leaves no token of {sequence.label!r} to be scored")
             yield one.run(sequence, made)
+
+
+def _next(sequences: Sequence[TextTokens], first: TextTokens) -> list[TextTokens | None]:
+    """Give the next text of each; behind the last of a portion comes the first of the call; None where it is the only one."""
+    behind = [*sequences[1:], first]
+    return [None if other.label == s.label else other for s, other in zip(sequences, behind, strict=True)]
 
 
 def _gathered(

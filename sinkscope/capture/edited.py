@@ -21,6 +21,7 @@ from sinkscope.capture.call import Calls
 from sinkscope.capture.flash import first_bad_module
 from sinkscope.capture.hooks import first_bad_layer
 from sinkscope.capture.masks import Masks
+from sinkscope.capture.neurons import editing_neurons
 from sinkscope.capture.residuals import editing_residuals
 from sinkscope.capture.routes import Route
 from sinkscope.capture.stream import Rotation, Stream
@@ -69,6 +70,8 @@ class InsideCapture:
 
     adapter: Adapter
     frequencies: Tensor | None = field(default=None, repr=False)
+    #: Layers whose neurons are edited.
+    neurons: tuple[int, ...] = ()
     name: str = "flash"
     why: str = "edits made inside the attention op (flash engine proved exact)"
     received: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
@@ -87,6 +90,7 @@ class InsideCapture:
             undo.enter_context(self.adapter.quiet())
             undo.enter_context(swapped(self.adapter, self._calls, Masks(self.adapter.causal)))
             undo.enter_context(editing_residuals(self.adapter, self._residual))
+            undo.enter_context(editing_neurons(self.adapter, self.neurons, lambda: self._edit))
             self._undo = undo.pop_all()
         return self
 

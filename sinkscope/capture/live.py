@@ -14,9 +14,10 @@ from sinkscope.capture.attend import attend
 from sinkscope.capture.call import Calls
 from sinkscope.capture.edited import InsideCapture
 from sinkscope.capture.masks import Masks
+from sinkscope.capture.neurons import editing_neurons, neurons_of
 from sinkscope.capture.place import Place
 from sinkscope.capture.plans import plan
-from sinkscope.capture.points import POINTS, editing_points
+from sinkscope.capture.points import ATTENTION, editing_points
 from sinkscope.capture.residuals import editing_residuals
 from sinkscope.capture.stream import Rotation
 from sinkscope.capture.swap import swapped
@@ -41,7 +42,7 @@ def on(model: Any, edit: Edit) -> Iterator[Any]:
         if why is not None:
             raise SinkscopeError(f"{part}: {why}")
     edit.check_model(adapter.layers, adapter.n_heads)
-    attention, mark = _attention(adapter, edit), id(adapter.network)
+    attention, neurons, mark = _attention(adapter, edit), neurons_of(adapter, [edit]), id(adapter.network)
     with Undo() as undo:
         with alone(adapter.network):
             place = undo.enter_context(Place(adapter, edit.swaps()))
@@ -55,6 +56,8 @@ def on(model: Any, edit: Edit) -> Iterator[Any]:
                     return edit.residual(layer, residual, place(residual.shape[1])) if edit.edits(layer) else residual
 
                 undo.enter_context(editing_residuals(adapter, after))
+            if neurons:
+                undo.enter_context(editing_neurons(adapter, neurons, lambda: edit))
             undo.enter_context(_not_copied(adapter))
             edited = undo.pop_all()
         try:
@@ -66,7 +69,7 @@ def on(model: Any, edit: Edit) -> Iterator[Any]:
 
 def _attention(adapter: Adapter, edit: Edit) -> Callable[[Place], AbstractContextManager[Any]] | None:
     """Plan edits of attention: inside the attention op, or at hook points; None where there are none."""
-    if not edit.touches & POINTS.keys():
+    if not edit.touches & ATTENTION:
         return None
     ids = torch.arange(1, 9)
     capture = plan(adapter, Tokens((TextTokens("proof", ids, ("",) * len(ids)),), ""), [edit])
