@@ -38,6 +38,13 @@ STUDIES = {
     "semantic-conflict": ("conflict", "semantic_conflict"),
     "emergence": ("training", "emergence"),
     "necessity": ("trigger", "necessity"),
+    "make-a-sink": ("make", "make_a_sink"),
+    "secondary-sinks": ("secondary", "secondary_sinks"),
+    "repeated-token": ("repeats", "repeated_token"),
+    "nop-broadcast": ("broadcast", "nop_broadcast"),
+    "inactive-heads": ("inactive", "inactive_heads"),
+    "dose-response": ("dose", "dose_response"),
+    "kv-quantisation": ("quantised", "kv_quantisation"),
     "architectures": ("compared", "architectures"),
 }
 

@@ -216,6 +216,24 @@ def losses(effect: EffectReport, cases: Mapping[str, str], setting: str) -> list
     return rows
 
 
+def costs(effect: EffectReport, cases: Mapping[str, str], setting: str) -> list[Row]:
+    """Give the difference of loss, and KL(clean || edited), of each case (case -> intervention), across texts."""
+    summary = effect.summary().set_index("intervention")
+    rows: list[Row] = []
+    for case, intervention in cases.items():
+        change = summary.loc[intervention, ["delta_loss", "low", "high"]]
+        rows.append((case, "delta_loss", Estimate(*map(float, change)), setting))
+        rows.append((case, "kl", Estimate.of(by_text(effect, intervention, "kl"), bounds=POSITIVE), setting))
+    return rows
+
+
+def by_text(effect: EffectReport, intervention: str, quantity: str = "delta_loss") -> np.ndarray:
+    """Give a number of an edit for each text, in their order."""
+    rows = effect.frame[(effect.frame["intervention"] == intervention) & (effect.frame["text"] != "all")]
+    values: np.ndarray = rows[quantity].to_numpy(float)
+    return values
+
+
 def sinks(report: SinkReport, case: str, metrics: Sequence[str], setting: str) -> list[Row]:
     """Give model-level numbers of a report, with their intervals across texts and nulls."""
     rows = report.intervals().set_index("metric")
