@@ -139,7 +139,7 @@ def _scores(model: Any, adapter: Adapter, sample: Tokens) -> dict[str, np.ndarra
 
     seen = Seen(None, look=look)
     evaluate(model, sample, seen.edit)
-    rows = measure(model, sample, ["entropy"]).frame
+    rows = measure(model, sample, ["row_entropy"]).frame
     entropy = rows[(rows["text"] != "all") & rows["head"].notna()].pivot_table("value", "text", ["layer", "head"], sort=True)
     flat = np.array(
         [[torch.stack(each).numpy() for each in zip(*layers, strict=True)] for layers in seen.found(len(adapter.layers))]

@@ -111,7 +111,7 @@ def _say(
         parts.append(part + (f", {kept[-1]} take {percent(-most.value)}" if kept[-1] != enough else ""))
     return "; ".join(
         parts
-    ) + ".", said + "One text in pieces: the intervals say how much its parts differ, not how texts or models do."
+    ) + ".", said + "One text in pieces: the intervals say how much its parts differ, not how much texts or models do."
 
 
 def _share(change: Estimate) -> str:

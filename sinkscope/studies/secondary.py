@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def secondary_sinks(
         rows.append((kind, "positions_per_text", Estimate.of(counts, bounds=POSITIVE), of))
     counts = [float(sum(s.kind == SECONDARY and s.text == label for s in theirs)) for label in grids]
     rows.append((PUBLISHED, "positions_per_text", Estimate.of(counts, bounds=POSITIVE), of))
-    largest = [np.abs(c[window[label], 1:]).max(initial=0.0) for label, (c, _, _) in grids.items()]
+    largest = [float(np.abs(c[window[label], 1:]).max()) for label, (c, _, _) in grids.items() if window[label].any()]
     rows.append(("the most similar later token", "cosine", Estimate.of(largest, bounds=SHARE), of))
     secondary = [s for s in found if s.kind == SECONDARY and s.position + QUERIES < tokens]
     by_text = pd.DataFrame(secondary, columns=Sink._fields).groupby("text")[["birth", "life", "received", "beside"]].mean()
@@ -182,8 +183,11 @@ def _say(model: str, of: str, sinks: list[Sink], value: Mapping[tuple[str, str],
     said += f"{value[AS_FIRST, 'positions_per_text']}, brief {value[BRIEF, 'positions_per_text']}. "
     said += "From the largest rise of its norm to the largest fall alone, as published, it is "
     said += f"{value[PUBLISHED, 'positions_per_text']}. "
-    said += f"The most similar later token reaches a cosine of {nearest} with the first. "
+    if not math.isnan(nearest.value):
+        said += f"The most similar later token reaches a cosine of {nearest} with the first. "
     tail = "One text in pieces: the intervals say how much its parts differ, not how much texts or models do."
+    if math.isnan(nearest.value):
+        return "No secondary sink: the first token's norm stands out in no layer.", said + tail
     if not sinks:
         return f"No secondary sink: no later token stays like the first (largest cosine {nearest.value:.2f}).", said + tail
     words = ", ".join(f"{visible(w)!r} ({n})" for w, n in Counter(s.token for s in sinks).most_common(3))

@@ -393,12 +393,12 @@ def test_heads_that_write_nothing_are_found_and_cost_nothing():
 def test_scores_are_averages_of_norms(tiny):
     adapter = adapt(tiny("llama"))
     scores = inactive._scores(tiny("llama"), adapter, adapter.tokenize(ROWS[:2]))
-    report = ss.measure(tiny("llama"), ROWS[:2], ["head_output_norm", "sink_mass", "entropy"]).frame
+    report = ss.measure(tiny("llama"), ROWS[:2], ["head_output_norm", "sink_mass", "row_entropy"]).frame
     rows = report[(report["text"] == "all") & report["head"].notna()]
     for score, metric in (
         ("output norm" + inactive.LAYER, "head_output_norm"),
         ("first-token weight", "sink_mass"),
-        ("entropy", "entropy"),
+        ("entropy", "row_entropy"),
     ):
         expected = rows[rows["metric"] == metric].pivot(index="layer", columns="head", values="value").to_numpy(float)
         np.testing.assert_allclose(scores[score] * inactive.SCORES[score.removesuffix(inactive.LAYER)], expected, rtol=1e-4)
