@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +25,7 @@ Whole = Any
 Look = Callable[[int, Float[Tensor, "position d_model"]], Any]
 
 
+@runtime_checkable
 class Residuals(Protocol):
     """What an edit may look at before a text is run."""
 

@@ -31,7 +31,7 @@ def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
     if not isinstance(why_not, str):
         longest = max(len(s) for s in tokens.sequences)
         turns = any(way(adapter, e, longest) == "streamed" or any(map(e.cache, adapter.layers)) for e in edits)
-        before = bool(adapter.rotations) and any(e.unrotated(layer) for e in edits for layer in adapter.layers)
+        before = adapter.rotary and any(e.unrotated(layer) for e in edits for layer in adapter.layers)
         found = frequencies(adapter, STREAMS if turns else BEFORE) if turns or before else None
         return InsideCapture(adapter, found, neurons_of(adapter, edits))
     if adapter.causal and adapter.points:

@@ -136,7 +136,7 @@ def real_numbers(given: Any, what: str) -> Any:
     return number
 
 
-def real_number(given: Any, what: str, least: float = -math.inf) -> float:
+def real_number(given: Any, what: str, least: float = -math.inf) -> Any:
     """Take one finite number, of any type, not below the least.
 
     Raises:

@@ -59,11 +59,8 @@ class QuantizeKV(Intervention):
         """Refuse numbers that make no sense."""
         super().__post_init__()
         one_of(self.scheme, ("per_token", "kivi"), f"{type(self).__name__}(scheme=...)")
-        for name, least, most in (
-            ("bits", 1, 16),
-            ("group", 1, NEVER),
-            *((n, 0, NEVER) for n in ("keep", "at", "residual_length")),
-        ):
+        whole = ("bits", 1, 16), ("group", 1, NEVER), *((n, 0, NEVER) for n in ("keep", "at", "residual_length"))
+        for name, least, most in whole:
             allowed = f"a whole number, at least {least}" if most == NEVER else f"a whole number, {least} to {most}"
             number = whole_number(getattr(self, name), f"{type(self).__name__}({name}=...)", allowed)
             if not least <= number <= most:

@@ -46,7 +46,7 @@ class ScaleAttention(_Biased):
     def __post_init__(self) -> None:
         """Refuse what is no factor."""
         super().__post_init__()
-        object.__setattr__(self, "factor", real_number(self.factor, f"{type(self).__name__}(factor=...)", 0))
+        object.__setattr__(self, "factor", real_number(self.factor, f"{type(self).__name__}(factor=...)", 0.0))
 
     def _added(self) -> float:
         return math.log(self.factor)
