@@ -149,8 +149,9 @@ def _say(model: str, of: str, value: Mapping[tuple[str, str], Estimate], same: l
         said += f"{value[kind, 'stable_rank']}; in all its heads at once, "
         said += ", ".join(f"{by} {cost[by]}" for by in EDITS) + f" nats; the placebo {cost[PLACEBO]}. "
     if needed or kept:
-        verdict += f"; the loss needs the sink's value in {', '.join(needed)}" if needed else "; the loss needs the value of "
-        verdict += "none"
+        verdict += (
+            f"; the loss needs the sink's value in {', '.join(needed)}" if needed else "; the loss needs the value of none"
+        )
         verdict += f", and not in {', '.join(kept)}" if needed and kept else ""
     if same:
         said += "The next text's value changes nothing: the first token is the same in all texts. "

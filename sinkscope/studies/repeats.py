@@ -16,10 +16,11 @@ from torch import Tensor
 from sinkscope.capture.neurons import last_matrix
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, ZeroNeuron
-from sinkscope.metrics.across import POSITIVE, SIGNED
+from sinkscope.metrics.across import POSITIVE, SHARE, SIGNED
 from sinkscope.models import Adapter, adapt
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import NULL, SERIES, WIDE, finish
+from sinkscope.reports.words import percent
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, tabulate
 from sinkscope.studies.texts import pieces, setting
 from sinkscope.tokens import TextTokens, Tokens
@@ -59,9 +60,10 @@ def repeated_token(
         progress: show a progress bar on stderr.
 
     Returns:
-        A report with `norm_ratio` (of the last quarter of the repeats to the first token, after the sink layer) and `cosine`
-        (with the first token, there), also of natural text, of repeats without a first token, and with the neurons zeroed;
-        `first_norm`, the first token's norm under each edit over its own unedited. Intervals are across the tokens repeated.
+        A report with `norm_ratio` (of the last quarter of the repeats to the first token, after the sink layer), `cosine`
+        (with the first token, there) and `like_first` (share of the tokens repeated for which that exceeds 0.9), also of
+        natural text, of repeats without a first token, and with the neurons zeroed; `first_norm`, the first token's norm
+        under each edit over its own unedited. Intervals are across the tokens repeated.
 
     Raises:
         SinkscopeError: as :func:`sinkscope.measure`; MLPs whose neurons can't be told.
@@ -93,8 +95,12 @@ def repeated_token(
         about = about or report.about
         curves[case] = norms
         late = slice(-max(1, repeats // 4), None)
-        rows.append((case, "norm_ratio", Estimate.of((norms[:, late] / norms[:, :1]).mean(1), bounds=POSITIVE), of))
-        rows.append((case, "cosine", Estimate.of(cosines[:, late].mean(1), bounds=SIGNED), of))
+        against = curves[REPEATS][:, :1] if case == WITHOUT else norms[:, :1]
+        like = cosines[:, late].mean(1)
+        rows.append((case, "norm_ratio", Estimate.of((norms[:, late] / against).mean(1), bounds=POSITIVE), of))
+        if case != WITHOUT:  # whose first token is a repeat itself
+            rows.append((case, "cosine", Estimate.of(like, bounds=SIGNED), of))
+            rows.append((case, "like_first", Estimate.of((like > LIKE).astype(float), bounds=SHARE), of))
         if edit is not None:
             rows.append((case, "first_norm", Estimate.of(norms[:, 0] / curves[REPEATS][:, 0], bounds=POSITIVE), of))
     rows.append((ZEROED, "neurons", Estimate(len(neurons)), f"layer {layer}: {', '.join(map(str, neurons))}"))
@@ -145,43 +151,41 @@ def _say(
     model: str, of: str, layer: int, neurons: tuple[int, ...], value: Mapping[tuple[str, str], Estimate]
 ) -> tuple[str, str]:
     """Say what was found, and what was not."""
-    like, plain = value[REPEATS, "cosine"], value[NATURAL, "cosine"]
+    like, plain, share = value[REPEATS, "cosine"], value[NATURAL, "cosine"], value[REPEATS, "like_first"]
     size, less, other = (value[case, "norm_ratio"] for case in (REPEATS, ZEROED, PLACEBO))
     own, others = value[ZEROED, "first_norm"], value[PLACEBO, "first_norm"]
     if like.low > max(LIKE, plain.high):
         verdict = f"Late repeats come to look like the first token (cosine {like.value:.2f}, {size.value:.2f} of its norm)"
     elif like.low > plain.high:
-        verdict = "Late repeats come nearer to the first token than words of a text, and not to look like it (cosine "
-        verdict += f"{like.value:.2f})"
+        verdict = "Late repeats come nearer to the first token than other tokens do, but not to look like it "
+        verdict += f"({like.value:.2f})"
     else:
-        verdict = (
-            f"Repeats do not come to look like the first token (cosine {like.value:.2f}, of natural text {plain.value:.2f})"
-        )
+        verdict = f"That repeats come to look like the first token was not shown (cosine {like.value:.2f})"
+    verdict += "" if like.low > LIKE else f", those of {percent(share.value)} of the tokens do"
     verdict += (
         f"; its norm hangs on {len(neurons)} neurons ({own.value:.2f} of it is left without them)."
         if own.high < min(1.0, others.low)
         else f"; zeroing {len(neurons)} neurons that write most there does not shrink it more than random ones."
     )
     said = f"In {of} of {model}, where the first token's norm grows most: late repeats have {size} of the first token's norm "
-    said += "and a "
-    said += f"cosine of {like} with it, natural text {value[NATURAL, 'norm_ratio']} and {plain}. Without a first token "
-    said += "before them, "
-    said += f"repeats have {value[WITHOUT, 'norm_ratio']} of the norm of the first repeat. Neurons "
-    said += f"{', '.join(map(str, neurons))} of "
-    said += f"layer {layer} zeroed leave {own} of the first token's norm, as many random ones {others}; repeats then have "
-    said += f"{less} of "
-    said += f"the first token's norm, or {other}. "
+    said += "and "
+    said += f"a cosine of {like} with it, natural text {value[NATURAL, 'norm_ratio']} and {plain}; repeats of {share} of the "
+    said += f"tokens look like it. Without a first token before them, repeats have {value[WITHOUT, 'norm_ratio']} of its "
+    said += "norm. "
+    said += f"Neurons {', '.join(map(str, neurons))} of layer {layer} zeroed leave {own} of the first token's norm, as many "
+    said += "random "
+    said += f"ones {others}; repeats then have {less} of the first token's norm, or {other}. "
     return verdict, said + "One model: the intervals are across the tokens that are repeated, which one text gave."
 
 
 def _draw(curves: Mapping[str, np.ndarray], *, ax: Axes | None = None) -> Axes:
-    """Draw the norm by position, the mean of the texts and their range, a line per case."""
+    """Draw the norm by position, the median of the texts and their range, a line per case."""
     import matplotlib.pyplot as plt
 
     ax = plt.figure(**WIDE).add_subplot() if ax is None else ax
     for (case, norms), colour in zip(curves.items(), (*SERIES, NULL), strict=False):
         at = np.arange(norms.shape[1]) + (case == WITHOUT)
-        ax.plot(at, norms.mean(0), color=colour, linewidth=1.2, label=case)
+        ax.plot(at, np.median(norms, axis=0), color=colour, linewidth=1.2, label=case)
         ax.fill_between(at, norms.min(0), norms.max(0), color=colour, alpha=0.15, linewidth=0)
     ax.set_xscale("symlog", linthresh=1)
     ax.set_yscale("log")
