@@ -100,9 +100,10 @@ def _look(adapter: Adapter, layer: int, weights: Tensor, outputs: Tensor, values
     """Give, by head, the projected value's norm over the others', the update's stable rank, the share of queries routed."""
     project = projection(adapter, layer)
     norms, update = project(values).norm(dim=-1), project(outputs).float()
-    ratio = norms[:, 0] / norms[:, 1:].mean(1)
+    least = torch.finfo(norms.dtype).tiny  # a head that writes nothing at all is a NOP
+    ratio = norms[:, 0] / norms[:, 1:].mean(1).clamp_min(least)
     squares = torch.linalg.svdvals(update[:, 1:]).square()
-    rank = squares.sum(-1) / squares[:, 0]
+    rank = squares.sum(-1) / squares[:, 0].clamp_min(least)
     routed = (weights[:, 1:, 0] >= WEIGHT).float().mean(1)
     return torch.stack([ratio, rank, routed]).double().cpu().numpy()
 

@@ -27,6 +27,10 @@ Look = Callable[
 ]
 
 
+#: What output projections are called in Hugging Face's attention modules.
+PROJECTIONS = {"o_proj", "out_proj", "c_proj", "dense", "o", "wo", "proj"}
+
+
 def _weights(layer: int, weights: Tensor, outputs: Tensor, values: Tensor) -> Tensor:
     return weights
 
@@ -118,16 +122,16 @@ def check_inside(adapter: Adapter, sample: Tokens) -> None:
 def projection(adapter: Adapter, layer: int) -> Callable[[Tensor], Tensor]:
     """Give what turns heads' vectors, `[head, position, d_value]`, into what each writes, `[head, position, d_model]`.
 
-    The matrix is the last one of the layer's attention that takes all heads' numbers and gives the stream's width; its bias
-    belongs to no head.
+    The matrix is that of the layer's attention which is called as output projections are; its bias belongs to no head.
 
     Raises:
         SinkscopeError: there is none.
     """
     found: list[nn.Module] = []
     for name, module in adapter.blocks[layer].named_modules():
-        own = vars(module)
-        if ("attn" in name or "attention" in name) and own.get("out_features", own.get("nf")) == adapter.width:
+        own, path = vars(module), set(name.split("."))
+        attends = "attn" in name or "attention" in name
+        if attends and path & PROJECTIONS and own.get("out_features", own.get("nf")) == adapter.width:
             found.append(module)
     if not found:
         raise SinkscopeError(f"the output projection of layer {layer} of {adapter.name} was not found")
