@@ -22,7 +22,7 @@ from sinkscope.runs.progress import bar
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, tabulate
 from sinkscope.studies.texts import pieces, setting
 
-FACTORS = (0.0, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0)
+FACTORS = (0.0, 0.5, 1.5, 2.0, 4.0)
 PLACEBO = "placebo: another key"
 QUANTITIES = ("delta_loss", "kl", "entropy_change")
 
@@ -70,14 +70,14 @@ def dose_response(
     edits |= {(group, f): make(f) for group, make in groups.items() for f in wanted}
     seen: dict[tuple[str, float], list[list[float]]] = {place: [] for place in edits}
     with bar(progress, len(edits) * len(sample), "dose-response", "pass") as tick:
-        for s in sample.sequences:
-            ids, clean = s.ids[None].to(adapter.device), None
-            for place, edit in edits.items():
-                with nullcontext() if edit is None else edit.on(model):
+        texts, clean = [s.ids[None].to(adapter.device) for s in sample.sequences], []
+        for place, edit in edits.items():
+            with nullcontext() if edit is None else edit.on(model):
+                for i, ids in enumerate(texts):
                     logits = _logits(adapter, ids)
-                clean = logits if clean is None else clean
-                seen[place].append(_numbers(logits, clean, ids[0, 1:]))
-                tick(1)
+                    clean += [logits] if edit is None else []
+                    seen[place].append(_numbers(logits, clean[i], ids[0, 1:]))
+                    tick(1)
     of, rows, curves = setting(sample), [], {}
     base = np.array(seen["", 1.0])
     for group in groups:
