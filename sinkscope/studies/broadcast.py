@@ -70,7 +70,7 @@ def nop_broadcast(
     labels = np.where(ratio <= QUIET, NOP, np.where((ratio >= LOUD) & (rank <= RANK), BROADCAST, BETWEEN))
     labels = np.where(routed >= QUERIES, labels, NONE)
     classes = _classes(labels)
-    of, rows = setting(sample), []
+    of, rows, same = setting(sample), list[Row](), list[str]()
     edits: dict[str, Intervention] = {}
     for kind in (NOP, BROADCAST, BETWEEN):
         of_kind, own = classes == kind, labels == kind
@@ -83,7 +83,7 @@ def nop_broadcast(
             edits |= {f"{kind}, {by}": _in(adapter, of_kind, 0, by, seed) for by in EDITS}
             other = ReplaceValue(0, "zero").placebo(seed).keys[0]  # type: ignore[attr-defined]
             edits[f"{kind}, {PLACEBO}"] = _in(adapter, of_kind, other, "zero", seed)
-    reports = {}
+    reports: dict[str, Any] = {}
     if edits:
         effect = evaluate(model, sample, [named(edit, case) for case, edit in edits.items()], progress=progress)
         rows += costs(effect, {case: case for case in edits}, of)
@@ -91,7 +91,7 @@ def nop_broadcast(
         reports[""] = effect
     table = tabulate("nop-broadcast", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
-    verdict, said = _say(adapter.name, of, value, same if edits else [])
+    verdict, said = _say(adapter.name, of, value, same)
     pictures = {"heads": partial(_draw, ratio, rank, labels)}
     return StudyReport("nop-broadcast", asked(__doc__), table, verdict, said, adapter.describe(), pictures, reports)
 

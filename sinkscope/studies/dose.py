@@ -78,7 +78,8 @@ def dose_response(
                     clean += [logits] if edit is None else []
                     seen[place].append(_numbers(logits, clean[i], ids[0, 1:]))
                     tick(1)
-    of, rows, curves = setting(sample), [], {}
+    of, rows = setting(sample), list[Row]()
+    curves: dict[str, dict[float, np.ndarray]] = {}
     base = np.array(seen["", 1.0])
     for group in groups:
         curves[group] = {f: np.array(seen[group, f]) - base for f in wanted} | {1.0: base - base}
