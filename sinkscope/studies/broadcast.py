@@ -19,7 +19,7 @@ from sinkscope.metrics.across import POSITIVE, SHARE
 from sinkscope.models import Adapter, adapt
 from sinkscope.reports.drawing import SERIES, WIDE, finish
 from sinkscope.reports.words import percent
-from sinkscope.studies.report import Estimate, StudyReport, asked, by_text, costs, tabulate
+from sinkscope.studies.report import Estimate, Row, StudyReport, asked, by_text, costs, tabulate
 from sinkscope.studies.seen import Seen, check_inside, named, projection
 from sinkscope.studies.texts import pieces, setting
 
