@@ -31,7 +31,7 @@ def dose_response(
     model: Any,
     text: Any = None,
     *,
-    factors: Sequence[float] = FACTORS,
+    factors: Sequence[float | int] = FACTORS,
     sequences: int = 6,
     tokens: int = 128,
     seed: int = 0,

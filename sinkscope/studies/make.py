@@ -30,7 +30,7 @@ def make_a_sink(
     text: Any = None,
     *,
     positions: Sequence[int] = (10, 20, 40),
-    factor: float = 4.0,
+    factor: float | int = 4.0,
     sequences: int = 6,
     tokens: int = 128,
     progress: bool = False,

@@ -34,7 +34,12 @@ def test_seen_weights_are_eager_attention_and_change_nothing(tiny, family):
     model, network, taken = tiny(family), tiny_hf_model(family), []
     adapter, inputs, given = adapt(model), [], []
     matrix = {"llama": lambda m: m.model.layers[1].self_attn.o_proj, "gpt2": lambda m: m.transformer.h[1].attn.c_proj}
-    matrix[family](network).register_forward_hook(lambda m, args, out: (inputs.append(args[0][0]), given.append(out[0])))
+
+    def keep(module, args, out):
+        inputs.append(args[0][0])
+        given.append(out[0])
+
+    matrix[family](network).register_forward_hook(keep)
     seen = Seen(None, (0, 3), look=lambda layer, weights, outputs, values: taken.append((layer, weights, outputs)) or weights)
     plain = ss.evaluate(model, ROWS[:1], MaskKeys(5)).summary().set_index("intervention")
     watched = ss.evaluate(model, ROWS[:1], [seen.edit, Seen(MaskKeys(5)).edit]).summary().set_index("intervention")
