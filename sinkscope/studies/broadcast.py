@@ -141,7 +141,7 @@ def _say(model: str, of: str, value: Mapping[tuple[str, str], Estimate], same: l
     said = f"In {of} of {model}: NOP {share[NOP]}, broadcast {share[BROADCAST]}, neither {share[BETWEEN]} of the heads; the "
     said += "others have "
     said += "no sink on the first token. "
-    needed, kept = [], []
+    needed, kept = list[str](), list[str]()
     for kind in kinds:
         cost = {by: value[f"{kind}, {by}", "delta_loss"] for by in (*EDITS, PLACEBO)}
         (needed if cost["zero"].low > max(0.0, cost[PLACEBO].high) else kept).append(kind)

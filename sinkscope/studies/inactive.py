@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial, reduce
 from operator import and_
 from typing import Any
@@ -120,7 +120,11 @@ def _name(score: str, quantile: float) -> str:
     return f"{score}, {100 * quantile:.0f}% of heads"
 
 
-def _zero(adapter: Adapter, heads: Sequence[int]) -> Intervention:
+def _shares(quantiles: Iterable[float]) -> str:
+    return ", ".join(f"{100 * q:.0f}%" for q in quantiles)
+
+
+def _zero(adapter: Adapter, heads: Iterable[int]) -> Intervention:
     """Zero heads given by their number among all of them."""
     by_layer: dict[int, list[int]] = {}
     for place, head in (divmod(int(h), adapter.n_heads) for h in heads):
@@ -162,11 +166,10 @@ def _say(
     less = {(name, q): value[_name(name, q), "less_than_random"] for name in scores for q in quantiles}
     good = [q for q in quantiles if less[SINK, q].high < 0]
     bad = [q for q in quantiles if less[SINK, q].low > 0]
-    shares = lambda qs: ", ".join(f"{100 * q:.0f}%" for q in qs)  # noqa: E731
     if good and not bad:
-        verdict = f"The heads that sink most are more dispensable than random ones (at {shares(good)} of the heads)"
+        verdict = f"The heads that sink most are more dispensable than random ones (at {_shares(good)} of the heads)"
     elif bad and not good:
-        verdict = f"The heads that sink most cost more than random ones (at {shares(bad)} of the heads)"
+        verdict = f"The heads that sink most cost more than random ones (at {_shares(bad)} of the heads)"
     else:
         verdict = "That the heads that sink most are more dispensable than random ones was not shown"
     first = quantiles[0]

@@ -141,6 +141,7 @@ def projection(adapter: Adapter, layer: int) -> Callable[[Tensor], Tensor]:
         heads, n, d = vectors.shape
         alone = torch.einsum("hnd,hg->hngd", vectors, torch.eye(heads, device=vectors.device, dtype=vectors.dtype))
         flat = alone.reshape(heads, n, heads * d).contiguous()
-        return found[-1](flat) - found[-1](flat.new_zeros(1, 1, heads * d))
+        written: Tensor = found[-1](flat) - found[-1](flat.new_zeros(1, 1, heads * d))
+        return written
 
     return project

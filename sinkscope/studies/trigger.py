@@ -95,8 +95,8 @@ def train(attention: str, size: int, *, steps: int, seeds: int) -> dict[str, lis
             at.step()
         x, wanted, trigger = draw(Generator().manual_seed(999), TESTS)
         with torch.no_grad():
-            trained = ({name: w[seed] for name, w in weights.items()} for seed in range(seeds))
-            each = [look(*functional_call(models[0], given, (x,)), wanted, trigger) for given in trained]
+            got, paid = run(weights, x.expand(seeds, -1, -1, -1))
+            each = [look(given, row, wanted, trigger) for given, row in zip(got, paid, strict=True)]
     return {name: [one[name] for one in each] for name in QUANTITIES}
 
 
