@@ -4,12 +4,13 @@ Data flow::
 
     measure:   texts -> tokens -> capture (an engine) -> Block -> metric accumulators -> SinkReport -> plots, files
     evaluate:  intervention -> edited attention -> per-token loss, KL -> EffectReport -> plots, files
+    sweep:     the same, at every head, layer or position -> SweepReport
 
 Two contracts carry it: a metric is a function of a :class:`~sinkscope.block.Block`, an intervention an
 :class:`~sinkscope.edit.Edit`; engines know these alone. Modules import downwards::
 
-    cli > studies > observe, causal, attention > interventions > capture > models > reports > runs > results > metrics
-        > tokens > block, edit > errors
+    cli > studies > masks, sweeps > observe, causal, attention > interventions > capture > models > reports > runs > results
+        > metrics > tokens > block, edit > errors
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from sinkscope.reports.load import load_report
     from sinkscope.reports.mask import SinkMask
     from sinkscope.reports.sink import SinkReport
+    from sinkscope.reports.sweep import SweepReport
+    from sinkscope.sweeps import sweep
     from sinkscope.tokens import tokenize
 
 __version__ = "0.1.0"
@@ -47,6 +50,7 @@ _HOME = {
     "SinkReport": "reports.sink",
     "SinkWindow": "interventions",
     "SinkscopeError": "errors",
+    "SweepReport": "reports.sweep",
     "Window": "interventions",
     "attention_map": "attention",
     "attention_patterns": "attention",
@@ -56,6 +60,7 @@ _HOME = {
     "measure": "observe",
     "metric": "metrics.base",
     "sink_mask": "masks",
+    "sweep": "sweeps",
     "tokenize": "tokens",
 }
 _MODULES = {name: name for name in ("interventions", "metrics", "studies", "testing", "where")} | {"plots": "reports.plots"}
@@ -69,6 +74,7 @@ __all__ = [
     "SinkReport",
     "SinkWindow",
     "SinkscopeError",
+    "SweepReport",
     "Window",
     "attention_map",
     "attention_patterns",
@@ -82,6 +88,7 @@ __all__ = [
     "plots",
     "sink_mask",
     "studies",
+    "sweep",
     "testing",
     "tokenize",
     "where",

@@ -129,16 +129,32 @@ class PointsCapture:
             self._tick, size = lambda: None, route.edit.rerun() or 1
             passes = [ids[:, :size], *ids[0].unfold(0, size, 1)[1:, None]]
         for done, one in enumerate(passes):
-            hidden = self.adapter.body(one, torch.ones_like(one, dtype=torch.bool))[0]
-            if not bool(torch.isfinite(hidden).all()):
-                raise SinkscopeError(
-                    f"NaN or infinity in {self.adapter.name} under {route.edit} (text {batch.sequences[0].label!r})"
-                )
+            hidden = self._body(one, batch)[0]
             yield hidden if done == 0 else hidden[-1:]
         if len(passes) > 1:
             for _ in self.adapter.layers:
                 tick()
             self.received = torch.full((ids.shape[1],), torch.nan, dtype=torch.float64)
+
+    def copies(
+        self, batch: Batch, edit: Edit, tick: Callable[[], None], first: int
+    ) -> Float[Tensor, "copy position d_model"]:
+        """Run the body over copies of one text, at once; what layers before the first hand out is the caller's matter.
+
+        Raises:
+            SinkscopeError: NaN or infinity.
+        """
+        self._edit, self._tick = edit, tick
+        self.received = torch.zeros(batch.ids.shape[1], dtype=torch.float64)
+        return self._body(batch.ids, batch)
+
+    def _body(self, ids: Tensor, batch: Batch) -> Tensor:
+        hidden = self.adapter.body(ids, torch.ones_like(ids, dtype=torch.bool))
+        if not bool(torch.isfinite(hidden).all()):
+            raise SinkscopeError(
+                f"NaN or infinity in {self.adapter.name} under {self._edit} (text {batch.sequences[0].label!r})"
+            )
+        return hidden
 
     def _length(self) -> int:
         return len(self.received)
