@@ -115,7 +115,7 @@ def _groups(model: Any, adapter: Adapter, sample: Any, seed: int) -> dict[str, A
     }
 
 
-def _in_heads(places: Mapping[Any, list[int]], factor: float) -> Intervention:
+def _in_heads(places: Mapping[Any, Any], factor: float) -> Intervention:
     """Scale the first token's weight in some heads of each layer."""
     return reduce(and_, (ScaleAttention(0, factor, layers=int(layer), heads=heads) for layer, heads in places.items()))
 

@@ -89,7 +89,9 @@ def inactive_heads(
     shuffles = [generator.permutation(total) for _ in range(DRAWS)]
     orders = {name: [np.argsort(score.ravel(), kind="stable")] for name, score in scores.items()} | {RANDOM: shuffles}
     places = {
-        (name, q): [order[: max(1, round(q * total))] for order in each] for name, each in orders.items() for q in quantiles
+        (name, q): [order[: max(1, round(q * total))].tolist() for order in each]
+        for name, each in orders.items()
+        for q in quantiles
     }
     edits = {
         (case, draw): named(_zero(adapter, heads), f"{_name(*case)} [{draw}]")
