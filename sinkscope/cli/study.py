@@ -56,14 +56,8 @@ def study(
         from sinkscope.tokens import read_text
 
         text = None if file is None else {file.name: read_text(file)}
-        options: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "sequences": sequences,
-            "tokens": tokens,
-            "seed": seed,
-            "score_from": score_from,
-        }
-        options |= {"budget": budget, "ratio": ratio, "recompute": recompute or None}
+        options: dict[str, Any] = {"max_tokens": max_tokens, "sequences": sequences, "tokens": tokens, "seed": seed}
+        options |= {"score_from": score_from, "budget": budget, "ratio": ratio, "recompute": recompute or None}
         options |= {"also": also or None, "checkpoints": checkpoint or None, "only": only or None}
         how = {key: value for key, value in options.items() if value is not None}
         run: Any = run_all if name == "all" else find(name)
