@@ -19,7 +19,7 @@ from sinkscope.metrics.across import POSITIVE, SHARE
 from sinkscope.models import Adapter, adapt
 from sinkscope.reports.drawing import SERIES, WIDE, finish
 from sinkscope.reports.words import percent
-from sinkscope.studies.report import Estimate, Row, StudyReport, asked, by_text, costs, tabulate
+from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, by_text, costs, tabulate
 from sinkscope.studies.seen import Seen, check_inside, named, projection
 from sinkscope.studies.texts import pieces, setting
 
@@ -92,6 +92,7 @@ def nop_broadcast(
     table = tabulate("nop-broadcast", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(adapter.name, of, value, same)
+    said += beside(table)
     pictures = {"heads": partial(_draw, ratio, rank, labels)}
     return StudyReport("nop-broadcast", asked(__doc__), table, verdict, said, adapter.describe(), pictures, reports)
 

@@ -19,7 +19,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import NULL, SERIES, WIDE, finish
 from sinkscope.runs.progress import bar
-from sinkscope.studies.report import Estimate, Row, StudyReport, asked, tabulate
+from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, tabulate
 from sinkscope.studies.texts import pieces, setting
 
 FACTORS = (0.0, 0.5, 1.5, 2.0, 4.0)
@@ -90,6 +90,7 @@ def dose_response(
     table = tabulate("dose-response", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(adapter.name, of, list(groups), value)
+    said += beside(table)
     pictures = {name: partial(_draw, curves, i, name) for i, name in enumerate(QUANTITIES)}
     return StudyReport("dose-response", asked(__doc__), table, verdict, said, adapter.describe(), pictures)
 

@@ -18,7 +18,7 @@ from sinkscope.interventions import Intervention, ZeroHead
 from sinkscope.models import Adapter, adapt
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import MARK, NULL, SERIES, WIDE, finish
-from sinkscope.studies.report import Estimate, Row, StudyReport, asked, by_text, tabulate
+from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, by_text, tabulate
 from sinkscope.studies.seen import Seen, check_inside, named, projection
 from sinkscope.studies.texts import pieces, setting
 from sinkscope.tokens import Tokens
@@ -109,6 +109,7 @@ def inactive_heads(
     table = tabulate("inactive-heads", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(adapter.name, of, list(scores), sorted(quantiles), value)
+    said += beside(table)
     pictures = {"curves": partial(_draw, value, list(scores), sorted(quantiles))}
     return StudyReport("inactive-heads", asked(__doc__), table, verdict, said, effect.about, pictures, {"": effect})
 

@@ -15,7 +15,7 @@ from sinkscope.interventions import AmplifyVariance, Intervention, ScaleOutput, 
 from sinkscope.metrics.across import SHARE, SIGNED
 from sinkscope.models import adapt
 from sinkscope.reports.plots import estimates
-from sinkscope.studies.report import Estimate, Row, StudyReport, asked, by_text, tabulate
+from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, by_text, tabulate
 from sinkscope.studies.seen import Seen, check_inside
 from sinkscope.studies.texts import pieces, setting
 
@@ -94,6 +94,7 @@ def make_a_sink(
     table = tabulate("make-a-sink", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(adapter.name, of, factor, value)
+    said += beside(table)
     pictures = {
         "rates": partial(estimates, table, "sink_rate", unit="share of heads"),
         "changes": partial(estimates, table, "to_first_change", unit="share of later queries' attention"),

@@ -15,7 +15,7 @@ from sinkscope.interventions import QuantizeKV
 from sinkscope.models import adapt
 from sinkscope.reports.drawing import NULL, SERIES, WIDE, finish
 from sinkscope.reports.words import percent
-from sinkscope.studies.report import Estimate, Row, StudyReport, asked, by_text, costs, tabulate
+from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, by_text, costs, tabulate
 from sinkscope.studies.texts import pieces, setting
 
 #: The number of tokens that the placebo keeps, from a later position on.
@@ -71,6 +71,7 @@ def kv_quantisation(
     table = tabulate("kv-quantisation", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(adapter.name, of, rounds, kept, value)
+    said += beside(table)
     pictures = {"kl": partial(_draw, value, rounds, kept)}
     return StudyReport("kv-quantisation", asked(__doc__), table, verdict, said, effect.about, pictures, {"": effect})
 

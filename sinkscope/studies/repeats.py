@@ -21,7 +21,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import NULL, SERIES, WIDE, finish
 from sinkscope.reports.words import percent
-from sinkscope.studies.report import Estimate, Row, StudyReport, asked, tabulate
+from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, tabulate
 from sinkscope.studies.texts import pieces, setting
 from sinkscope.tokens import TextTokens, Tokens
 
@@ -107,6 +107,7 @@ def repeated_token(
     table = tabulate("repeated-token", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(adapter.name, of, layer, neurons, value)
+    said += beside(table)
     pictures = {"norms": partial(_draw, curves)}
     about = about | {"sink_layer": layer, "sink_neurons": list(neurons)}
     return StudyReport("repeated-token", asked(__doc__), table, verdict, said, about, pictures)

@@ -22,7 +22,7 @@ from sinkscope.metrics.across import POSITIVE, SHARE
 from sinkscope.models import adapt
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import LINE, MARK, WIDE, finish, visible
-from sinkscope.studies.report import Estimate, Row, StudyReport, asked, tabulate
+from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, tabulate
 from sinkscope.studies.texts import pieces, setting
 from sinkscope.tokens import TextTokens, Tokens
 
@@ -121,6 +121,7 @@ def secondary_sinks(
     table = tabulate("secondary-sinks", adapter.name, rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(adapter.name, of, secondary, value)
+    said += beside(table)
     chosen = secondary[0] if secondary else None
     picture = partial(_draw, *grids[chosen.text if chosen else sample.sequences[0].label][:1], chosen)
     return StudyReport("secondary-sinks", asked(__doc__), table, verdict, said, report.about, {"cosines": picture})

@@ -25,7 +25,7 @@ from sinkscope.metrics.across import POSITIVE, SHARE
 from sinkscope.reports.drawing import LINE, MARK, NULL, SERIES, WIDE, finish
 from sinkscope.runs.progress import bar
 from sinkscope.studies.kinds import ATTENTIONS, Attention
-from sinkscope.studies.report import Estimate, Row, StudyReport, asked, tabulate
+from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, tabulate
 from sinkscope.studies.toy import one_thread
 
 WIDTH = LENGTH = 16
@@ -160,6 +160,7 @@ def necessity(
     table = tabulate("necessity", "trigger-mean", rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(value, of, sizes)
+    said += beside(table)
     pictures = {"first-token": partial(_draw, value, sizes)}
     about = {"model": "trigger-mean", "steps": steps, "seeds": seeds, "sizes": list(sizes)}
     return StudyReport("necessity", asked(__doc__), table, verdict, said, about, pictures)
