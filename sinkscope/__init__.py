@@ -4,12 +4,13 @@ Data flow::
 
     measure:   texts -> tokens -> capture (an engine) -> Block -> metric accumulators -> SinkReport -> plots, files
     evaluate:  intervention -> edited attention -> per-token loss, KL -> EffectReport -> plots, files
+    watch:     a model that runs in anybody's code -> passes -> Block -> the same -> series, SinkReport
 
 Two contracts carry it: a metric is a function of a :class:`~sinkscope.block.Block`, an intervention an
 :class:`~sinkscope.edit.Edit`; engines know these alone. Modules import downwards::
 
-    cli > studies > observe, causal, attention > interventions > capture > models > reports > runs > results > metrics
-        > tokens > block, edit > errors
+    cli > studies > observe, causal, attention, watching > interventions > capture > models > reports > runs > results
+        > metrics > tokens > block, edit > errors
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sinkscope import interventions, metrics, studies, testing, where
     from sinkscope.attention import attention_map, attention_patterns
     from sinkscope.block import Block
+    from sinkscope.callback import SinkCallback
     from sinkscope.causal import evaluate
     from sinkscope.errors import InertHookError, SinkscopeError
     from sinkscope.interventions import MaskKeys, SinkWindow, Window
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from sinkscope.reports.mask import SinkMask
     from sinkscope.reports.sink import SinkReport
     from sinkscope.tokens import tokenize
+    from sinkscope.watching import Watch, watch
 
 __version__ = "0.1.0"
 
@@ -43,10 +46,12 @@ _HOME = {
     "EffectReport": "reports.effect",
     "InertHookError": "errors",
     "MaskKeys": "interventions",
+    "SinkCallback": "callback",
     "SinkMask": "reports.mask",
     "SinkReport": "reports.sink",
     "SinkWindow": "interventions",
     "SinkscopeError": "errors",
+    "Watch": "watching",
     "Window": "interventions",
     "attention_map": "attention",
     "attention_patterns": "attention",
@@ -57,6 +62,7 @@ _HOME = {
     "metric": "metrics.base",
     "sink_mask": "masks",
     "tokenize": "tokens",
+    "watch": "watching",
 }
 _MODULES = {name: name for name in ("interventions", "metrics", "studies", "testing", "where")} | {"plots": "reports.plots"}
 
@@ -65,10 +71,12 @@ __all__ = [
     "EffectReport",
     "InertHookError",
     "MaskKeys",
+    "SinkCallback",
     "SinkMask",
     "SinkReport",
     "SinkWindow",
     "SinkscopeError",
+    "Watch",
     "Window",
     "attention_map",
     "attention_patterns",
@@ -84,6 +92,7 @@ __all__ = [
     "studies",
     "testing",
     "tokenize",
+    "watch",
     "where",
 ]
 
