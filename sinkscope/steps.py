@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from sinkscope.metrics import BUILT_IN
 from sinkscope.metrics.base import Array, Metric
@@ -35,7 +36,7 @@ class Step:
     position: int
     queries: int
     spans: tuple[tuple[int, int], ...]
-    values: dict[tuple[str, int], Array] = field(default_factory=dict)
+    values: dict[tuple[str, int], NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,7 @@ class Watched:
         return _mean(np.array(found))
 
 
-def _mean(values: Array) -> float:
+def _mean(values: NDArray[np.floating[Any]]) -> float:
     """Average what is defined; NaN where nothing is."""
-    there = np.asarray(values)[~np.isnan(values)]
+    there = np.asarray(values, dtype=float)[~np.isnan(values)]
     return float(there.mean()) if there.size else float("nan")

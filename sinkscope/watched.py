@@ -224,7 +224,7 @@ class Run(Observer):
             kept.add(means.sums[name, index].sum(0), means.rows[name, index].sum(0), slice(None))
 
     def _step(self, one: Pass, means: Means, place: int) -> Step:
-        values: dict[tuple[str, int], Array] = {}
+        values: dict[tuple[str, int], NDArray[np.float32]] = {}
         for (name, index), sums in means.sums.items():
             if sums.ndim == 4:  # with a number per key there are five, and no course over time
                 metric = next(m for m in self.metrics if m.name == name)
@@ -240,24 +240,27 @@ class Run(Observer):
         seen = np.zeros(length, dtype=bool)
         for starts, counts in self.spans:
             seen[starts[row] : starts[row] + counts[row]] = True
-        return None if seen.all() else np.broadcast_to(seen, (len(self.place), length))
+        return None if seen.all() else np.tile(seen, (len(self.place), 1))
 
-    def texts(self, tokenizer: Any) -> list[tuple[int, TextTokens]]:
-        """Give the rows and their texts, as far as the model was given them; none of fewer than two tokens."""
+    def texts(self, tokenizer: Any, *, read: bool) -> list[tuple[int, TextTokens]]:
+        """Give the rows and their texts of two tokens or more, as far as the model was given them; `read` decodes them."""
         label = f"pass {self.number}"
         lengths = [(row, n) for row, n in enumerate(self.layout.lengths.tolist()) if n > 1]
         labels = [label if self.batch == 1 else f"{label}, row {row}" for row, _ in lengths]
         found = {name: self._tokens()[row, :n] for name, (row, n) in zip(labels, lengths, strict=True)}
-        texts = tokenize(tokenizer, found).sequences if found else ()
+        if read and found:
+            texts = tokenize(tokenizer, found).sequences
+        else:
+            texts = tuple(TextTokens(name, ids, ()) for name, ids in found.items())
         return [(row, text) for (row, _), text in zip(lengths, texts, strict=True)]
 
 
-def _over_texts(values: Array) -> Array:
+def _over_texts(values: Array) -> NDArray[np.float32]:
     """Average `[layer, batch, head]` over the texts that have a number."""
     there = ~np.isnan(values)
     count = there.sum(1)
     sums: Array = np.where(there, values, 0).sum(1)
-    return np.divide(sums, count, out=np.full_like(sums, np.nan), where=count > 0)
+    return np.divide(sums, count, out=np.full_like(sums, np.nan), where=count > 0).astype(np.float32)
 
 
 def _follows(before: Pass, after: Pass) -> bool:

@@ -39,7 +39,7 @@ def watch(
     model: Any,
     metrics: Iterable[str | AnyMetric | Callable[[Block], Any]] | None = None,
     every: SupportsIndex = 1,
-    key: SupportsIndex | Iterable[SupportsIndex] = 0,
+    key: SupportsIndex | str | Iterable[SupportsIndex | str] = 0,
 ) -> Watch:
     """Keep statistics of attention while any code of yours runs a model: generation with its cache, training, anything.
 
@@ -132,10 +132,9 @@ class Watch:
 
         Returns:
             Columns `step` (number of the pass, from 0), `position` (of its first query), `queries`, `texts`, `metric`,
-            `value` and `null` (the same on uniform attention; NaN of metrics of your own); with `by`, `layer` and `head` too.
-            Means are over each text's queries in the pass first, thresholds are applied to these, then means over texts. A
-            metric
-            that gives one number per key is in :meth:`report` alone, as are numbers made of others.
+            `value` and `null` (the same on uniform attention; NaN of metrics of your own); with `by`, `layer` and `head`
+            too. Means are over each text's queries in the pass first, thresholds are applied to these, then means over
+            texts. A metric that gives one number per key is in :meth:`report` alone, as are numbers made of others.
 
         Raises:
             SinkscopeError: nothing was seen; says why.
@@ -263,11 +262,11 @@ class Watch:
         """Add the texts of a batch to what is reported."""
         if not run.rows:
             return
-        for row, text in run.texts(self.adapter.tokenizer):
+        for row, text in run.texts(self.adapter.tokenizer, read=len(results) <= PER_TEXT):
             if len(text) > max(self._watched.keys):
                 result = TextResult(text, self._finish(run, row, text))
                 tally.add(result)
-                if len(results) < PER_TEXT + 1:
+                if len(results) <= PER_TEXT:  # one more, and no single text is reported
                     results.append(result)
 
     def _nothing(self) -> SinkscopeError:

@@ -2,9 +2,11 @@
 
 import copy
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import sinkscope as ss
 from sinkscope.interventions import StreamingWindow, ZeroAttention
 from sinkscope.testing import tiny_hf_model, tiny_model
-from tests.conftest import fingerprint
+from tests.conftest import fingerprint, fresh
 from tests.model.compare import NOT_FLASH, TL4, attentions
 
 pytestmark = pytest.mark.classes
@@ -30,6 +32,15 @@ def at_sdpa(family):
     if family not in ("gemma2", "gpt_oss"):
         model.set_attn_implementation("sdpa")
     return model
+
+
+def marks(model):
+    """What is on a model, but the patterns that a bridge keeps of whatever ran last."""
+    for module in model.modules():
+        if "_pattern" in vars(module):
+            module._pattern = None
+    with torch.enable_grad():
+        return fingerprint(model)
 
 
 def same(report, reference):
@@ -84,7 +95,7 @@ def test_a_bridge_shows_what_measure_finds(tiny, family):
     with torch.no_grad():
         plain = model(IDS)
         made = None if family == "bert" else model.generate(IDS[:1, :12], **how)
-        before = fingerprint(model)  # TransformerLens's own generation leaves a mark
+        before = marks(model)  # TransformerLens's own generation leaves a mark
         with ss.watch(model, METRICS, key=[0, 2]) as seen:
             assert torch.equal(model(IDS), plain)
         same(seen.report(), ss.measure(model, IDS, METRICS, key=[0, 2]))
@@ -92,11 +103,11 @@ def test_a_bridge_shows_what_measure_finds(tiny, family):
             with ss.watch(model, METRICS, key=[0, 2]) as seen:
                 assert torch.equal(model.generate(IDS[:1, :12], **how), made)
             same(seen.report(), ss.measure(model, made[:, :-1], METRICS, key=[0, 2]))
-    assert fingerprint(model) == before
+    assert marks(model) == before
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gemma3"])
 def test_pads_on_either_side(family, side):
     """A prompt of texts of three lengths, then token by token; a row without pads, and one with fifteen."""
     model, lengths, width = at_sdpa(family), [20, 12, 5], 20
@@ -106,18 +117,18 @@ def test_pads_on_either_side(family, side):
         at = slice(width - n, width) if side == "left" else slice(0, n)
         ids[row, at], mask[row, at] = IDS[row, :n], 1
     ids[:, width:] = IDS[:, 20:28]
+    end = width if family == "bert" or (family, side) == ("gemma3", "right") else 28  # whose windows count pads in between
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     metrics = METRICS if family != "gpt2" else ["sink_mass", "sink_rate"]  # one column alone: tokens are looked at together
     with torch.no_grad(), ss.watch(model, metrics, key=[0, 2]) as seen:
         if family == "bert":
-            model(ids[:, :width], attention_mask=mask[:, :width])
+            model(ids[:, :width], attention_mask=mask[:, :width], position_ids=positions[:, :width])
         else:
             cache = model(ids[:, :width], attention_mask=mask[:, :width], position_ids=positions[:, :width]).past_key_values
-            for end in range(width + 1, 29):
-                step = {"attention_mask": mask[:, :end], "position_ids": positions[:, end - 1 : end]}
-                model(ids[:, end - 1 : end], past_key_values=cache, **step)
-    stop = width if family == "bert" else 28
-    texts = [row[keep.bool()] for row, keep in zip(ids[:, :stop], mask[:, :stop], strict=True)]
+            for at in range(width, end):
+                step = {"attention_mask": mask[:, : at + 1], "position_ids": positions[:, at : at + 1]}
+                model(ids[:, at : at + 1], past_key_values=cache, **step)
+    texts = [row[keep.bool()] for row, keep in zip(ids[:, :end], mask[:, :end], strict=True)]
     same(seen.report(), ss.measure(model, texts, metrics, key=[0, 2]))
 
 
@@ -152,7 +163,7 @@ EDITS = [ss.MaskKeys(0), ss.Window(7), ss.SinkWindow(7, sinks=1), StreamingWindo
 @pytest.mark.parametrize("edit", EDITS, ids=str)
 def test_inside_an_edit_it_sees_the_edited_model(edit):
     """The same tokens as without it; the attention is what `evaluate` says, and what the edit says."""
-    for model in (at_sdpa("llama"), tiny_model("llama")):
+    for model in (at_sdpa("llama"), fresh(tiny_model("llama"))):
         network = getattr(model, "original_model", model)
         before = fingerprint(model)
         with edit.on(model):
@@ -165,7 +176,7 @@ def test_inside_an_edit_it_sees_the_edited_model(edit):
         row = ss.evaluate(model, [made[0, :-1]], edit).summary().set_index("intervention").loc[str(edit)]
         profile = report.frame.query("metric == 'head_profile' and text == 'all'").groupby("key")["value"].mean()
         assert profile.idxmax() == row["sink_position"]
-        assert profile.max() == pytest.approx(row["sink_mass"], abs=1e-6)
+        assert profile[0] == pytest.approx(row["sink_mass"], abs=1e-6)
         late = seen.series().query("position > 20")
         if isinstance(edit, ss.Window):
             assert late.query("metric == 'sink_mass[key=10]'")["value"].max() == 0
@@ -202,8 +213,7 @@ def test_training_steps_have_the_same_gradients(autocast, checkpointing):
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(0)
-        watching = ss.watch(model, metrics, every=2)
-        with watching as seen:
+        with ss.watch(model, metrics, every=2) if metrics else nullcontext() as seen:
             for _ in range(3):
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                     loss = model(IDS, labels=IDS).loss
@@ -215,9 +225,9 @@ def test_training_steps_have_the_same_gradients(autocast, checkpointing):
         watched, seen = gradients(metrics)
         assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
         assert seen.series()["step"].unique().tolist() == [0, 2]
-        reference = ss.measure(at_sdpa("llama"), IDS, ["sink_mass"]).summary("all")["value"][0]
-        value = seen.series().query("metric == 'sink_mass'")["value"]
-        np.testing.assert_allclose(value, reference, atol=3e-3 if autocast else 1e-6)
+        plainly = ss.measure(at_sdpa("llama"), IDS, ["sink_mass"]).frame.query("text == 'all' and layer == 0")["value"]
+        value = seen.series(by="layer").query("metric == 'sink_mass' and layer == 0")["value"]  # before anything is dropped
+        np.testing.assert_allclose(value, plainly.mean(), atol=3e-3 if autocast else 1e-6)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -348,7 +358,7 @@ def test_the_report_is_one_as_any(tmp_path):
     report = seen.report()
     report.save(tmp_path / "seen")
     again = ss.load_report(tmp_path / "seen")
-    assert again.summary().equals(report.summary())
+    pd.testing.assert_frame_equal(again.summary(), report.summary(), atol=1e-15, check_dtype=False)
     assert (report.compare(ss.measure(model, IDS, ["sink_mass"]))["difference"].abs() < 1e-6).all()
     assert "engine watch" in str(report)
 

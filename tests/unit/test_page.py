@@ -90,10 +90,10 @@ def test_notes_stand_above_the_numbers_and_not_among_the_facts():
     data = page.measured(frame, summary, meta | {"notes": [note]})
     assert data["notes"] == [note]
     assert note not in [value for _, value in data["facts"]]
-    shown = page.page(data)
+    shown = page.render(data)
     assert shown.index("the texts have 5 to 1,265 tokens &lt;b&gt;</li>") < shown.index("All numbers")
     assert "Note: the texts have 5 to 1,265 tokens" in page.markdown(data)
-    assert 'class="notes"' not in page.page(page.measured(frame, summary, meta))
+    assert 'class="notes"' not in page.render(page.measured(frame, summary, meta))
 
 
 def test_how_it_was_measured(parsed):
