@@ -59,10 +59,12 @@ docs: $(ENV)/ready
 
 bench: $(ENV)/ready
 	$(ENV)/bin/python tests/benchmarks/bench.py
+	$(ENV)/bin/python tests/benchmarks/sweep.py
+	$(ENV)/bin/python tests/benchmarks/vocabulary.py
 
 # Over ten thousand generated calls of the command line, the public functions and the readers of files.
 fuzz: $(ENV)/ready
-	SINKSCOPE_FUZZ=24 $(ENV)/bin/python -m pytest -n 2 -o addopts="$(PLAIN)" tests/robust/test_fuzz.py tests/robust/test_faults.py
+	SINKSCOPE_FUZZ=24 $(ENV)/bin/python -m pytest -n 2 -o addopts="$(PLAIN)" tests/robust/test_fuzz.py tests/robust/test_faults.py tests/robust/test_kills.py
 
 # torch first and alone: an unpinned torch may pull a CUDA build of several GB. The environment variable, unlike -c,
 # pins the build backend as well.

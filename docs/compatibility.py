@@ -16,9 +16,12 @@ PAGE = Path(__file__).with_name("compatibility.md")
 EDITS = {
     "windows": "sink_window(size=8, sinks=2)",
     "cache positions": "streaming_window(size=8, sinks=2)",
-    "mask": "mask_keys(keys=[0])",
+    "mask, scale, bias": "scale_attention(keys=[0], factor=2)",
     "zero attention": "zero_attention(keys=[0])",
-    "zero, mean value": "zero_value(keys=[0])",
+    "values": "replace_value(keys=[0], by='noise')",
+    "heads, outputs": "zero_head(heads=[0])",
+    "quantised cache": "quantize_kv(bits=2)",
+    "neurons": "zero_neuron(layer=1, neurons=[0])",
     "input": "drop_tokens(positions=[0])",
     "residual": "edit_activation(to=0.0, positions=[0], dims=[3], layers=[1])",
 }

@@ -4,13 +4,14 @@ Data flow::
 
     measure:   texts -> tokens -> capture (an engine) -> Block -> metric accumulators -> SinkReport -> plots, files
     evaluate:  intervention -> edited attention -> per-token loss, KL -> EffectReport -> plots, files
+    sweep:     the same, at every head, layer or position -> SweepReport
     watch:     a model that runs in anybody's code -> passes -> Block -> the same -> series, SinkReport
 
 Two contracts carry it: a metric is a function of a :class:`~sinkscope.block.Block`, an intervention an
 :class:`~sinkscope.edit.Edit`; engines know these alone. Modules import downwards::
 
-    cli > studies > observe, causal, attention, watching > interventions > capture > models > reports > runs > results
-        > metrics > tokens > block, edit > errors
+    cli > studies > masks, sweeps, callback > observe, causal, attention, watching > interventions > capture > models
+        > reports > runs > results > metrics > tokens > block, edit > errors
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from sinkscope.reports.load import load_report
     from sinkscope.reports.mask import SinkMask
     from sinkscope.reports.sink import SinkReport
+    from sinkscope.reports.sweep import SweepReport
+    from sinkscope.sweeps import sweep
     from sinkscope.tokens import tokenize
     from sinkscope.watching import Watch, watch
 
@@ -51,6 +54,7 @@ _HOME = {
     "SinkReport": "reports.sink",
     "SinkWindow": "interventions",
     "SinkscopeError": "errors",
+    "SweepReport": "reports.sweep",
     "Watch": "watching",
     "Window": "interventions",
     "attention_map": "attention",
@@ -61,6 +65,7 @@ _HOME = {
     "measure": "observe",
     "metric": "metrics.base",
     "sink_mask": "masks",
+    "sweep": "sweeps",
     "tokenize": "tokens",
     "watch": "watching",
 }
@@ -76,6 +81,7 @@ __all__ = [
     "SinkReport",
     "SinkWindow",
     "SinkscopeError",
+    "SweepReport",
     "Watch",
     "Window",
     "attention_map",
@@ -90,6 +96,7 @@ __all__ = [
     "plots",
     "sink_mask",
     "studies",
+    "sweep",
     "testing",
     "tokenize",
     "watch",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -11,13 +12,14 @@ from typing import Any, SupportsIndex
 
 from sinkscope.capture import scored
 from sinkscope.capture.edited import Edited
+from sinkscope.capture.looks import Looks
 from sinkscope.capture.losses import check_logits
 from sinkscope.capture.plans import plan
-from sinkscope.capture.residuals import residuals
 from sinkscope.capture.routes import Route, Routes, routes
 from sinkscope.edit import NOTHING
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions import Intervention, parse
+from sinkscope.interventions import Intervention
+from sinkscope.interventions.asked import named, placebo_of, with_placebos
 from sinkscope.models import Adapter, adapt
 from sinkscope.reports.effect import EffectReport
 from sinkscope.results import NONE, Effects, Run
@@ -38,6 +40,7 @@ def evaluate(
     interventions: Intervention | str | Sequence[Intervention | str],
     *,
     score_from: int = 1,
+    placebo: bool | SupportsIndex = False,
     bos: bool | None = None,
     max_tokens: SupportsIndex | None = None,
     per_text: bool | None = None,
@@ -53,6 +56,8 @@ def evaluate(
         texts: as for :func:`sinkscope.measure`.
         interventions: one or several, as objects or in text form, such as `"sink_window(size=256, sinks=4)"`.
         score_from: score the predictions of tokens at this position (0-based) and later ones.
+        placebo: run each edit's placebo beside it, which does the same where no sink is; a number: as many, of different
+            seeds. The report has their mean and spread beside the edit, and across texts tests one against the other.
         bos: as for :func:`sinkscope.measure`.
         max_tokens: keep at most this many tokens of each text, BOS included.
         per_text: keep every token's loss of every text in `.curves`? None: of up to 100 texts; of more, means over texts by
@@ -70,18 +75,22 @@ def evaluate(
         InertHookError: an edit that would do nothing on this model; names what works.
     """
     adapter, share = adapt(model), Share.of(distributed)
-    edits = _named(interventions)
+    asked = named(interventions)
+    edits, placebos = with_placebos(asked, placebo)
     score_from, most = whole_number(score_from, "score_from"), at_most(max_tokens)
 
     def prepare(first: int, some: Any) -> tuple[Tokens, _Ready]:
         tokens = adapter.tokenize(some, bos=bos, max_tokens=most, first=first)
         ways = {n: routes(adapter, edits, n, NONE) for n in {len(s) for s in tokens.sequences}}
-        _check(adapter, tokens, edits, ways, score_from)
+        check(adapter, tokens, edits, ways, score_from, placebos)
         return tokens, _Ready(plan(adapter, tokens, [e for _, e in edits]), ways)
 
     corpus = Corpus(texts, PORTION, prepare)
     tokens, ready = corpus.head
-    about = _how(adapter, ready.capture, tokens.bos, edits, score_from, most)
+    about = _how(adapter, ready.capture, tokens.bos, asked, score_from, most)
+    if placebo:
+        about["arguments"]["placebo"], about["placebos"] = int(placebo), about["placebos"] | placebos
+        about["unmatched"] = [name for name, _ in asked if name not in placebos.values()]
     store = Store.of(resume, about | adapter.state() | {"edits": fingerprint([e for _, e in edits])} if resume else {})
     effects = Effects(len(tokens) <= PER_TEXT if per_text is None else per_text)
     one = _One(adapter, score_from, 1 + len(edits), check_logits(adapter, tokens))
@@ -89,26 +98,11 @@ def evaluate(
     with claimed(resume if share.rank == 0 else None), bar(progress and share.rank == 0, total, "evaluate") as tick:
         numbers = count()
         for tokens, ready in corpus:
-            mine = [s for s in tokens.sequences if share.mine(next(numbers))]
+            beside = zip(tokens.sequences, following(tokens.sequences, corpus.head[0].sequences[0]), strict=True)
+            mine = [(s, other) for s, other in beside if share.mine(next(numbers))]
             tick(one.ticks * (len(tokens) - len(mine)))
             one.portion(ready, mine, store, effects, tick)
-    return EffectReport.assemble(*_gathered(effects, share, corpus.labels, about, adapter))
-
-
-def _named(given: Any) -> list[tuple[str, Intervention]]:
-    """Take interventions in any form, each with its text form.
-
-    Raises:
-        SinkscopeError: none, one twice, or something else.
-    """
-    several = [given] if isinstance(given, Intervention | str) else list(given)
-    edits = [parse(e) if isinstance(e, str) else e for e in several]
-    for edit in edits:
-        if not isinstance(edit, Intervention):
-            raise SinkscopeError(f"expected an intervention or its text form, got a {type(edit).__name__}")
-    if not edits or len({str(e) for e in edits}) < len(edits):
-        raise SinkscopeError("give at least one intervention, and each once")
-    return [(str(e), e) for e in edits]
+    return EffectReport.assemble(*gathered(effects, share, corpus.labels, about, adapter))
 
 
 def _how(
@@ -125,36 +119,42 @@ def _how(
         "engine_why": capture.why,
         "bos": bos,
         "arguments": {"interventions": names, "score_from": score_from, "max_tokens": max_tokens},
-        "placebos": {placebo: name for name, edit in edits if (placebo := _placebo(edit)) in names and placebo != name},
+        "placebos": {placebo: name for name, edit in edits if (placebo := placebo_of(edit)) in names and placebo != name},
     }
 
 
-def _placebo(edit: Intervention) -> str:
-    """Give the text form of an edit's placebo; nothing where it has none."""
-    try:
-        return str(edit.placebo())
-    except SinkscopeError:
-        return ""
-
-
-def _check(
+def check(
     adapter: Adapter,
     tokens: Tokens,
     edits: Sequence[tuple[str, Intervention]],
     ways: dict[int, Routes],
     score_from: int,
+    placebos: Mapping[str, str],
 ) -> None:
-    """Refuse, before anything runs, what can't be done on these texts."""
+    """Refuse, before anything runs, what can't be done on these texts; `placebos` are those that nobody wrote down."""
     adapter.check(tokens, bounded=not all(r.clean is not None or r.unbounded for r in ways.values()))
     for s in tokens.sequences:
         if not 1 <= score_from < len(s):
             raise SinkscopeError(
                 f"score_from={score_from}: {s.label!r} has {len(s)} tokens, so the first one scored can be 1 to {len(s) - 1}"
             )
-        for _, edit in edits:
-            edit.check(len(s))
-    for _, edit in edits:
-        edit.check_model(adapter.layers, adapter.n_heads)
+        for name, edit in edits:
+            with _placebo_of(placebos.get(name)):
+                edit.check(len(s))
+    for name, edit in edits:
+        with _placebo_of(placebos.get(name)):
+            edit.check_model(adapter.layers, adapter.n_heads)
+
+
+@contextmanager
+def _placebo_of(edit: str | None) -> Iterator[None]:
+    """Say of a refusal that it is a placebo that is refused, and of which edit."""
+    try:
+        yield
+    except SinkscopeError as error:
+        if edit is None:
+            raise
+        raise SinkscopeError(f"{error}. It is a placebo of {edit}: give other texts or edits, or no placebo") from None
 
 
 @dataclass(frozen=True)
@@ -185,24 +185,31 @@ class _One:
         return max(1, round(self.vocabulary / (12 * self.adapter.width)))
 
     def portion(
-        self, ready: _Ready, sequences: Sequence[TextTokens], store: Store, into: Effects, tick: Callable[[int], None]
+        self,
+        ready: _Ready,
+        texts: Sequence[tuple[TextTokens, TextTokens | None]],
+        store: Store,
+        into: Effects,
+        tick: Callable[[int], None],
     ) -> None:
-        """Add what is found in some texts: what was kept of an interrupted run, or run now and kept."""
-        kept = {s.label: kept_runs(store, s) for s in sequences}
-        ways = {s.label: self._settled(ready, s) for s in sequences if kept[s.label] is None}
+        """Add what is found in some texts, each with the next: what was kept of an interrupted run, or run now and kept."""
+        borrows = any(r.edit.borrows for way in ready.ways.values() for r in way.edited)
+        beside = {s.label: [t for t in (s, other) if t is s or (borrows and t)] for s, other in texts}
+        kept = {label: kept_runs(store, *some) for label, some in beside.items()}
+        ways = {s.label: self._settled(ready, s, other) for s, other in texts if kept[s.label] is None}
         with surely(ready.capture):
-            for s in sequences:
+            for s, _ in texts:
                 found = kept.pop(s.label)
                 if found is None:
                     found = self._run(ready.capture, s, ways[s.label], tick)
-                    keep_runs(store, s, found)
+                    keep_runs(store, found, *beside[s.label])
                 else:
                     tick(self.ticks)
                 into.add(s, *found)
 
-    def _settled(self, ready: _Ready, sequence: TextTokens) -> Routes:
+    def _settled(self, ready: _Ready, sequence: TextTokens, other: TextTokens | None) -> Routes:
         """Locate in a text what edits leave open."""
-        way, look = ready.ways[len(sequence)], partial(residuals, self.adapter)
+        way, look = ready.ways[len(sequence)], Looks(self.adapter, ready.capture, other)
         return Routes(way.clean, tuple(r.settled(r.edit.settle(sequence.ids, look)) for r in way.edited))
 
     def _run(self, capture: Edited, sequence: TextTokens, way: Routes, tick: Callable[[int], None]) -> Found:
@@ -243,7 +250,13 @@ class _One:
             yield one.run(sequence, made)
 
 
-def _gathered(
+def following(sequences: Sequence[TextTokens], first: TextTokens) -> list[TextTokens | None]:
+    """Give the next text of each; behind the last of a portion comes the first of the call; None where it is the only one."""
+    behind = [*sequences[1:], first]
+    return [None if other.label == s.label else other for s, other in zip(sequences, behind, strict=True)]
+
+
+def gathered(
     effects: Effects, share: Share, labels: dict[str, int], about: dict[str, Any], adapter: Adapter
 ) -> tuple[Effects, dict[str, Any]]:
     """Put together what all processes found, in the order of the texts, and say what there is to say of them."""

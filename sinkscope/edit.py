@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,8 +21,25 @@ from sinkscope.errors import SinkscopeError
 Where = Any
 #: A whole number of any type; kept as an int.
 Whole = Any
-#: Runs some ids, has a function look at `(layer, residual stream after it)`, and gives what it saw, layer by layer.
-Residuals = Callable[[Int[Tensor, " position"], Callable[[int, Float[Tensor, "position d_model"]], Any]], list[Any]]
+#: Looks at `(layer, residual stream after it)`.
+Look = Callable[[int, Float[Tensor, "position d_model"]], Any]
+
+
+@runtime_checkable
+class Residuals(Protocol):
+    """What an edit may look at before a text is run."""
+
+    def __call__(self, ids: Int[Tensor, " position"], look: Look) -> list[Any]:
+        """Run some ids, have a function look at the residual stream after each layer, and give what it saw."""
+        ...
+
+    def donor(self) -> tuple[str, Int[Tensor, " position"]]:
+        """Give the label and the ids of the next text of the call; the last one's next is the first."""
+        ...
+
+    def values(self, ids: Int[Tensor, " position"], keys: Sequence[int]) -> dict[int, Float[Tensor, "kv_head key d_head"]]:
+        """Run some ids without an edit, and give every layer's values of some keys."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,8 +50,11 @@ class Edit:
 
     #: Whether it says which keys a cache still holds; one edit of that kind at most makes sense.
     is_window: ClassVar[bool] = False
-    #: What it edits: "input", "scores", "pattern", "values" or "residual". A model may discard some.
+    #: What it edits: "input", "scores", "pattern", "values", "keys" or "rotated keys" (as a cache holds them), "output" (of a
+    #: head), "neurons" or "residual". A model may discard some.
     touches: ClassVar[frozenset[str]] = frozenset()
+    #: Whether its settling looks at another text of the call.
+    borrows: ClassVar[bool] = False
 
     def parts(self) -> tuple[Edit, ...]:
         """Give the edits that this one is composed of."""
@@ -55,13 +75,12 @@ class Edit:
         Raises:
             SinkscopeError: names those there are.
         """
-        for part in self.parts():
-            outside = [layer for layer in part.layers or () if layer not in layers]
-            if outside:
-                raise SinkscopeError(f"{part}: layers {outside}; those with attention are {layers[0]} to {layers[-1]}")
-            heads = [h for h in part.named_heads() if not 0 <= h < n_heads]
-            if heads:
-                raise SinkscopeError(f"{part}: heads {heads}; the heads are 0 to {n_heads - 1}")
+        outside = [layer for layer in self.layers or () if layer not in layers]
+        if outside:
+            raise SinkscopeError(f"{self}: layers {outside}; those with attention are {layers[0]} to {layers[-1]}")
+        heads = [h for h in self.named_heads() if not 0 <= h < n_heads]
+        if heads:
+            raise SinkscopeError(f"{self}: heads {heads}; the heads are 0 to {n_heads - 1}")
 
     def named_heads(self) -> tuple[int, ...]:
         """Give the heads that it names; none where it edits all."""
@@ -72,7 +91,7 @@ class Edit:
         return None
 
     def settle(self, ids: Int[Tensor, " position"], residuals: Residuals) -> Edit:
-        """Give the concrete edit for one text; `residuals(ids, look)` looks at its residual stream after each layer."""
+        """Give the concrete edit for one text; `residuals` looks at what it does to the unedited model."""
         return self
 
     # The input.
@@ -105,15 +124,46 @@ class Edit:
         """Tell which keys are hidden before softmax; the library lets a query always see itself."""
         return None
 
+    def biases(self, layer: int, keys: Int[Tensor, " key"], heads: int, length: int) -> Float[Tensor, "*head 1 key"] | None:
+        """Give what is added to the scores of keys before softmax."""
+        return None
+
     def zeroes(self, layer: int, keys: Int[Tensor, " key"], heads: int, length: int) -> Bool[Tensor, "head 1 key"] | None:
         """Tell which weights become zero after softmax."""
         return None
 
     def values(
-        self, layer: int, values: Float[Tensor, "batch kv_head key d_head"], keys: Int[Tensor, " key"], length: int
-    ) -> Tensor:
-        """Give the values to use, for keys at these positions of a text of this length."""
+        self,
+        layer: int,
+        values: Float[Tensor, "batch kv_head key d_head"],
+        keys: Int[Tensor, " key"],
+        heads: int,
+        length: int,
+    ) -> Float[Tensor, "batch any_head key d_head"]:
+        """Give the values to use, for keys at these positions of a text of this length.
+
+        As many heads as came, or one for each of the `heads` that query, where some of those that share values are edited.
+        """
         return values
+
+    def held(
+        self, layer: int, what: str, states: Float[Tensor, "batch kv_head key d_head"], keys: Int[Tensor, " key"]
+    ) -> tuple[Tensor, Int[Tensor, " key"]] | None:
+        """Give the copies of keys or values (`what`) that a cache holds, and for each the first query that sees it.
+
+        Earlier queries see what came; where the two are the same, what counts is the copy.
+        """
+        return None
+
+    def unrotated(self, layer: int) -> bool:
+        """Tell whether the cache holds keys as they are before rotary positions."""
+        return False
+
+    def outputs(
+        self, layer: int, outputs: Float[Tensor, "batch head query d_head"], queries: Int[Tensor, " query"]
+    ) -> Tensor:
+        """Give the heads' outputs to use, before the output projection, of queries at these positions."""
+        return outputs
 
     def cache(self, layer: int) -> tuple[int, int] | None:
         """Give (size, sinks) where positions are those inside a cache of that size, else None."""
@@ -123,116 +173,17 @@ class Edit:
         """Give the size of a plain window in every layer, which never looks back at what it has evicted, else None."""
         return None
 
-    # Between layers.
+    # Behind attention.
+
+    def mlp(self, layer: int, activations: Float[Tensor, "*position d_mlp"]) -> Tensor:
+        """Give the activations of an MLP's neurons to use: what its last matrix takes."""
+        return activations
 
     def residual(
         self, layer: int, residual: Float[Tensor, "batch position d_model"], positions: Int[Tensor, " position"]
     ) -> Tensor:
         """Give the residual stream to use after a layer."""
         return residual
-
-
-@dataclass(frozen=True)
-class Both(Edit):
-    """Two edits, the first before the second."""
-
-    first: Any = None
-    second: Any = None
-
-    def __post_init__(self) -> None:
-        """Refuse two windows."""
-        if self.first.is_window and self.second.is_window:
-            raise SinkscopeError(f"two windows can't be composed: {self}")
-
-    def __str__(self) -> str:
-        """Give both text forms."""
-        return f"{self.first} & {self.second}"
-
-    @property
-    def is_window(self) -> bool:  # type: ignore[override]
-        """Whether one of them is a window."""
-        return bool(self.first.is_window or self.second.is_window)
-
-    @property
-    def touches(self) -> frozenset[str]:  # type: ignore[override]
-        """What either touches."""
-        return frozenset(self.first.touches | self.second.touches)
-
-    def parts(self) -> tuple[Edit, ...]:
-        """Give those of both."""
-        return (*self.first.parts(), *self.second.parts())
-
-    def check(self, length: int) -> None:
-        """Check both."""
-        self.first.check(length)
-        self.second.check(length)
-
-    def why_not_live(self) -> str | None:
-        """Ask both."""
-        return next((why for part in (self.first, self.second) if (why := part.why_not_live()) is not None), None)
-
-    def settle(self, ids: Tensor, residuals: Residuals) -> Edit:
-        """Settle both."""
-        return type(self)(first=self.first.settle(ids, residuals), second=self.second.settle(ids, residuals))
-
-    def input(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Edit what the first gives."""
-        ids, first = self.first.input(ids)
-        ids, second = self.second.input(ids)
-        return ids, first[second]
-
-    def swaps(self) -> tuple[tuple[int, int], ...]:
-        """Give those of both."""
-        return (*self.first.swaps(), *self.second.swaps())
-
-    def rerun(self) -> int | None:
-        """Ask both."""
-        return next((n for part in (self.first, self.second) if (n := part.rerun()) is not None), None)
-
-    def edits(self, layer: int) -> bool:
-        """Tell whether either edits the layer."""
-        return bool(self._here(layer))
-
-    def _here(self, layer: int) -> list[Edit]:
-        return [part for part in (self.first, self.second) if part.edits(layer)]
-
-    def reach(self, layer: int, start: int, stop: int) -> Tensor:
-        """Give what both reach."""
-        first, *others = (part.reach(layer, start, stop) for part in self._here(layer))
-        return first[torch.isin(first, others[0])] if others else first
-
-    def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor | None:
-        """Hide what either hides."""
-        return _either(part.hides(layer, queries, keys, heads, length) for part in self._here(layer))
-
-    def zeroes(self, layer: int, keys: Tensor, heads: int, length: int) -> Tensor | None:
-        """Zero what either zeroes."""
-        return _either(part.zeroes(layer, keys, heads, length) for part in self._here(layer))
-
-    def values(self, layer: int, values: Tensor, keys: Tensor, length: int) -> Tensor:
-        """Edit what the first gives."""
-        for part in self._here(layer):
-            values = part.values(layer, values, keys, length)
-        return values
-
-    def cache(self, layer: int) -> tuple[int, int] | None:
-        """Ask both."""
-        return next((c for part in self._here(layer) if (c := part.cache(layer)) is not None), None)
-
-    def evicts(self) -> int | None:
-        """Ask both."""
-        return next((n for part in (self.first, self.second) if (n := part.evicts()) is not None), None)
-
-    def residual(self, layer: int, residual: Tensor, positions: Tensor) -> Tensor:
-        """Edit what the first gives."""
-        for part in self._here(layer):
-            residual = part.residual(layer, residual, positions)
-        return residual
-
-
-def _either(answers: Any) -> Tensor | None:
-    found = [answer for answer in answers if answer is not None]
-    return None if not found else found[0] if len(found) == 1 else found[0] | found[1]
 
 
 #: No edit at all.

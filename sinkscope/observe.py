@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-from sinkscope.block import Block
 from sinkscope.capture import Capture
 from sinkscope.capture.cached import is_cache
 from sinkscope.errors import SinkscopeError
 from sinkscope.metrics import base_of, resolve
 from sinkscope.metrics.base import AnyMetric
+from sinkscope.metrics.catalogue import Asked
 from sinkscope.metrics.observer import Finish, Key, Observer, countable, keys_of
 from sinkscope.models import adapt
 from sinkscope.observing import PER_TEXT, Observing
@@ -32,7 +32,7 @@ from sinkscope.where import Rule, as_rule
 def measure(
     model: Any,
     texts: Any,
-    metrics: Iterable[str | AnyMetric | Callable[[Block], Tensor]] | None = None,
+    metrics: Asked | Iterable[Asked] | None = None,
     *,
     key: SupportsIndex | str | Iterable[SupportsIndex | str] = 0,
     where: Any = None,
@@ -57,7 +57,8 @@ def measure(
         texts: a string, a `Path`, token ids (also as a Hugging Face tokenizer gives them), a list of these, or a mapping from
             label to one of these; or a stream, which is never whole in memory: an iterator or a dataset (its rows' field
             `text`), the `Path` of a directory (its `.txt` files) or of a `.jsonl` file (the field `text` of its lines).
-        metrics: names (see `sinkscope metrics`), metrics, or functions of a block; None for all built-in ones.
+        metrics: names (see `sinkscope metrics`), metrics, or functions of a block, one or several; None for all built-in
+            ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
         where: which queries count: a rule of :mod:`sinkscope.where` (`next_loss(above=2.0)`, `tokens(".")`,
             `positions(16, None)`), a function of a block that gives `[batch, query]` of bool, or a boolean per token: a

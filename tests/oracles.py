@@ -288,3 +288,74 @@ def turned(model, keys, by):
     d = cos.shape[-1]
     moved, _ = apply(keys[..., :d], keys[..., :d], cos, sin)
     return torch.cat([moved, keys[..., d:]], -1)
+
+
+# --- edits of attention, one head and one query at a time -----------------------------------------------------------
+
+
+class Loops:
+    """Attention in plain loops, for Hugging Face's interface; a test edits it by overriding one of the first four methods."""
+
+    def score(self, layer, head, i, k, score):
+        """Give the score of key `k` for query `i`; minus infinity hides it."""
+        return score
+
+    def weight(self, layer, head, i, k, weight):
+        """Give the attention to use."""
+        return weight
+
+    def states(self, layer, what, i, x):
+        """Give the keys or values [key, d] of one key head as query `i` sees them: those up to `i` alone count."""
+        return x
+
+    def values(self, layer, head, x):
+        """Give the values [key, d] that one query head reads."""
+        return x
+
+    def outputs(self, layer, head, x):
+        """Give what a head gives, [query, d]."""
+        return x
+
+    def __call__(self, module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_):
+        (_, heads, length, d), groups = query.shape, query.shape[1] // key.shape[1]
+        scaling, found = d**-0.5 if scaling is None else scaling, []
+        for head in range(heads):
+            keys, values = (x[0, head // groups].double() for x in (key, value))
+            values, rows = self.values(module.layer_idx, head, values), []
+            for i in range(length):
+                seen = [k for k in range(i + 1) if sliding_window is None or i - k < sliding_window]
+                these, those = (self.states(module.layer_idx, what, i, x) for what, x in (("keys", keys), ("values", values)))
+                scores = [scaling * float(query[0, head, i].double() @ these[k]) for k in seen]
+                if softcap is not None:
+                    scores = [softcap * math.tanh(score / softcap) for score in scores]
+                scores = [self.score(module.layer_idx, head, i, k, s) for k, s in zip(seen, scores, strict=True)]
+                total = math.fsum(map(math.exp, scores)) + (0 if s_aux is None else math.exp(float(s_aux[head])))
+                weights = [math.exp(s) / total for s in scores]
+                weights = [self.weight(module.layer_idx, head, i, k, w) for k, w in zip(seen, weights, strict=True)]
+                rows.append(sum(w * those[k] for w, k in zip(weights, seen, strict=True)))
+            found.append(self.outputs(module.layer_idx, head, torch.stack(rows)))
+        return torch.stack(found, 1)[None].to(query.dtype), None
+
+
+def looping(model, ids, loops):
+    """Loss of every next token, in nats, of a Hugging Face decoder that attends by these loops."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    before = model.config._attn_implementation
+    AttentionInterface.register("loops", loops)
+    AttentionMaskInterface.register("loops", lambda *args, **how: None)
+    try:
+        model.set_attn_implementation("loops")
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1].double()
+    finally:
+        model.set_attn_implementation(before)
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop("loops")
+    return -logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].numpy()
+
+
+def to_levels(x, bits):
+    """Round a row of numbers to the levels between its least and its largest."""
+    low, step = min(x), (max(x) - min(x)) / (2**bits - 1)
+    return [low + step * round((number - low) / step) if step else number for number in x]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.capture.op import scores_of
+from sinkscope.capture.held import Held
 from sinkscope.capture.stream import Rotation, turn
 from sinkscope.edit import NOTHING, Edit
 from sinkscope.errors import SinkscopeError
@@ -48,13 +48,14 @@ def attend(
         The output, and the attention that each key received, summed over batch, heads and queries, in float64 on the CPU.
     """
     edit = edit if edit.edits(layer) else NOTHING
-    n, held = query.shape[2], key.shape[2]
-    scale, softcap, sinks, window = (given[name] for name in ("scale", "softcap", "sinks", "window"))
-    cache, value = edit.cache(layer), edit.values(layer, value, at, length)
+    n, held, heads = query.shape[2], key.shape[2], query.shape[1]
+    sinks, window = given["sinks"], given["window"]
+    cache, value = edit.cache(layer), edit.values(layer, value, at, heads, length)
     if cache is not None and window is not None and window < int(at[-1]) + 1:
         raise SinkscopeError(f"layer {layer} has a sliding window of its own: {edit} is not defined there")
     straight = int(at[-1]) == held - 1
-    out = query.new_empty(query.shape[0], n, query.shape[1], value.shape[3]).transpose(1, 2)
+    keys_held, values_held = Held.of(edit, layer, "keys", key, at, rotation), Held.of(edit, layer, "values", value, at)
+    out = query.new_empty(query.shape[0], n, heads, value.shape[3]).transpose(1, 2)
     received = torch.zeros(held, dtype=torch.float64)
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
@@ -64,19 +65,22 @@ def attend(
             reach = reach[reach > int(rows[0]) - window]
         index = reach if straight else torch.searchsorted(at, reach)
         first, last = int(index[0]), int(index[-1]) + 1
-        pick: Any = slice(first, last) if last - first == len(index) else index.to(key.device)
-        k, v, q = key[:, :, pick], value[:, :, pick], query[:, :, start:stop]
-        scores = scores_of(q, k, scale, softcap)
+        pick: Any = slice(first, last) if last - first == len(index) else index
+        q = query[:, :, start:stop]
+        scores = keys_held.scores(q, pick, rows, given)
         if cache is not None and rotation is not None:
             inside = rows - rotation.shift
             by, kept = inside.clamp(max=cache[0] - 1) - inside, int((reach < cache[1]).sum())
             if kept and bool(by.any()):
                 turned = turn(q, by.to(q.device), rotation.frequencies)
-                scores = torch.cat([scores_of(turned, k[:, :, :kept], scale, softcap), scores[..., kept:]], -1)
+                scores = torch.cat([keys_held.scores(turned, index[:kept], rows, given), scores[..., kept:]], -1)
         queries, keys = rows[:, None].to(q.device), reach[None].to(q.device)
+        bias = edit.biases(layer, keys[0], heads, length)
+        if bias is not None:
+            scores = scores + bias
         gap = queries - keys
         hidden = gap < 0 if window is None else (gap < 0) | (gap >= window)
-        also = edit.hides(layer, queries, keys, query.shape[1], length)
+        also = edit.hides(layer, queries, keys, heads, length)
         if also is not None:
             hidden = hidden | (also & (gap != 0))
         scores.masked_fill_(hidden, float("-inf"))
@@ -85,13 +89,11 @@ def attend(
             lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None, None])
         # in place only where nobody asks for gradients
         weights = (scores - lse).exp_() if scores.requires_grad else scores.sub_(lse).exp_()
-        zeroed = edit.zeroes(layer, keys[0], query.shape[1], length)
+        zeroed = edit.zeroes(layer, keys[0], heads, length)
         if zeroed is not None:
             weights = weights.masked_fill(zeroed, 0)
         if look is not None:
             look(rows, reach, weights.detach())
         received[index] += weights.detach().sum((0, 1, 2)).double().cpu()
-        b, h, m, w = weights.shape
-        grouped = weights.view(b, k.shape[1], -1, w) @ v.to(weights.dtype)
-        out[:, :, start:stop] = grouped.view(b, h, m, -1).to(out.dtype)
-    return out, received
+        out[:, :, start:stop] = values_held.mixed(weights, pick, rows).to(out.dtype)
+    return edit.outputs(layer, out, at[held - n :]), received

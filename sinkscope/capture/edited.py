@@ -21,6 +21,8 @@ from sinkscope.capture.call import Calls
 from sinkscope.capture.flash import first_bad_module
 from sinkscope.capture.hooks import first_bad_layer
 from sinkscope.capture.masks import Masks
+from sinkscope.capture.neurons import editing_neurons
+from sinkscope.capture.op import attention_with_lse
 from sinkscope.capture.residuals import editing_residuals
 from sinkscope.capture.routes import Route
 from sinkscope.capture.stream import Rotation, Stream
@@ -62,6 +64,10 @@ class Edited(Protocol):
         """Run the body over one text under an edit; yields its last hidden states, piece by piece, in order."""
         ...
 
+    def copies(self, batch: Batch, edit: Edit, tick: Tick, first: int) -> Float[Tensor, "copy position d_model"]:
+        """Run the body over copies of one text, at once; layers before the first are not run, and attention not counted."""
+        ...
+
 
 @dataclass
 class InsideCapture:
@@ -69,6 +75,8 @@ class InsideCapture:
 
     adapter: Adapter
     frequencies: Tensor | None = field(default=None, repr=False)
+    #: Layers whose neurons are edited.
+    neurons: tuple[int, ...] = ()
     name: str = "flash"
     why: str = "edits made inside the attention op (flash engine proved exact)"
     received: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
@@ -78,6 +86,9 @@ class InsideCapture:
     _at: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
     _length: int = field(default=0, repr=False)
     _tick: Tick = field(default=lambda: None, repr=False)
+    #: The first layer that runs, and whether attention is counted.
+    _first: int = field(default=0, repr=False)
+    _counts: bool = field(default=True, repr=False)
     _stream: Stream | None = field(default=None, repr=False)
 
     def __enter__(self) -> InsideCapture:
@@ -87,6 +98,7 @@ class InsideCapture:
             undo.enter_context(self.adapter.quiet())
             undo.enter_context(swapped(self.adapter, self._calls, Masks(self.adapter.causal)))
             undo.enter_context(editing_residuals(self.adapter, self._residual))
+            undo.enter_context(editing_neurons(self.adapter, self.neurons, lambda: self._edit))
             self._undo = undo.pop_all()
         return self
 
@@ -105,8 +117,7 @@ class InsideCapture:
             SinkscopeError: NaN or infinity; names the first module or layer where it appears.
             InertHookError: attention was not asked for.
         """
-        self._edit, self._tick, self._stream, self._length = route.edit, tick, None, batch.ids.shape[1]
-        self.received = torch.zeros(self._length, dtype=torch.float64)
+        self._begin(route.edit, batch, tick)
         if route.how == "streamed":
             passes = self._streamed(batch.ids, tick)
         elif route.how == "rerun":
@@ -114,16 +125,36 @@ class InsideCapture:
         else:
             passes = iter([self._body(batch.ids)[0]])
         for hidden in passes:
-            if not bool(torch.isfinite(hidden).all()):
-                where = self._first_bad(batch) if self._length <= (self.adapter.n_ctx or self._length) else "in a layer"
-                raise SinkscopeError(
-                    f"NaN or infinity {where} of {self.adapter.name} under {route.edit} (text {batch.sequences[0].label!r})"
-                )
-            yield hidden
+            yield self._finite(hidden, batch)
+
+    def copies(self, batch: Batch, edit: Edit, tick: Tick, first: int) -> Float[Tensor, "copy position d_model"]:
+        """Run the body over copies of one text, at once; layers before the first are not run, and attention not counted.
+
+        Raises:
+            SinkscopeError: NaN or infinity.
+            InertHookError: attention was not asked for.
+        """
+        self._begin(edit, batch, tick, first, counts=False)
+        return self._finite(self._body(batch.ids), batch)
+
+    def _begin(self, edit: Edit, batch: Batch, tick: Tick, first: int = 0, counts: bool = True) -> None:
+        self._edit, self._tick, self._stream, self._length = edit, tick, None, batch.ids.shape[1]
+        self._first, self._counts = first, counts
+        self.received = torch.zeros(self._length, dtype=torch.float64)
+
+    def _finite(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Give what was found, if it is a number everywhere."""
+        if bool(torch.isfinite(hidden).all()):
+            return hidden
+        whole = self._first == 0 and self._length <= (self.adapter.n_ctx or self._length)
+        where = self._first_bad(batch) if whole else "in a layer"
+        raise SinkscopeError(
+            f"NaN or infinity {where} of {self.adapter.name} under {self._edit} (text {batch.sequences[0].label!r})"
+        )
 
     def _body(self, ids: Int[Tensor, "batch position"], start: int = 0) -> Float[Tensor, "batch position d_model"]:
         """Run the body; the text's positions begin at `start`, the model's where the stream says."""
-        self._calls.made = 0
+        self._calls.made = sum(layer < self._first for layer in self.adapter.layers)
         self._at = torch.arange(start, start + ids.shape[1])
         first = start if self._stream is None else self._stream.base
         hidden = self.adapter.body(ids, torch.ones_like(ids, dtype=torch.bool), first=first)
@@ -165,6 +196,9 @@ class InsideCapture:
                 ticks += 1
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
+        if not (self._counts or self._edit.edits(layer)):
+            self._tick()
+            return attention_with_lse(query, key, value, **given)[0]
         at, rotation = self._at, None
         if self.frequencies is not None:
             shift = 0 if self._stream is None else int(at[0]) - self._stream.base

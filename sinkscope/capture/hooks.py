@@ -9,7 +9,7 @@ is `[batch, head, chunk, keys]` and never T x T.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -91,11 +91,16 @@ def _observe(value: Tensor, hook: Any, *, take: Take, layer: int, need: str) -> 
 
 
 @contextmanager
-def hooked(adapter: Adapter, names: Mapping[str, str], make: Callable[[int, str], Callable[..., Any]]) -> Iterator[None]:
-    """Add the function `make(layer, what)` at hook point `names[what]` of every layer; take away those alone."""
+def hooked(
+    adapter: Adapter,
+    names: Mapping[str, str],
+    make: Callable[[int, str], Callable[..., Any]],
+    layers: Sequence[int] | None = None,
+) -> Iterator[None]:
+    """Add the function `make(layer, what)` at hook point `names[what]` of every layer, or some; take away those alone."""
     with Undo() as undo:
         with uninterrupted():
-            for layer in adapter.layers:
+            for layer in adapter.layers if layers is None else layers:
                 for what, name in names.items():
                     point = adapter.hook_point(layer, name)
                     point.add_hook(make(layer, what))

@@ -15,9 +15,10 @@ from sinkscope.capture.attend import attend
 from sinkscope.capture.call import Calls
 from sinkscope.capture.edited import InsideCapture
 from sinkscope.capture.masks import Masks
+from sinkscope.capture.neurons import editing_neurons, neurons_of
 from sinkscope.capture.place import Place
 from sinkscope.capture.plans import plan
-from sinkscope.capture.points import POINTS, editing_points
+from sinkscope.capture.points import ATTENTION, editing_points
 from sinkscope.capture.residuals import editing_residuals
 from sinkscope.capture.stream import Rotation
 from sinkscope.capture.swap import swapped
@@ -43,12 +44,12 @@ def on(model: Any, edit: Edit) -> Iterator[Any]:
             raise SinkscopeError(f"{part}: {why}")
     edit.check_model(adapter.layers, adapter.n_heads)
     mark, listeners = id(adapter.network), list[Any]()
-    if WATCHED[mark] and edit.touches & POINTS.keys():
+    if WATCHED[mark] and edit.touches & ATTENTION:
         raise SinkscopeError(
             "this model is inside `with ss.watch(model)`, which would not see what is edited now: enter the edit first, "
             "with edit.on(model), ss.watch(model) as seen: ..."
         )
-    attention = _attention(adapter, edit, listeners)
+    attention, neurons = _attention(adapter, edit, listeners), neurons_of(adapter, [edit])
     with Undo() as undo:
         with alone(adapter.network):
             place = undo.enter_context(Place(adapter, edit.swaps()))
@@ -62,6 +63,8 @@ def on(model: Any, edit: Edit) -> Iterator[Any]:
                     return edit.residual(layer, residual, place(residual.shape[1])) if edit.edits(layer) else residual
 
                 undo.enter_context(editing_residuals(adapter, after))
+            if neurons:
+                undo.enter_context(editing_neurons(adapter, neurons, lambda: edit))
             undo.enter_context(_not_copied(adapter))
             edited = undo.pop_all()
         try:
@@ -73,7 +76,7 @@ def on(model: Any, edit: Edit) -> Iterator[Any]:
 
 def _attention(adapter: Adapter, edit: Edit, listeners: list[Any]) -> Callable[[Place], AbstractContextManager[Any]] | None:
     """Plan edits of attention: inside the attention op, whose weights listeners are shown, or at hook points; or None."""
-    if not edit.touches & POINTS.keys():
+    if not edit.touches & ATTENTION:
         return None
     ids = torch.arange(1, 9)
     capture = plan(adapter, Tokens((TextTokens("proof", ids, ("",) * len(ids)),), ""), [edit])

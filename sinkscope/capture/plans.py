@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sinkscope.capture import points, proof
 from sinkscope.capture.edited import Edited, InsideCapture
+from sinkscope.capture.neurons import neurons_of
 from sinkscope.capture.routes import way
 from sinkscope.capture.stream import frequencies
 from sinkscope.edit import Edit
@@ -14,6 +15,9 @@ from sinkscope.models import Adapter
 from sinkscope.tokens import Tokens
 
 GROUPS = frozenset({frozenset({"mass"})})
+#: What turns queries or keys, and what to take where they can't be turned.
+STREAMS = "a streaming window", "sink_window, which keeps the original positions"
+BEFORE = "a cache of keys without their positions", "rotated=True"
 
 
 def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
@@ -27,7 +31,9 @@ def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
     if not isinstance(why_not, str):
         longest = max(len(s) for s in tokens.sequences)
         turns = any(way(adapter, e, longest) == "streamed" or any(map(e.cache, adapter.layers)) for e in edits)
-        return InsideCapture(adapter, frequencies(adapter) if turns else None)
+        before = adapter.rotary and any(e.unrotated(layer) for e in edits for layer in adapter.layers)
+        found = frequencies(adapter, STREAMS if turns else BEFORE) if turns or before else None
+        return InsideCapture(adapter, found, neurons_of(adapter, edits))
     if adapter.causal and adapter.points:
         return points.plan(adapter, edits, why_not)
     raise InertHookError(

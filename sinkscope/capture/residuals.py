@@ -12,9 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinkscope.capture.hooks import dropping_patterns
-from sinkscope.edit import Edit
 from sinkscope.errors import SinkscopeError
-from sinkscope.models import Adapter, adapt
+from sinkscope.models import Adapter
 from sinkscope.runs.undo import Undo, uninterrupted
 
 T = TypeVar("T")
@@ -65,13 +64,3 @@ def residuals(
     with adapter.quiet(), dropping_patterns(adapter), editing_residuals(adapter, keep):
         adapter.body(batch, torch.ones_like(batch, dtype=torch.bool))
     return seen
-
-
-def settled(model: Any, text: Any, edit: Edit) -> Any:
-    """Locate in one text what an edit leaves open."""
-    adapter = adapt(model)
-    tokens = adapter.tokenize(text)
-    if len(tokens) != 1:
-        raise SinkscopeError(f"one text; got {len(tokens)}")
-    adapter.check(tokens)
-    return edit.settle(tokens.sequences[0].ids, partial(residuals, adapter))

@@ -60,16 +60,18 @@ class Stream:
         self.held[layer] = (at, key, value, 0 if rotation is None else rotation.shift)
 
 
-def frequencies(adapter: Adapter) -> Tensor:
+def frequencies(adapter: Adapter, what: tuple[str, str]) -> Tensor:
     """Find a model's rotary frequencies, and prove by a shift of all positions that turning queries is what they do.
+
+    `what` says what they are for, and what to take instead.
 
     Raises:
         SinkscopeError: positions are not rotary (or not of one plain kind); says what works.
     """
     found = adapter.rotations
     refusal = SinkscopeError(
-        f"a streaming window needs rotary positions of one plain kind, which {adapter.name} has not: a query can't be turned "
-        "to its position inside the cache. Take sink_window, which keeps the original positions"
+        f"{what[0]} needs rotary positions of one plain kind, which {adapter.name} has not: queries and keys can't be turned "
+        f"to other positions. Take {what[1]}"
     )
     why = adapter.why_no_cache(0)
     if len(found) != 1 or why is not None:

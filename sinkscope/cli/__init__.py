@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sinkscope.cli import compare, demo, evaluate, mask, measure, metrics, study
+from sinkscope.cli import compare, demo, evaluate, mask, measure, metrics, study, sweep
 
 app = typer.Typer(
     name="sinkscope",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command(epilog=measure.EPILOG)(measure.measure)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(epilog=sweep.EPILOG)(sweep.sweep)
 app.command(epilog=mask.EPILOG)(mask.mask)
 app.command(epilog=study.EPILOG)(study.study)
 app.command(epilog=demo.EPILOG)(demo.demo)

@@ -43,6 +43,7 @@ def evaluate(
     ] = None,
     max_tokens: MaxTokens = None,
     score_from: Annotated[int, typer.Option("--score-from", help="Score predictions from this position on (0-based).")] = 1,
+    placebo: Annotated[int, typer.Option("--placebo", help="Run as many placebos beside each edit.")] = 0,
     bos: Bos = None,
     per_text: PerText = None,
     device: Device = None,
@@ -65,7 +66,8 @@ def evaluate(
         given = texts(text or [], file or [])
         if out is not None:
             check_writable(out)
-        how: dict[str, Any] = {"score_from": score_from, "bos": bos, "max_tokens": max_tokens, "per_text": per_text}
+        how: dict[str, Any] = {"score_from": score_from, "placebo": placebo, "bos": bos}
+        how |= {"max_tokens": max_tokens, "per_text": per_text}
         with joined() as share, claimed(out if share.rank == 0 else None):
             with saying(share.rank == 0 and not as_json, f"loading {model} ..."):
                 loaded = load_model(model, device=device, device_map=device_map)

@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from sinkscope.reports.effect import EffectReport
     from sinkscope.reports.sink import SinkReport
+    from sinkscope.reports.sweep import SweepReport
 
 
 def show(report: SinkReport, as_json: bool) -> None:
@@ -56,6 +57,22 @@ def show_effects(report: EffectReport, as_json: bool) -> None:
     if "no_clean_run" in about:
         say(f"{about['no_clean_run']}\n")
     print_table(*report.cells())
+    show_notes(about)
+
+
+def show_costs(report: SweepReport, as_json: bool) -> None:
+    """Print what `sweep` found: the places that cost most; as JSON all of them."""
+    if as_json:
+        typer.echo(report.summary().to_json(orient="records"))
+        return
+    about = report.about
+    say(f"{report.headline} ({about['device']}, {about['dtype']}); {about['bos']}")
+    typer.echo(f"difference in loss, nats per token; interval: {about['interval']}\n")
+    header, rows = report.cells()
+    print_table(header, rows)
+    more = len(report.summary()) - len(rows)
+    if more > 0:
+        typer.echo(f"... and {more} {report.over} that cost less")
     show_notes(about)
 
 

@@ -10,15 +10,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.capture.residuals import one_stream, settled
-from sinkscope.edit import Residuals, Where
+from sinkscope.capture.looks import settled
+from sinkscope.capture.residuals import one_stream
+from sinkscope.edit import Residuals, Where, Whole
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions.base import Intervention, real_numbers
+from sinkscope.interventions.draws import draw
 from sinkscope.metrics.mechanism import median
 from sinkscope.tokens import whole_number
 
 #: An activation is massive from this magnitude, and from this many times the median magnitude (Sun et al. 2402.17762).
 LEAST, RATIO = 100.0, 1000.0
+#: What `to` may be beside a number: it is found in each text.
+FOUND = ("mean", "noise", "shuffle")
+FOUND_WORDS = "'mean', 'noise' or 'shuffle'"
 #: Consecutive segments of a text that a mean is taken over, each run on its own, and their tokens.
 SEGMENTS, TOKENS = 16, 64
 
@@ -53,7 +58,9 @@ class EditActivation(Intervention):
     text: those of at least 100 and `ratio` times the median magnitude, after the first layer that has any.
 
     `to` is a number, or `"mean"`: over consecutive segments of the text, run one by one, the mean of the largest activation
-    in the dimension. Source: Sun et al. 2024, arXiv 2402.17762, section 3.3.
+    in the dimension (Sun et al. 2024, arXiv 2402.17762, section 3.3). `"noise"` draws it from a normal distribution with the
+    mean and standard deviation that the dimension has over the text's other tokens, `"shuffle"` takes what it has at another
+    token; both by `seed`, of the unedited run, after the first of the layers.
 
     The placebo of an edit that is located in each text is so too: `decoy` is its seed.
 
@@ -66,16 +73,18 @@ class EditActivation(Intervention):
     positions: Where = field(default=None, kw_only=True)
     dims: Where = field(default=None, kw_only=True)
     ratio: Any = field(default=RATIO, kw_only=True)
+    seed: Whole = field(default=0, kw_only=True)
     #: Of a placebo that is yet to be located: the seed that draws its dimensions.
     decoy: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse what is neither a number nor "mean", and half a place."""
+        """Refuse what is neither a number nor a way to find one, and half a place."""
         super().__post_init__()
+        object.__setattr__(self, "seed", whole_number(self.seed, f"{type(self).__name__}(seed=...)"))
         if not isinstance(self.to, str):
             object.__setattr__(self, "to", real_numbers(self.to, f"{type(self).__name__}(to=...)"))
-        elif self.to != "mean":
-            raise SinkscopeError(f"{self}: to is a number, one for each place, or 'mean'")
+        elif self.to not in FOUND:
+            raise SinkscopeError(f"{self}: to is a number, one for each place, or {FOUND_WORDS}")
         ratio = real_numbers(self.ratio, f"{type(self).__name__}(ratio=...)")
         if isinstance(ratio, tuple) or not ratio > 1:
             raise SinkscopeError(f"{self}: ratio must be a number above 1")
@@ -86,7 +95,7 @@ class EditActivation(Intervention):
             if len(given) < 3:
                 raise SinkscopeError(f"{self}: give layers, positions and dims, or neither positions nor dims")
             n = len(self._places)
-            if {len(self.positions), len(self.dims)} - {1, n} or (len(numbers) not in (1, n) and self.to != "mean"):
+            if {len(self.positions), len(self.dims)} - {1, n} or (len(numbers) not in (1, n) and self.to not in FOUND):
                 raise SinkscopeError(f"{self}: positions and dims (and numbers) are pairs: as many of each, or one")
             if min(self.positions) < 0 or min(self.dims) < 0:
                 raise SinkscopeError(f"{self}: positions and dims count from 0")
@@ -125,7 +134,9 @@ class EditActivation(Intervention):
             layers = self.layers if self.layers is not None else (first,)
             edit = replace(self, layers=layers, positions=[p for p, _ in places], dims=[d for _, d in places], decoy=None)
             edit = edit if self.decoy is None else edit.placebo(self.decoy)
-        return replace(edit, to=edit._mean(ids, residuals)) if edit.to == "mean" else edit
+        if edit.to == "mean":
+            return replace(edit, to=edit._mean(ids, residuals))
+        return replace(edit, to=edit._drawn(ids, residuals), seed=0) if edit.to in FOUND else edit
 
     def _mean(self, ids: Tensor, residuals: Residuals) -> tuple[float, ...]:
         """Average the largest activation in each dimension over segments of a text."""
@@ -138,6 +149,23 @@ class EditActivation(Intervention):
         segments = [s for s in torch.split(ids, size)[:SEGMENTS] if len(s) == size]
         return tuple(torch.stack([residuals(s, look)[self.layers[0]] for s in segments]).mean(0).tolist())
 
+    def _drawn(self, ids: Tensor, residuals: Residuals) -> tuple[float, ...]:
+        """Draw what each place gets from what its dimension has at the tokens that are not edited there."""
+        after = residuals(ids, lambda layer, residual: residual[:, [d for _, d in self._places]].double().cpu())[
+            self.layers[0]
+        ]
+        numbers = []
+        for place, (position, dim) in enumerate(self._places):
+            edited = [p for p, d in self._places if d == dim]
+            others = [p for p in range(len(ids)) if p not in edited]
+            if len(others) < 2:
+                raise SinkscopeError(f"{self}: too few other tokens to draw dimension {dim} from")
+            values, random = after[others, place], draw(self.to, self.seed, position, dim)
+            spread = float(values.std(correction=0))
+            drawn = float(values.mean()) + random.gauss() * spread if self.to == "noise" else random.choice(values.tolist())
+            numbers.append(drawn)
+        return tuple(numbers)
+
     def placebo(self, seed: SupportsIndex = 0) -> EditActivation:
         """Set as many activations in other dimensions of the same tokens, which are not massive."""
         if self.dims is None:
@@ -149,7 +177,8 @@ class EditActivation(Intervention):
 
     def why_not_live(self) -> str | None:
         """Refuse what is not located."""
-        return "it is not located: take edit.located(model, text)" if self.dims is None else None
+        located = self.dims is not None and self.to not in FOUND
+        return None if located else "it is not located: take edit.located(model, text)"
 
     def located(self, model: Any, text: Any) -> Intervention:
         """Give the concrete edit: what is not given is located in one text, as :func:`sinkscope.evaluate` would."""
@@ -158,7 +187,7 @@ class EditActivation(Intervention):
 
     def residual(self, layer: int, residual: Tensor, positions: Tensor) -> Tensor:
         """Set them."""
-        if self.dims is None or self.to == "mean":
+        if self.dims is None or self.to in FOUND:
             raise SinkscopeError(f"{self} is not located: take edit.located(model, text)")
         one_stream(layer, residual)
         if max(self.dims) >= residual.shape[-1]:

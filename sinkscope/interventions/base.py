@@ -7,8 +7,10 @@ library owns the forward pass. A new edit is a frozen dataclass in this package,
 from __future__ import annotations
 
 import ast
+import math
+import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, SupportsIndex
@@ -18,8 +20,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinkscope.capture import live
-from sinkscope.edit import Both, Edit
+from sinkscope.edit import Edit
 from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.interventions.both import Both
 from sinkscope.tokens import whole_number
 
 
@@ -37,7 +40,7 @@ class Intervention(Edit):
         """Register the class under its name in snake case."""
         super().__init_subclass__(**how)
         if not cls.__name__.startswith("_"):
-            Intervention.registry[re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()] = cls
+            Intervention.registry[_snake(cls.__name__)] = cls
 
     def __post_init__(self) -> None:
         """Take lists and single numbers where tuples are kept, and refuse anything else."""
@@ -51,13 +54,12 @@ class Intervention(Edit):
 
     def __str__(self) -> str:
         """Give the form that the command line takes, and that :func:`parse` reads back."""
-        name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
         shown = []
         for f in sorted(fields(self), key=lambda f: bool(f.kw_only)):
             value = getattr(self, f.name)
             if not f.kw_only or value != f.default:
                 shown.append(f"{f.name}={list(value) if isinstance(value, tuple) else value!r}")
-        return f"{name}({', '.join(shown)})"
+        return f"{_snake(type(self).__name__)}({', '.join(shown)})"
 
     def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Give the same edit on a matched position that is not a sink.
@@ -94,7 +96,13 @@ class _Both(Both, Intervention):
 
 #: Why an edit can't be made in code that others run.
 FROM_THE_END = "positions from the end are not known before the text is"
+WHOLE_TEXT = "what it takes from the whole text is not known before the text is: evaluate it"
 OTHER_INPUT = "it makes another input, and scores of its own: change the ids that you give the model"
+
+
+def _snake(name: str) -> str:
+    """Give a class's text name: `quantize_kv` for QuantizeKV."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def whole_numbers(given: Any, what: str) -> tuple[int, ...]:
@@ -128,9 +136,40 @@ def real_numbers(given: Any, what: str) -> Any:
     return number
 
 
+def real_number(given: Any, what: str, least: float = -math.inf) -> Any:
+    """Take one finite number, of any type, not below the least.
+
+    Raises:
+        SinkscopeError: something else.
+    """
+    number = given.item() if hasattr(given, "item") and getattr(given, "size", 1) != 0 else given
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number < least:
+        bound = "" if least == -math.inf else f", at least {least:g}"
+        raise SinkscopeError(f"{what}: expected a finite number{bound}, got {given!r}")
+    return number
+
+
+def one_of(given: Any, choices: Sequence[str], what: str) -> str:
+    """Take one of some words.
+
+    Raises:
+        SinkscopeError: something else.
+    """
+    if not isinstance(given, str) or given not in choices:
+        raise SinkscopeError(f"{what}: expected one of {', '.join(map(repr, choices))}, got {given!r}")
+    return given
+
+
 def resolve(keys: Iterable[int], length: int) -> Int[Tensor, " key"]:
     """Turn positions that may count from the end into positions."""
     return torch.tensor([k + length if k < 0 else k for k in keys])
+
+
+def elsewhere(positions: Sequence[int], seed: SupportsIndex) -> tuple[int, ...]:
+    """Draw as many other early positions, which nearly as many queries see."""
+    near = [k for k in range(4, 32) if k not in positions]
+    draw = random.Random(whole_number(seed, "seed"))
+    return tuple(sorted(draw.sample(near, min(len(positions), len(near)))))
 
 
 def inside(keys: Iterable[int], length: int, what: object) -> None:

@@ -16,7 +16,7 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.metrics.base import AcrossTexts, AnyMetric
 from sinkscope.metrics.catalogue import base_of, resolve
 from sinkscope.metrics.observer import Finish, Observer, keys_of
-from sinkscope.metrics.values import rows_of
+from sinkscope.metrics.values import Rows
 from sinkscope.tokens import TextTokens, key_positions
 
 #: Query rows that metrics see at a time.
@@ -69,7 +69,7 @@ def of_pattern(
         raise SinkscopeError(f"key={key!r}: a pattern has positions and no tokens, so give positions")
     base = base_of(asked)
     finish = Finish(asked, base, keys, causal, list(layers), windows or {})
-    pieces = []
+    rows = Rows(list(layers))
     for row, here in enumerate(real):
         text = TextTokens(f"text {row}", here.nonzero()[:, 0], ())
         observer = Observer(base, [key_positions(k, [text]) for k in keys], list(layers))
@@ -78,8 +78,9 @@ def of_pattern(
             for block in _blocks(one, layer, causal, (windows or {}).get(layer)):
                 for group in {m.group for m in base}:
                     observer(block, group)
-        pieces += [rows_of(v, list(layers), text.label, len(text)) for v in finish(observer, 0, text)]
-    return pd.concat(pieces, ignore_index=True).drop(columns="std_error")
+        for value in finish(observer, 0, text):
+            rows.add(value, text.label, len(text))
+    return rows.frame().drop(columns="std_error")
 
 
 def _attention_alone(asked: Sequence[AnyMetric], by_name: bool) -> list[AnyMetric]:

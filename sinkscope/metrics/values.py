@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Metric
+
+#: Stands for no layer, head, key or query until the frame is made.
+MISSING = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
@@ -81,25 +84,51 @@ def _mean(values: Array) -> float:
     return float(defined.mean()) if defined.size else float("nan")
 
 
-def rows_of(value: Value, layers: Sequence[int], label: str, tokens: int, std_error: Array | None = None) -> pd.DataFrame:
-    """Lay an array out as rows; positions that a metric leaves out (NaN on the key or query axis) give none.
+@dataclass
+class Rows:
+    """Values laid out as tidy rows; the one frame is made at the end, however many there are.
 
-    The column `query` is there where a metric is reported per query.
+    Attributes:
+        layers: what the layers are called.
+        pieces: of each value its text, metric, number of tokens and columns.
     """
-    shape = value.value.shape
-    index = dict(zip(value.axes, np.indices(shape).reshape(len(shape), value.value.size), strict=True))
-    n = int(np.prod(shape, dtype=int))
-    # Of several keys, those whose position differs from text to text would be one in the mean over texts.
-    columns: dict[str, Any] = {"text": label, "metric": value.name + (value.tag if value.key is None else "")}
-    for axis in ("layer", "head", "key", *(["query"] if "query" in index else [])):
-        if axis in index:
-            columns[axis] = pd.array(np.asarray(layers)[index[axis]] if axis == "layer" else index[axis], dtype="Int64")
-        else:
-            fixed = value.key if axis == "key" else None
-            columns[axis] = pd.array([fixed] * n, dtype="Int64")
-    columns["value"] = value.value.reshape(-1)
-    columns["std_error"] = np.full(n, np.nan) if std_error is None else std_error.reshape(-1)
-    columns["null"] = np.broadcast_to(value.null, shape).reshape(-1)
-    columns["tokens"] = pd.array([tokens] * n, dtype="Int64")
-    rows = pd.DataFrame(columns, index=range(n))
-    return rows[rows["value"].notna()] if {"key", "query"} & set(value.axes) else rows
+
+    layers: Sequence[int]
+    pieces: list[tuple[str, str, int, dict[str, Array]]] = field(default_factory=list)
+
+    def add(self, value: Value, label: str, tokens: int, std_error: Array | None = None) -> None:
+        """Add an array; positions that a metric leaves out (NaN on the key or query axis) give no row."""
+        shape = value.value.shape
+        index = dict(zip(value.axes, np.indices(shape).reshape(len(shape), value.value.size), strict=True))
+        if "layer" in index:
+            index["layer"] = np.asarray(self.layers)[index["layer"]]
+        if "key" not in index and value.key is not None:
+            index["key"] = np.full(value.value.size, value.key)
+        columns = index | {
+            "value": value.value.reshape(-1),
+            "std_error": np.full(value.value.size, np.nan) if std_error is None else std_error.reshape(-1),
+            "null": np.broadcast_to(value.null, shape).reshape(-1),
+        }
+        if {"key", "query"} & set(value.axes):
+            there = ~np.isnan(columns["value"])
+            columns = {name: column[there] for name, column in columns.items()}
+        # Of several keys, those whose position differs from text to text would be one in the mean over texts.
+        self.pieces.append((label, value.name + (value.tag if value.key is None else ""), tokens, columns))
+
+    def frame(self) -> pd.DataFrame:
+        """Give `text, metric, layer, head, key, value, std_error, null, tokens`, and `query` after `key` if any has it."""
+        labels, metrics, tokens, columns = zip(*self.pieces, strict=True) if self.pieces else ((), (), (), ())
+        sizes = [len(c["value"]) for c in columns]
+        axes = ["layer", "head", "key", *(["query"] if any("query" in c for c in columns) else [])]
+        found: dict[str, Any] = {
+            "text": pd.Series(labels, dtype=None if labels else object).repeat(sizes).array,
+            "metric": pd.Series(metrics, dtype=None if metrics else object).repeat(sizes).array,
+        }
+        for axis in axes:
+            index = [c.get(axis, np.full(n, MISSING)) for c, n in zip(columns, sizes, strict=True)]
+            whole = np.concatenate([np.zeros(0, dtype=int), *index])
+            found[axis] = pd.arrays.IntegerArray(whole, whole == MISSING)
+        for name in ("value", "std_error", "null"):
+            found[name] = np.concatenate([np.zeros(0), *(c[name] for c in columns)])
+        found["tokens"] = pd.array(np.repeat(np.array(tokens, dtype=int), sizes), dtype="Int64")
+        return pd.DataFrame(found)

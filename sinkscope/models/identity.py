@@ -124,6 +124,12 @@ class Identity:
         """Frequencies of each kind of rotary positions; none where positions are absolute."""
         return [f for m in self.network.modules() if (f := m._buffers.get("inv_freq")) is not None]
 
+    @property
+    def rotary(self) -> bool:
+        """Whether keys are rotated, in one way or several, for a model that Hugging Face runs."""
+        names = (name for m in self.network.modules() for name in m._buffers)
+        return any(name.endswith("inv_freq") for name in names) or bool(getattr(self.config, "rope_parameters", None))
+
 
 def text_model(network: Any) -> nn.Module:
     """Give the part of a model that reads text: a decoder inside a vision-language model, else the whole."""

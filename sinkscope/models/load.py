@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.models import converted
 from sinkscope.models.adapting import SMOLLM2
 from sinkscope.runs.progress import saying
 from sinkscope.runs.undo import Undo
@@ -76,9 +77,8 @@ def load_model(
         spread = {"device_map": device_map, "offload_folder": None if offload_folder is None else str(offload_folder)}
     place = _device(device)
     source = _locate(str(name))
-    say = f"loading {source.label} ..."
-    with saying(progress, say), _less_noise(), _read_once() if source.gguf else nullcontext():
-        network, tokenizer = _load_hugging_face(source, dtype, spread)
+    with saying(progress, f"loading {source.label} ..."), _less_noise():
+        network, tokenizer = _load_converted(source, dtype, spread)
         network = (network if spread else network.to(place)).eval()
         if backend == "hooked_transformer":
             from sinkscope.models.legacy import convert
@@ -157,29 +157,45 @@ def _locate(name: str) -> _Source:
     return _Source(name, hub, revision=revision or None)
 
 
+def _load_converted(source: _Source, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
+    """Load a GGUF file's weights as they were converted the first time; everything else as it is."""
+    if source.gguf is None or spread:
+        return _load_hugging_face(source, dtype, spread)
+    place = converted.place(Path(source.location, source.gguf), dtype)
+    if place is not None and converted.whole(place):
+        network, tokenizer = _load_hugging_face(_Source(source.label, str(place)), dtype, spread)
+        if tokenizer is not None:  # TransformerLens asks it where it is from, and takes one with BOS from there
+            tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = source.location
+        return network, tokenizer
+    found = _load_hugging_face(source, dtype, spread)
+    converted.keep(place, *found)
+    return found
+
+
 def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     where = {"gguf_file": source.gguf, "revision": source.revision}
     given: dict[str, Any] = {name: value for name, value in where.items() if value}
     given["trust_remote_code"] = False  # said nothing, transformers would ask on the terminal
-    try:
-        if source.is_hub_name and not _hub_can_answer(source.location):
-            raise ConnectionError("no network")
-        config = AutoConfig.from_pretrained(source.location, **given)
-        encoder = any(a.endswith(("MaskedLM", "BertModel")) for a in config.architectures or ())
-        auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
-        safe = {} if source.gguf else {"use_safetensors": True}
-        network = auto.from_pretrained(
-            source.location, config=config, dtype=dtype, attn_implementation="eager", **given, **safe, **spread
-        )
-        network.config.architectures = [type(network).__name__]
-    except Exception as error:  # whatever the loaders raise, of which there is no list
-        raise _load_error(source, error) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **given)
-    except Exception:  # whatever a damaged file makes it raise
-        tokenizer = None  # ids can still be measured; a text then says what is missing
+    with _read_once() if source.gguf else nullcontext():
+        try:
+            if source.is_hub_name and not _hub_can_answer(source.location):
+                raise ConnectionError("no network")
+            config = AutoConfig.from_pretrained(source.location, **given)
+            encoder = any(a.endswith(("MaskedLM", "BertModel")) for a in config.architectures or ())
+            auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+            safe = {} if source.gguf else {"use_safetensors": True}
+            network = auto.from_pretrained(
+                source.location, config=config, dtype=dtype, attn_implementation="eager", **given, **safe, **spread
+            )
+            network.config.architectures = [type(network).__name__]
+        except Exception as error:  # whatever the loaders raise, of which there is no list
+            raise _load_error(source, error) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **given)
+        except Exception:  # whatever a damaged file makes it raise
+            tokenizer = None  # ids can still be measured; a text then says what is missing
     return network, tokenizer
 
 

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from pandas import DataFrame
 
 from sinkscope.errors import SinkscopeError
+from sinkscope.reports.costs import diverging, norm_of
 from sinkscope.reports.drawing import (
     COLOUR_MAP,
     MARK,
@@ -54,7 +55,10 @@ def heatmap(
     rows = rows_of(frame, metric, text)
     cells = rows.pivot(index="layer", columns="head", values="value").sort_index().sort_index(axis=1)
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
-    _cells(ax, cells, axis_name(metric), constant_null(rows), vmin, vmax)
+    if metric.startswith("cost["):  # of a sweep: it may be below zero
+        diverging(ax, cells, norm_of(cells.to_numpy(float, na_value=np.nan)), axis_name(metric))
+    else:
+        _cells(ax, cells, axis_name(metric), constant_null(rows), vmin, vmax)
     ticks = every(len(cells), 16), every(cells.shape[1], 10)
     ax.set_yticks(ticks[0], labels=[str(cells.index[i]) for i in ticks[0]])
     ax.set_xticks(ticks[1], labels=[str(cells.columns[i]) for i in ticks[1]])

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sinkscope.errors import SinkscopeError
+from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.metrics.across import t_interval
 from sinkscope.reports import notes
 from sinkscope.reports.paged import Paged
+from sinkscope.reports.placebos import EffectTest, beside, tested
+from sinkscope.reports.placebos import words as placebo_words
 from sinkscope.reports.words import number, percent
 from sinkscope.results import ALL, BLOCKS, FEWEST, NONE, Effects, Run
 
@@ -37,9 +39,9 @@ class EffectReport(Paged):
 
     Attributes:
         frame: tidy, the columns of `effects.csv`: one row per (text, intervention), and per intervention one for `all`
-            texts. `none` is the unedited run. `tokens` counts the predictions scored; `loss` is in nats per token. An edit
-            that drops or swaps tokens is scored on those that stand in both runs, `none` on all: `delta_loss` is against
-            the unedited run on the same tokens, `std_error` its standard error; `kl` is
+            texts; placebos have theirs. `none` is the unedited run. `tokens` counts the predictions scored; `loss` is in nats
+            per token. An edit that drops or swaps tokens is scored on those that stand in both runs, `none` on all:
+            `delta_loss` is against the unedited run on the same tokens, `std_error` its standard error; `kl` is
             KL(clean || edited) in nats; `sink_mass` is the mean attention to the first token, over layers, heads and
             queries (NaN where it was dropped), and `sink_position` the position that receives most attention in all.
         details: the same rows: 95% interval of `delta_loss`, share of top-1 predictions that stay, the sink's token.
@@ -77,17 +79,30 @@ class EffectReport(Paged):
         details = pd.DataFrame(more, columns=["text", "intervention", "low", "high", "top1_agreement", "sink_token"])
         how = "across texts" if len(texts) > 1 else f"across up to {BLOCKS} consecutive blocks of the one text"
         about = about | {"interval": f"95%, Student's t, paired, {how}"}
-        return cls(frame, details, effects.table(), about | {"notes": notes.of_evaluate(runs, about["texts"])})
+        found = notes.of_evaluate(runs, about["texts"])
+        found += [f"{name} has no placebo" for name in about.pop("unmatched", [])]
+        report = cls(frame, details, effects.table(), about | {"notes": found})
+        return replace(report, curves=report.curves[report.curves["intervention"].isin(report.interventions)])
 
     @property
     def interventions(self) -> list[str]:
-        """The interventions in their text form, `none` first."""
-        return list(self.frame["intervention"].unique())
+        """The interventions that were asked for, in their text form, `none` first."""
+        names = self.frame["intervention"].unique()
+        asked = {NONE, *(self.about.get("arguments", {}).get("interventions") or names)}
+        return [name for name in names if name in asked or name not in self._placebos]
+
+    @property
+    def _placebos(self) -> dict[str, str]:
+        """Placebo -> edit."""
+        found: dict[str, str] = self.about.get("placebos") or {}
+        return found
 
     def summary(self, text: str = ALL) -> pd.DataFrame:
         """Give one row per intervention: the columns of `.frame`, `low, high, top1_agreement, sink_token`, and `interval`.
 
-        The last says how the interval of `delta_loss` was made, or why there is none.
+        The last says how the interval of `delta_loss` was made, or why there is none. Where placebos were run: how many
+        (`placebos`), their mean `placebo_delta_loss` and its standard deviation over them, `placebo_std`; for `all` of
+        several texts `placebo_p`, the p-value of :meth:`test` between the two.
 
         Raises:
             SinkscopeError: no such text.
@@ -95,8 +110,33 @@ class EffectReport(Paged):
         both = self.frame.merge(self.details, on=["text", "intervention"])
         if text not in set(both["text"]):
             raise SinkscopeError(f"no text {text!r} in this report; there are {sorted(set(both['text']))}")
-        rows = both[both["text"] == text].drop(columns=["model", "text"]).reset_index(drop=True)
-        return rows.assign(interval=[self._how(r, text) for r in rows.to_dict("records")])
+        rows = both[(both["text"] == text) & both["intervention"].isin(self.interventions)]
+        rows = rows.drop(columns=["model", "text"]).reset_index(drop=True)
+        rows = rows.assign(interval=[self._how(r, text) for r in rows.to_dict("records")])
+        if not self._placebos:
+            return rows
+        return rows.join(beside(self.frame, rows["intervention"].tolist(), text, self._placebos))
+
+    def test(self, a: Any, b: Any = None) -> EffectTest:
+        """Test whether two edits change the loss alike: a paired permutation test of their differences across texts.
+
+        Args:
+            a: an intervention of this report, as an object or in text form.
+            b: another; None: the mean of the first one's placebos (`evaluate(..., placebo=5)`).
+
+        Raises:
+            SinkscopeError: it is not in this report, it has no placebo there, or there are not two texts.
+        """
+        names = self.frame["intervention"].unique().tolist()
+        for name in (str(a), *(() if b is None else (str(b),))):
+            if name not in names:
+                raise unknown("intervention in this report", name, names)
+        if b is not None:
+            return tested(self.frame, str(a), [str(b)], str(b))
+        mine = [placebo for placebo, of in self._placebos.items() if of == str(a)]
+        if not mine:
+            raise SinkscopeError(f"{a} has no placebo in this report: evaluate(..., placebo=5), or name another edit")
+        return tested(self.frame, str(a), mine, mine[0] if len(mine) == 1 else f"its {len(mine)} placebos")
 
     def _how(self, row: Mapping[Any, Any], text: str) -> str:
         """Say what the interval of a row is across, or why there is none."""
@@ -166,6 +206,11 @@ class EffectReport(Paged):
         return f"EffectReport: {self.about['model']}, {n} intervention{'s' * (n != 1)}, {of}"
 
     @property
+    def _hidden(self) -> bool:
+        """Whether placebos have no rows of their own."""
+        return not set(self._placebos) <= set(self.interventions)
+
+    @property
     def _notes(self) -> list[str]:
         return [f"note: {note}" for note in self.about.get("notes", [])]
 
@@ -173,6 +218,8 @@ class EffectReport(Paged):
         """Give the table for people: its header, and a row per intervention; what is not known says why, or is empty."""
         header = ["intervention", "loss", "perplexity", "difference", "95% interval", "KL", "on token 0", "most goes to"]
         rows = []
+        if self._hidden:
+            header.insert(5, "placebo")
         for r in self.summary().to_dict("records"):
             known = {name: not pd.isna(value) for name, value in r.items()}
             place = f"{r['sink_position']} {r['sink_token']!r}" if known["sink_position"] else r["sink_token"]
@@ -180,6 +227,7 @@ class EffectReport(Paged):
             if r["intervention"] == NONE:
                 known["delta_loss"], interval = False, ""  # what the others are compared with
             numbers = [number(r["perplexity"]), f"{r['delta_loss']:+.3f}" if known["delta_loss"] else "", interval]
+            numbers += [placebo_words(r)] if self._hidden else []
             loss, kl = (f"{r[name]:.3f}" if known[name] else "" for name in ("loss", "kl"))
             rows.append([r["intervention"], loss, *numbers, kl, percent(r["sink_mass"]) if known["sink_mass"] else "", place])
         return header, rows

@@ -33,6 +33,8 @@ BOUNDS: dict[str, Bounds] = {
     "position": POSITIVE,
     "dimension": POSITIVE,
 }
+#: Of what is no metric, and stands among them.
+UNITS = {"cost": "nats per token"}
 #: Where it is not what the unit says: differences of shares.
 SUMMARIES: dict[str, Bounds] = {
     "sink_mass_excess": SIGNED,
@@ -55,7 +57,7 @@ def unit_of(metric: str, units: Mapping[str, str] | None = None) -> str:
     ('share of heads', 'share of attention', 'nats', '')
     """
     base = metric.partition("[")[0].partition("@")[0]
-    return getattr(BUILT_IN.get(base), "unit", "") or (units or {}).get(base, "")
+    return getattr(BUILT_IN.get(base), "unit", "") or (UNITS | dict(units or {})).get(base, "")
 
 
 def bounds_of(metric: str, tokens: float | int = math.inf, units: Mapping[str, str] | None = None) -> Bounds:

@@ -10,19 +10,21 @@ from typing import Any
 import pandas as pd
 
 from sinkscope.errors import SinkscopeError
-from sinkscope.reports import effect, sink
+from sinkscope.reports import effect, sink, sweep
 from sinkscope.reports.effect import EffectReport
 from sinkscope.reports.seals import SEAL, Sealed
 from sinkscope.reports.sink import SinkReport
+from sinkscope.reports.sweep import SweepReport
 from sinkscope.reports.tables import QUERY
 from sinkscope.results import ALL
 from sinkscope.runs.schema import fits
 
-#: What every seal says, and what those of `measure` and `evaluate` say besides.
+#: What every seal says, and what those of `measure`, `evaluate` and `sweep` say besides.
 ABOUT: dict[str, Any] = dict.fromkeys(("model", "engine", "engine_why", "bos", "dtype", "device", "sinkscope"), str)
 ABOUT |= {"texts": [{"label": str, "n_tokens": int}], "layers": [int], "arguments": {}}
 MEASURED = {"arguments": {"metrics": [str], "key": [int | str]}, "sentences": {...: str}}
 EVALUATED = {"arguments": {"interventions": [str]}, "interval": str}
+SWEPT = {"arguments": {"edit": str, "over": str}, "interval": str}
 #: Columns of the tables that are text, and whole numbers; all others are numbers.
 TEXT = frozenset({"model", "text", "metric", "intervention", "sink_token", "query_token", "key_token"})
 WHOLE = frozenset({"layer", "head", "key", "tokens", "position", "sink_position", "query"})
@@ -31,11 +33,15 @@ CURVES = ["text", "intervention", "position", "loss"]
 PATTERNS = ["layer", "head", "query", "key", "query_token", "value"]
 #: What tells the rows of a table apart, where one row is expected.
 ONCE = {"attention": ["query", "key"], "effects": ["text", "intervention"], "details": ["text", "intervention"]}
+ONCE |= {"sweep": ["text", *sweep.PLACE]}
 SHOWN = ["query", "key", "query_token", "key_token", "value"]
 
 
-def load_report(directory: str | Path) -> SinkReport | EffectReport:
-    """Read a saved report: an EffectReport where `evaluate` wrote it, else a SinkReport.
+Report = SinkReport | EffectReport | SweepReport
+
+
+def load_report(directory: str | Path) -> Report:
+    """Read a saved report: an EffectReport where `evaluate` wrote it, a SweepReport where `sweep` did, else a SinkReport.
 
     Reports of earlier versions are read as well; from 0.2 on every file's SHA-256 is compared with the seal's.
 
@@ -57,7 +63,7 @@ def load_report(directory: str | Path) -> SinkReport | EffectReport:
         raise SinkscopeError(f"the report in {str(path)!r} can't be read: {why[:300]}") from None
 
 
-def _read(sealed: Sealed) -> SinkReport | EffectReport:
+def _read(sealed: Sealed) -> Report:
     about, files = sealed.about, sealed.files()
     fits(about, ABOUT, SEAL)
     labels = {ALL, *(text["label"] for text in about["texts"])}
@@ -65,6 +71,9 @@ def _read(sealed: Sealed) -> SinkReport | EffectReport:
         fits(about, EVALUATED, SEAL)
         frame = _table(files, "effects", effect.COLUMNS, labels)
         return EffectReport(frame, _table(files, "details", DETAILS, labels), _table(files, "curves", CURVES, labels), about)
+    if "over" in about["arguments"]:
+        fits(about, SWEPT, SEAL)
+        return SweepReport(_table(files, "sweep", sweep.COLUMNS, labels), about)
     fits(about, MEASURED, SEAL)
     for text in about["texts"]:
         if "tokens" in text:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from sinkscope.metrics.base import AcrossTexts, AnyMetric
-from sinkscope.metrics.values import Value, rows_of
+from sinkscope.metrics.values import Rows, Value
 from sinkscope.results import ALL, Group, Tally, TextResult
 
 Measured = TypeVar("Measured", Value, Group)
@@ -25,23 +25,24 @@ def tables(
     tally: Tally, asked: Iterable[AnyMetric], about: dict[str, Any], results: Sequence[TextResult]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Give the finest rows, and the model-level numbers; arguments as for :meth:`SinkReport.assemble`."""
-    layers = list(about["layers"])
-    pieces = [rows_of(v, layers, r.sequence.label, len(r.sequence)) for r in results for v in _once(r.values)]
+    rows = Rows(list(about["layers"]))
+    for r in results:
+        for v in _once(r.values):
+            rows.add(v, r.sequence.label, len(r.sequence))
     totals = [(label, name, value, np.nan, null) for label, name, value, null in tally.totals]
     tokens = sum(n for _, n in tally.texts)
     for g in _once(tally.groups.values()):
         mean = Value(g.name, g.tag, g.key, g.axes, g.value.present, g.null.present, None, None)
-        pieces.append(rows_of(mean, layers, ALL, tokens, g.value.std_error))
+        rows.add(mean, ALL, tokens, g.value.std_error)
     for g in tally.groups.values():
         if g.total is not None and g.total_null is not None:
             value, error, null = (float(x) for x in (g.total.present, g.total.std_error, g.total_null.present))
             totals.append((ALL, g.name + g.tag, value, error, null))
     summary = pd.DataFrame(totals, columns=SUMMARY_COLUMNS)
     summary = pd.concat([summary, _across(summary, asked)], ignore_index=True)
-    frame = pd.concat(pieces, ignore_index=True) if pieces else pd.DataFrame(columns=COLUMNS[1:])
+    frame = rows.frame()
     frame.insert(0, "model", about["model"])
-    columns = [c for c in (*COLUMNS[:6], QUERY, *COLUMNS[6:]) if c in frame or c != QUERY]
-    return frame[columns], summary
+    return frame, summary
 
 
 def _once(values: Iterable[Measured]) -> list[Measured]:

@@ -12,14 +12,21 @@ from sinkscope.reports import page
 from sinkscope.reports.effect import EffectReport
 from sinkscope.reports.files import check_writable, write
 from sinkscope.reports.sink import SinkReport
+from sinkscope.reports.sweep import SweepReport
 
 
-def of_one_kind(reports: Mapping[str, SinkReport | EffectReport]) -> bool:
+def of_one_kind(reports: Mapping[str, SinkReport | EffectReport | SweepReport]) -> bool:
     """Tell whether these are what `evaluate` found; False: what `measure` found.
 
     Raises:
-        SinkscopeError: fewer than two reports, or reports of both kinds.
+        SinkscopeError: fewer than two reports, reports of both kinds, or a sweep.
     """
+    swept = next((name for name, report in reports.items() if isinstance(report, SweepReport)), None)
+    if swept is not None:
+        raise SinkscopeError(
+            f"{swept!r} holds a sweep, which is not compared here: its table has a row per place, so merge the frames "
+            "(ss.load_report(...).frame) on layer and head"
+        )
     if len(reports) < 2:
         raise SinkscopeError(f"nothing to compare: give at least two reports, got {len(reports)}")
     effects = [name for name, report in reports.items() if isinstance(report, EffectReport)]

@@ -209,22 +209,22 @@ def _group(about: dict[str, Any], arrays: Arrays, at: str) -> Group:
 Found = tuple[list[Run], dict[str, str]]
 
 
-def kept_runs(store: Store, sequence: TextTokens) -> Found | None:
-    """Give a text's runs if they were finished before."""
+def kept_runs(store: Store, sequence: TextTokens, *beside: TextTokens) -> Found | None:
+    """Give a text's runs if they were finished before; they may depend on texts `beside` it."""
 
     def build(about: Any, arrays: Arrays) -> Found:
         runs = [Run(**r, **{of: arrays[f"{i}-{of}"] for of in CURVES}) for i, r in enumerate(about["runs"])]
         return runs, about["located"]
 
-    return _taken_up(store, store.name([sequence]), RUNS, build)
+    return _taken_up(store, store.name([sequence, *beside]), RUNS, build)
 
 
-def keep_runs(store: Store, sequence: TextTokens, found: Found) -> None:
+def keep_runs(store: Store, found: Found, sequence: TextTokens, *beside: TextTokens) -> None:
     """Keep a text's runs."""
     runs, located = found
     arrays = {f"{i}-{of}": getattr(run, of) for i, run in enumerate(runs) for of in CURVES}
     about = [{f.name: getattr(run, f.name) for f in fields(run) if f.name not in CURVES} for run in runs]
-    store.write(store.name([sequence]), {"runs": about, "located": located}, arrays)
+    store.write(store.name([sequence, *beside]), {"runs": about, "located": located}, arrays)
 
 
 CURVES = ("positions", "loss", "clean_loss")

@@ -127,6 +127,17 @@ def test_a_slider_turns_the_number_of_an_edit(driver, opened):
     assert find("#loss-caption").text.endswith(name)
 
 
+def test_placebos_without_rows_are_drawn_beside_their_edits(driver, opened):
+    find = opened("beside")
+    assert len(driver.find_elements("css selector", "td.drawn circle.placebo")) == 2
+    assert "+0.125 ± 0.020" in find("table.edits").text
+    driver.execute_script("arguments[0].focus()", find("#family-slider"))
+    ActionChains(driver).send_keys(Keys.HOME).perform()
+    assert "placebo +0.125" in find("#family-readout").text
+    ActionChains(driver).send_keys(Keys.END).perform()
+    assert "placebo" not in find("#family-readout").text
+
+
 def test_a_token_shows_its_losses(driver, opened):
     find, text = opened("evaluated"), ZOO["evaluated"]()["texts"][0]
     driver.execute_script(HOVER, find("#tokens [role=option]:nth-child(31)"))

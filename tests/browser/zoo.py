@@ -9,6 +9,7 @@ import pandas as pd
 
 from sinkscope.interventions import SinkWindow, Window
 from sinkscope.reports import page
+from sinkscope.reports.sweep import COLUMNS, PLACE
 from tests.synthetic import HOSTILE, report, words
 
 RIGHT_TO_LEFT = ["<s>", "שלום", " עולם", "مرحبا", " بالعالم", " left", " وِ", "‏", "👩‍👩‍👧", "e\u0301\u0301\u0301", *HOSTILE]
@@ -117,12 +118,56 @@ def evaluated(scale=1.0, length=400):
     return page.evaluated(summary, pd.concat(curves, ignore_index=True), about)
 
 
+def beside():
+    """Four windows, as if two had placebos without rows of their own."""
+    data = evaluated()
+    data["edits"] = [edit for edit in data["edits"] if "sink" not in edit["name"]]
+    names = [edit["name"] for edit in data["edits"]]
+    data["families"] = [family for family in data["families"] if set(family["edits"]) <= set(names)]
+    for edit in data["edits"][1:3]:
+        edit["placebos"] = {"n": 5, "delta": 0.125, "std": 0.02, "p": 0.03}
+    return data
+
+
+def swept(over="heads", layers=6, heads=8, texts=3, tokens=(), placebo=True):
+    """A few places cost much, most nothing, some help; nobody knows of one."""
+    tokens = list(tokens) or words(40)
+    places = {
+        "heads": [(layer, head, None) for layer in range(layers) for head in range(heads)],
+        "layers": [(layer, None, None) for layer in range(layers)],
+        "positions": [(None, None, position) for position in range(len(tokens) - 1)],
+    }[over]
+    labels, noise = [f"text {i}" for i in range(texts)], np.random.default_rng(1)
+    rows = []
+    for text in ("all", *labels):
+        for place in places:
+            cost = 0.02 * noise.normal() + (2.0 if place in (places[0], places[-1]) else 0.0)
+            numbers = (cost, cost - 0.02, cost + 0.02, abs(cost) / 2, 0.01)
+            other = (0.01 * cost, -0.01, 0.02, 0.001, 0.01) if placebo else (np.nan,) * 5
+            rows.append(("toy", text, *place, "zero_attention(keys=[0])", 39, 3.0 + cost, *numbers, 0.9, *other))
+    frame = pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(PLACE, "Int64"))
+    frame.loc[frame.index % 17 == 5, "delta_loss"] = np.nan
+    about = {
+        "model": "toy <b>",
+        "interval": "95%, Student's t, paired, across texts",
+        "notes": ["a note <i>"],
+        "dtype": "float32",
+    }
+    about["texts"] = [{"label": label, "n_tokens": len(tokens), "tokens": tokens} for label in labels]
+    about["arguments"] = {"edit": "zero_attention(keys=[0])", "over": over, "placebo": int(placebo)}
+    return page.swept(frame, about)
+
+
 def compared():
     other = page.measured(*measured({"essay": words(80)}, model="other"))
     return page.compared({"first": plain(), "second with a long name": other, "<b>": keys(), "deep": one()})
 
 
-ZOO = {f.__name__: f for f in (one, plain, largest, encoder, keys, corpus, hostile, unknown, evaluated, compared)}
+ZOO = {f.__name__: f for f in (one, plain, largest, encoder, keys, corpus, hostile, unknown, evaluated, beside, compared)}
+ZOO["swept heads"] = lambda: swept(layers=48, heads=64)
+ZOO["swept layers"] = lambda: swept("layers", texts=1)
+ZOO["swept positions"] = lambda: swept("positions", texts=1, tokens=RIGHT_TO_LEFT * 3, placebo=False)
+ZOO["one head swept"] = lambda: swept(layers=1, heads=1, texts=1, placebo=False)
 ZOO["compared edits"] = lambda: page.compared({"first": evaluated(), "second": evaluated(0.5)})
 
 

@@ -157,7 +157,7 @@ def test_measure_is_refused_inside_and_edits_of_the_stream_are_measured(tiny):
     [
         (DropTokens(0), "change the ids"),
         (RecomputeWindow(4), "change the ids"),
-        (MeanValue(0), "before the text is"),
+        (MeanValue(0), "whole text is not known before"),
         (ss.MaskKeys(-1), "from the end"),
         (ReplaceToken(-1, 4), "from the end"),
         (EditActivation(), "not located"),
@@ -193,16 +193,18 @@ def test_nothing_stays(tiny, error):
 
 # --- where edits are live ------------------------------------------------------------------------------------------
 
-#: Edits inside Hugging Face's attention interface; and at hook_attn_scores, hook_pattern, hook_v. The same on 3.9 and 4.3.
-ALL, DELEGATED = (True, True, True, True), (True, False, False, True)
+#: Edits inside Hugging Face's attention interface; and at hook_attn_scores, hook_pattern, hook_v, hook_k, hook_rot_k (hook_k
+#: where nothing is rotated), hook_z. The same on 3.9 and 4.3.
+ALL, DELEGATED = (True,) * 7, (True, False, False, True, True, True, True)
 LIVE = {
     **dict.fromkeys(["gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "phi", "phi3"], ALL),
     **dict.fromkeys(["opt", "bert"], DELEGATED),
-    **dict.fromkeys(["gptj", "gpt_neo"], (False, False, False, True)),
-    "bloom": (False, True, True, True),
+    "gptj": (False, False, False, True, True, False, True),
+    "gpt_neo": (False, False, False, True, True, True, True),
+    "bloom": (False, *ALL[1:]),
 }
 LIVE_ON_HOOKED_TRANSFORMER = dict.fromkeys(
-    ["gpt2", "gpt_neox", "llama", "mistral", "bloom", "opt", "gptj", "qwen3", "gpt_oss", "phi3"], (False, True, True, True)
+    ["gpt2", "gpt_neox", "llama", "mistral", "bloom", "opt", "gptj", "qwen3", "gpt_oss", "phi3"], (False, *ALL[1:])
 )
 
 

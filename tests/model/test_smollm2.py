@@ -6,6 +6,8 @@ import torch
 
 import sinkscope as ss
 from sinkscope.interventions import EditActivation, StreamingWindow
+from sinkscope.models import converted
+from sinkscope.models.digest import digest
 from sinkscope.testing import tiny_hf_model
 from tests import oracles
 from tests.conftest import DEVICE, fingerprint, table, total
@@ -106,12 +108,35 @@ def test_runs_are_bit_identical_and_leave_the_model_alone(smollm2, text, how):
     assert first.summary().equals(again.summary())
 
 
-def test_a_gguf_path_is_the_same_model(smollm2, smollm2_gguf, text):
-    by_path = ss.load_model(smollm2_gguf, device="cpu")
-    one, other = (ss.measure(model, text, max_tokens=64) for model in (smollm2, by_path))
+def test_a_gguf_file_is_converted_once(smollm2, smollm2_gguf, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("SINKSCOPE_CACHE", str(tmp_path))
+    first = ss.load_model(smollm2_gguf, device="cpu")
+    (kept,) = (tmp_path / "converted").iterdir()
+    assert converted.whole(kept)
+    with monkeypatch.context() as without:
+        without.setattr("gguf.GGUFReader", None)  # the second time, nothing reads the file
+        second = ss.load_model(smollm2_gguf, device="cpu")
+    assert digest(first.original_model) == digest(second.original_model) == digest(smollm2.original_model)
+    assert first.tokenizer(text)["input_ids"] == second.tokenizer(text)["input_ids"]
+    assert first.tokenizer.special_tokens_map == second.tokenizer.special_tokens_map
+    one, other = (ss.measure(model, text, max_tokens=64) for model in (smollm2, second))
     assert one.about["model"] == "smollm2-135m"
     columns = [c for c in one.frame if c != "model"]
     assert one.frame[columns].equals(other.frame[columns])
+    weights = kept / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        file.write(b"flip")
+    assert not converted.whole(kept)
+    converted.keep(kept, tiny_hf_model("llama"), None)  # what is damaged is written anew
+    assert converted.whole(kept)
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+def test_nothing_is_kept_where_none_is_asked_for(smollm2_gguf, monkeypatch):
+    monkeypatch.setenv("SINKSCOPE_CACHE", "")
+    assert converted.place(smollm2_gguf, torch.float32) is None
+    assert not converted.whole(None)
 
 
 def test_a_directory(saved_model):

@@ -126,3 +126,42 @@ def test_transformer_lens_own_hooks_do_not_count_as_yours():
     model.hook_dict["blocks.1.hook_attn_out"].add_hook(lambda value, hook: seen.append(value))
     assert ss.measure(model, IDS, ["sink_mass"]).about["engine"] == "hooks"
     assert seen
+
+
+# --- sizes at the ends of what is sold ------------------------------------------------------------------------------------
+
+
+def test_three_hundred_heads(tmp_path):
+    name = "LlamaForCausalLM"
+    many = {"num_attention_heads": 300, "num_key_value_heads": 100, "hidden_size": 300, "head_dim": 2}
+    report = right(build(name, **many), build(name, **many), causal=True)
+    assert report.frame["head"].max() == 299
+    report.save(tmp_path)
+    assert ss.load_report(tmp_path).frame.equals(report.frame)
+
+
+def test_a_vocabulary_of_262144():
+    name, many = "LlamaForCausalLM", {"vocab_size": 262_144, "hidden_size": 16, "num_hidden_layers": 2}
+    model, oracle = build(name, **many), build(name, **many)
+    ids = torch.tensor([1, 262_143, 5, 200_000, 77, 131_072, 9, 3, 100_000, 12])
+    effect = ss.evaluate(model, [ids], [ss.MaskKeys(0)])
+    loss = effect.summary().set_index("intervention")["loss"]
+    with torch.no_grad():
+        theirs = torch.nn.functional.cross_entropy(oracle(ids[None]).logits[0, :-1], ids[1:])
+    assert loss["none"] == pytest.approx(float(theirs), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_precision_throughout(dtype):
+    model = build("LlamaForCausalLM", **GROUPED).to(dtype)
+    before = build("LlamaForCausalLM", **GROUPED).to(dtype).double()  # the rounded weights, computed with exactly
+    bound = {torch.float64: 1e-7, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    ids = IDS["text 1"]
+    with torch.no_grad():
+        out = before(input_ids=torch.tensor([ids]), output_attentions=True)
+    expected = torch.stack([a[0, :, :, 0].mean(-1) for a in out.attentions])
+    report = ss.measure(model, [ids], ["sink_mass"])
+    np.testing.assert_allclose(table(report, "sink_mass"), expected, atol=bound)
+    loss = torch.nn.functional.cross_entropy(out.logits[0, :-1], torch.tensor(ids[1:]))
+    effect = ss.evaluate(model, [ids], [ss.MaskKeys(0)]).summary().set_index("intervention")["loss"]
+    assert effect["none"] == pytest.approx(float(loss), abs=10 * bound)

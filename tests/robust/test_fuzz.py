@@ -115,11 +115,12 @@ def saved(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     ss.measure(model, ["so it goes", "and on"], ["sink_mass", "sink_positions"]).save(folder / "measure")
     ss.evaluate(model, ["so it goes", "and on"], "window(size=4)").save(folder / "evaluate")
-    return {verb: (folder / verb, ss.load_report(folder / verb)) for verb in ("measure", "evaluate")}
+    ss.sweep(model, ["so it goes", "and on"], "mask_keys(0)", "layers").save(folder / "sweep")
+    return {verb: (folder / verb, ss.load_report(folder / verb)) for verb in ("measure", "evaluate", "sweep")}
 
 
 @fuzz(120)
-@given(data=st.data(), verb=st.sampled_from(["measure", "evaluate"]))
+@given(data=st.data(), verb=st.sampled_from(["measure", "evaluate", "sweep"]))
 def test_a_damaged_report(saved, tmp_path_factory, data, verb):
     """Either the damage is said, or nothing is changed by it."""
     original, whole = saved[verb]

@@ -17,7 +17,7 @@ from sinkscope.cli import app
 from sinkscope.metrics import BUILT_IN
 
 TEXT = "so it goes"
-COMMANDS = ["demo", "measure", "evaluate", "mask", "study", "compare", "metrics"]
+COMMANDS = ["demo", "measure", "evaluate", "sweep", "mask", "study", "compare", "metrics"]
 
 
 def run(*arguments):
@@ -441,6 +441,23 @@ def test_evaluate_equals_the_api(model, saved_model, tmp_path):
 )
 def test_evaluate_says_what_is_wrong_before_loading(never_loads, arguments, message):
     fails(message, "evaluate", "anything", "--text", TEXT, *arguments)
+
+
+def test_sweep_equals_the_api(model, saved_model, tmp_path):
+    asked = ["--text", "so it goes on", "--text", "and on, and on", "--edit", "mask_keys(0)", "--score-from", "3"]
+    result = run("sweep", saved_model, *asked, "--over", "layers", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    texts = {"text 0": "so it goes on", "text 1": "and on, and on"}
+    expected = ss.sweep(model, texts, "mask_keys(0)", "layers", score_from=3)
+    numbers = expected.frame.select_dtypes("number").astype(float)
+    same(pd.read_csv(tmp_path / "sweep.csv")[numbers.columns].astype(float), numbers)
+    assert "mask_keys(keys=[0]) at 3 layers" in result.stdout
+    one = ["--over", "positions", "--position", "4", "--position", "2", "--json"]
+    assert [row["position"] for row in json.loads(run("sweep", saved_model, *asked, *one).stdout)] == [4, 2]
+    expected.save(tmp_path / "other")
+    fails("holds a sweep", "compare", tmp_path, tmp_path / "other")
+    fails("did you mean 'heads'", "sweep", saved_model, *asked, "--over", "head")
+    fails("did you mean 'mask_keys'", "sweep", saved_model, "--text", TEXT, "--edit", "mask_key(0)")
 
 
 def test_compare_takes_one_kind_at_a_time(model, tmp_path):

@@ -54,6 +54,7 @@ def test_an_example_runs_and_prints(path, capsys):
 def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
     exec(compile(block, "README.md", "exec"), {})
     says = {
+        "ss.sweep": "Correlation",
         "measure": "sink_mass",
         "evaluate": "EffectReport",
         "of_pattern": "sink_mass",
@@ -66,7 +67,7 @@ def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
 
 
 def test_the_readme_has_its_blocks():
-    assert (len(README), len(DOCS)) == (4, 15)
+    assert (len(README), len(DOCS)) == (4, 16)
 
 
 def test_the_worked_pull_requests_work(monkeypatch):

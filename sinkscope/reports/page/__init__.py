@@ -5,6 +5,7 @@ from sinkscope.reports.page.data import SCHEMA_VERSION, measured
 from sinkscope.reports.page.edits import evaluated
 from sinkscope.reports.page.exits import as_json, markdown, render, snippet
 from sinkscope.reports.page.others import render_studies, render_study
+from sinkscope.reports.page.sweep import swept
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -17,4 +18,5 @@ __all__ = [
     "render_studies",
     "render_study",
     "snippet",
+    "swept",
 ]

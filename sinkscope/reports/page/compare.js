@@ -1,22 +1,12 @@
 // Several reports on one page: each number on one axis, maps in one scale, their difference, the heads that differ most.
 
-import {at, extent, html, mean, number, signed} from "./tools.js";
+import {at, diverging, extent, html, mean, number, signed} from "./tools.js";
 import {axisOf, interval} from "./numbers.js";
 import {chart} from "./chart.js";
 import {grid} from "./grid.js";
 import {telling} from "./heads.js";
 
-const COOL = [0, 114, 178], WARM = [213, 94, 0];
 const KINDS = ["main", "second", "third", "fourth", "fifth"];
-
-// From blue through nothing to vermilion; the middle is the paper's grey.
-const diverging = () => {
-  const names = Array.from({length: 65}, (_, i) => {
-    const share = (i - 32) / 32, to = share < 0 ? COOL : WARM;
-    return `#${to.map(c => Math.round(235 + (c - 235) * Math.abs(share)).toString(16).padStart(2, "0")).join("")}`;
-  });
-  return {names, name: share => names[Math.round(Math.max(0, Math.min(1, share)) * 64)]};
-};
 
 export const drawCompared = page => {
   const {data, $, state} = page;

@@ -15,9 +15,10 @@ from matplotlib.colors import to_hex
 from pandas import DataFrame
 
 from sinkscope.metrics.across import t_interval
+from sinkscope.reports.costs import norm_of
 from sinkscope.reports.drawing import COLOUR_MAP, first_key, labelled, layer_series, query_by_key, visible, without_queries
 from sinkscope.reports.page.glance import glance
-from sinkscope.reports.page.kinds import KINDS, QUIET, definition, kind, quiet
+from sinkscope.reports.page.kinds import KINDS, QUIET, base, definition, kind, quiet
 from sinkscope.reports.page.pack import pack
 from sinkscope.reports.page.parts import facts
 
@@ -95,6 +96,9 @@ def _inside(frame: DataFrame, texts: Sequence[Mapping[str, Any]]) -> dict[str, A
         "names": {metric: visible(labelled(metric)) for metric in metrics},
         "definitions": {metric: said for metric in metrics if (said := definition(metric))},
         "cells": cells,
+        "scales": {
+            metric: scale(by_head[by_head["metric"] == metric]["value"]) for metric in metrics if base(metric) == "cost"
+        },
         "bands": {metric: _band(frame, metric, layers) for metric in metrics},
         "texts": [_text(text, frame[frame["text"] == text["label"]], layers) for text in texts],
     }
@@ -103,6 +107,12 @@ def _inside(frame: DataFrame, texts: Sequence[Mapping[str, Any]]) -> dict[str, A
 def floats(values: Any) -> list[float | None]:
     """Three digits each; None for what is not known."""
     return [float(f"{x:.3g}") if math.isfinite(x) else None for x in np.asarray(values, float).tolist()]
+
+
+def scale(values: Any) -> dict[str, Any]:
+    """Give the largest size, and the size from which colours are logarithmic, if they are."""
+    norm = norm_of(values)
+    return {"most": float(f"{norm.vmax:.3g}"), "linear": float(f"{getattr(norm, 'linthresh', norm.vmax):.3g}")}
 
 
 def known(value: float) -> float | None:

@@ -29,11 +29,15 @@ export const drawEdits = page => {
 };
 
 const drawTable = ({root, data, edits}) => {
-  const deltas = edits.map(edit => ({value: edit.delta, low: edit.low, high: edit.high})), range = axisOf(deltas, "");
+  const unseen = edit => edit.placebos && edit.placebos.delta !== null && !edits.some(other => other.placebo_of === edit.name) ? edit.placebos : null;
+  const deltas = [...edits, ...edits.map(unseen).filter(Boolean)].map(({delta, low = null, high = null}) => ({value: delta, low, high}));
+  const range = axisOf(deltas, "");
   for (const cell of root.querySelectorAll("td.drawn")) {
     const edit = data.edits[+cell.dataset.row], kind = edit.placebo_of ? "placebo" : "main";
-    if (edit.delta !== null && edit.name !== NONE)
-      cell.replaceChildren(interval([{value: edit.delta, low: edit.low, high: edit.high, kind}], range, `difference ${signed(edit.delta)} nats`));
+    if (edit.delta === null || edit.name === NONE) continue;
+    const marks = [{value: edit.delta, low: edit.low, high: edit.high, kind}], beside = unseen(edit);
+    if (beside) marks.push({value: beside.delta, low: null, high: null, kind: "placebo"});
+    cell.replaceChildren(interval(marks, range, `difference ${signed(edit.delta)} nats${beside ? `; placebo ${signed(beside.delta)}` : ""}`));
   }
   for (const cell of root.querySelectorAll("td.share")) {
     const {sink_mass: value} = data.edits[+cell.dataset.row];
@@ -51,12 +55,13 @@ const drawFamily = (page, jump) => {
   const {values, edits, placebos} = family, of = (names, key) => names.map(name => name && by[name] ? by[name][key] : null);
   const slider = $("family-slider"), here = edits.indexOf(state.edit), now = Math.max(0, here);
   Object.assign(slider, {min: 0, max: values.length - 1, step: 1, value: now});
+  const beside = edits.map((name, i) => placebos[i] && by[placebos[i]] ? by[placebos[i]].delta : by[name].placebos ? by[name].placebos.delta : null);
   const words = i => `${family.over} = ${values[i]}: ${signed(by[edits[i]].delta)} nats`
-    + (placebos[i] ? `; placebo ${signed(by[placebos[i]].delta)}` : "") + `; on the first token ${percent(by[edits[i]].sink_mass)}`;
+    + (beside[i] !== null ? `; placebo ${signed(beside[i])}` : "") + `; on the first token ${percent(by[edits[i]].sink_mass)}`;
   const say = i => { slider.setAttribute("aria-valuetext", words(i)); $("family-readout").textContent = words(i); };
   slider.oninput = () => { page.choose(edits[+slider.value]); };
   const lines = [{kind: "main", name: "edit", y: of(edits, "delta")}];
-  if (placebos.some(Boolean)) lines.push({kind: "placebo", name: "placebo", y: of(placebos, "delta")});
+  if (beside.some(y => y !== null)) lines.push({kind: "placebo", name: "placebo", y: beside});
   $("family-caption").textContent = `Difference in loss (nats per token) over ${family.over}, of ${family.name}`;
   const {move} = chart($("family"), {
     x: values, lines, band: band(of(edits, "low"), of(edits, "high"), "95% interval"), zero: true, direct: true, wide: 560, xName: family.over, parts: true,

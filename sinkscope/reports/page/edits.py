@@ -40,7 +40,8 @@ def evaluated(summary: DataFrame, curves: DataFrame, about: Mapping[str, Any]) -
         edit |= {key: known(float(row[column])) for key, column in NUMBERS.items()}
         token = visible(str(row["sink_token"] or ""))
         place = None if pd.isna(row["sink_position"]) or not token else int(row["sink_position"])
-        edits.append(edit | {"placebo_of": placebos.get(edit["name"]), "sink_position": place, "sink_token": token})
+        edit |= {"placebo_of": placebos.get(edit["name"]), "placebos": _beside(row)}
+        edits.append(edit | {"sink_position": place, "sink_token": token})
     edits.sort(key=lambda edit: (names.index(edit["placebo_of"] or edit["name"]), edit["placebo_of"] is not None))
     texts = about.get("texts", [])
     return {
@@ -72,9 +73,22 @@ def _sentences(edits: Sequence[Mapping[str, Any]]) -> list[str]:
     among = " costs most of these edits: it" if len(by) > 1 else ""
     said = f"{worst['shown']}{among} {way} the loss by {abs(worst['delta']):.3f} nats per token"
     said += "" if worst["low"] is None else f" (95% interval {worst['low']:+.3f} to {worst['high']:+.3f})"
-    placebo = next((e for e in edits if e["placebo_of"] == worst["name"] and e["delta"] is not None), None)
-    said += "" if placebo is None else f"; its placebo changes it by {placebo['delta']:+.3f}"
+    row = next((e for e in edits if e["placebo_of"] == worst["name"] and e["delta"] is not None), None)
+    beside = worst["placebos"] or (row and {"n": 1, "delta": row["delta"], "p": None})
+    if beside is not None and beside["delta"] is not None:
+        several = beside["n"] > 1
+        said += f"; its {beside['n']} placebos change" if several else "; its placebo changes"
+        said += f" it by {beside['delta']:+.3f}{' on average' if several else ''}"
+        said += "" if beside["p"] is None else f" (p = {beside['p']:.2g}, paired permutation test across texts)"
     return [f"{said}."]
+
+
+def _beside(row: Mapping[Any, Any]) -> dict[str, Any] | None:
+    """Give what an edit's placebos did, if there are any."""
+    if not row.get("placebos"):
+        return None
+    numbers = {"delta": "placebo_delta_loss", "std": "placebo_std", "p": "placebo_p"}
+    return {"n": int(row["placebos"])} | {key: known(float(row[column])) for key, column in numbers.items()}
 
 
 def _families(names: Sequence[str], placebos: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -84,7 +98,7 @@ def _families(names: Sequence[str], placebos: Mapping[str, str]) -> list[dict[st
         for number in NUMBER.finditer(name):
             open_name = f"{name[: number.start()]}…{name[number.end() :]}"
             groups.setdefault(open_name, {})[float(number[0])] = name
-    placebo_of = {edit: placebo for placebo, edit in placebos.items()}
+    placebo_of = {edit: placebo for placebo, edit in reversed(placebos.items())}
     families = []
     for open_name, members in groups.items():
         if len(members) > 1:

@@ -20,8 +20,23 @@ const root = host.attachShadow({mode: "open"});
 root.append(host.querySelector("template").content.cloneNode(true));
 start(root, JSON.parse(host.querySelector("script").textContent));"""
 #: The script's parts, in the order in which they rest on each other.
-PARTS = ("tools", "keys", "grid", "chart", "numbers", "heads", "patterns", "explorer", "strip", "edits", "compare", "main")
+PARTS = (
+    "tools",
+    "keys",
+    "grid",
+    "chart",
+    "numbers",
+    "heads",
+    "patterns",
+    "explorer",
+    "strip",
+    "edits",
+    "sweep",
+    "compare",
+    "main",
+)
 TITLES = {"measure": "Attention sinks in {model}", "evaluate": "{model} under interventions", "compare": "Reports compared"}
+TITLES["sweep"] = "{edit} at the {over} of {model}"
 
 
 def render(data: dict[str, Any]) -> str:
@@ -46,14 +61,14 @@ def markdown(data: dict[str, Any]) -> str:
     """Give the numbers as Markdown, for an issue or an appendix."""
     lines = [f"## {_plain(title(data))}", "", *(f"- {_plain(said)}" for said in data.get("sentences", []))]
     lines += [*(f"- Note: {_plain(note)}" for note in data.get("notes", [])), ""]
-    lines += {"measure": _numbers, "evaluate": _edits, "compare": _compared}[data["kind"]](data)
+    lines += {"measure": _numbers, "evaluate": _edits, "sweep": _places, "compare": _compared}[data["kind"]](data)
     shown = [f"- {_plain(name)}: {_plain(value)}" for name, value in data.get("facts", [])]
     return "\n".join([*lines, "", *shown]).strip() + "\n"
 
 
 def title(data: dict[str, Any]) -> str:
     """Say what the page is of."""
-    return TITLES[data["kind"]].format(model=data.get("model", ""))
+    return TITLES[data["kind"]].format(**{name: data.get(name, "") for name in ("model", "edit", "over")})
 
 
 @cache
@@ -102,7 +117,24 @@ def _edits(data: dict[str, Any]) -> list[str]:
         [_plain(r["shown"]), number(r["loss"]), number(r["delta"]), _interval(r), number(r["kl"]), number(r["sink_mass"])]
         for r in data["edits"]
     ]
-    return _table(["intervention", "loss (nats)", "difference", "95% interval", "KL", "on token 0"], rows)
+    header = ["intervention", "loss (nats)", "difference", "95% interval", "KL", "on token 0"]
+    if any(r.get("placebos") for r in data["edits"]):
+        header += ["placebo", "p"]
+        for row, r in zip(rows, data["edits"], strict=True):
+            beside = r["placebos"] or dict.fromkeys(("delta", "std", "p"))
+            spread = "" if beside["std"] is None else f" ± {number(beside['std'])}"
+            row += [f"{number(beside['delta'])}{spread}", number(beside["p"])]
+    return _table(header, rows)
+
+
+def _places(data: dict[str, Any]) -> list[str]:
+    axes = {"heads": ("layer", "head"), "layers": ("layer",), "positions": ("position",)}[data["over"]]
+    rows = [
+        [*(str(r[side]) for side in ("row", "column")[: len(axes)]), number(r["delta"]), _interval(r)]
+        + [number(r[name]) for name in ("kl", "placebo_delta")]
+        for r in data["top"]
+    ]
+    return _table([*axes, "difference (nats)", "95% interval", "KL", "placebo's difference"], rows)
 
 
 def _compared(data: dict[str, Any]) -> list[str]:

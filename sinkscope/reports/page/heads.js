@@ -1,6 +1,6 @@
 // The first picture, the map of heads, and the picture by layer: one metric, every head of it.
 
-import {at, extent, html, mean, number} from "./tools.js";
+import {at, costColours, extent, html, mean, number} from "./tools.js";
 import {chart} from "./chart.js";
 import {grid} from "./grid.js";
 
@@ -37,7 +37,9 @@ export const drawHeads = page => {
   const cells = cellsOf(data, state.metric, state.text), name = data.names[state.metric], value = table(data, cells.value);
   $("heat-caption").textContent = `${name}, by layer and head`;
   $("heat-definition").textContent = data.definitions[state.metric] || "";
+  const spread = data.scales[state.metric];  // of a sweep's costs, which may be below zero
   const {mark} = grid($("heat"), {
+    range: spread && [-spread.most, spread.most],
     rows: data.layers, columns: data.heads, value, rowName: "layer", columnName: "head", label: `${name} by layer and head`,
     mark: Array.isArray(cells.null) ? null : cells.null,
     cellName: (r, c) => `layer ${data.layers[r]}, head ${data.heads[c]}`,
@@ -48,7 +50,7 @@ export const drawHeads = page => {
         + `; null ${number(at(cells.null, r, c))}`;
     },
     pick: (r, c) => page.pickHead(r, c),
-  }, page.colours);
+  }, spread ? costColours(spread) : page.colours);
   mark(state.layer, state.head);
   page.listen("head", "heat", () => mark(state.layer, state.head));
   const by = cell => table(data, cell).map(mean), series = by(cells.value), nulls = by(cells.null);

@@ -37,7 +37,9 @@ def kind(metric: str) -> str:
 
 
 def definition(metric: str) -> str:
-    """Define a built-in metric in a line; nothing for others."""
+    """Define a built-in metric in a line, and what a sweep costs; nothing for others."""
+    if base(metric) == "cost":
+        return "Difference of the loss when this head alone is edited; chance is its placebo's."
     known: Any = BUILT_IN.get(base(metric))
     return known.doc if known else ""
 

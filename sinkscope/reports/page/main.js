@@ -6,6 +6,7 @@ import {drawGlance, drawHeads, drawPairs, telling} from "./heads.js";
 import {drawExplorer} from "./explorer.js";
 import {drawAlong} from "./strip.js";
 import {drawEdits} from "./edits.js";
+import {drawSweep} from "./sweep.js";
 import {drawCompared} from "./compare.js";
 
 const picker = (node, choices, value, changed) => {
@@ -50,7 +51,7 @@ const drawMeasured = page => {
   return draw;
 };
 
-const DRAW = {measure: drawMeasured, evaluate: drawEdits, compare: drawCompared};
+const DRAW = {measure: drawMeasured, evaluate: drawEdits, sweep: drawSweep, compare: drawCompared};
 
 export const start = (root, data) => {
   const listeners = new Map(), $ = id => root.getElementById(id);

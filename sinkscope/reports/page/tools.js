@@ -53,4 +53,25 @@ export const scale = names => {
   return {names, name: share => names[index(share)], bytes: share => parts[index(share)]};
 };
 
+const COOL = [0, 114, 178], WARM = [213, 94, 0];
+
+// From blue through nothing to vermilion; the middle is the paper's grey.
+export const diverging = () => {
+  const names = Array.from({length: 65}, (_, i) => {
+    const share = (i - 32) / 32, to = share < 0 ? COOL : WARM;
+    return `#${to.map(c => Math.round(235 + (c - 235) * Math.abs(share)).toString(16).padStart(2, "0")).join("")}`;
+  });
+  return {names, name: share => names[Math.round(Math.max(0, Math.min(1, share)) * 64)]};
+};
+
+// Linear up to a size, logarithmic beyond, where few places cost much and all others would be without a colour.
+export const costColours = ({most, linear}) => {
+  const base = diverging(), bent = size => size <= linear / most ? size * most / linear : 1 + Math.log10(size * most / linear);
+  const name = share => {
+    const s = 2 * Math.max(0, Math.min(1, share)) - 1;
+    return base.name((1 + Math.sign(s) * bent(Math.abs(s)) / bent(1)) / 2);
+  };
+  return {names: base.names.map((_, i) => name(i / (base.names.length - 1))), name};
+};
+
 export const roomFor = (host, most) => Math.max(260, Math.min(most, host.clientWidth || most));

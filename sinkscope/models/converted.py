@@ -1,0 +1,84 @@
+"""Weights converted from GGUF, kept for the next time: to dequantise them is most of what loading takes.
+
+They lie in the user's cache directory, as safetensors, under a name made of the file's digest, the dtype and the version of
+transformers. `SINKSCOPE_CACHE` names another directory; set to nothing, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_model
+
+#: What is larger is not kept, in bytes: a copy of a large model would surprise whoever pays for the disk.
+LARGEST = 2_000_000_000
+#: Written last: the digest of each of the other files.
+SEAL = "digests.json"
+
+
+def place(file: Path, dtype: torch.dtype) -> Path | None:
+    """Give the directory where a file's conversion is kept, or would be; None where nothing is to be kept."""
+    where = os.environ.get("SINKSCOPE_CACHE")
+    if where == "":
+        return None
+    if where is None:
+        from platformdirs import user_cache_path
+
+        where = str(user_cache_path("sinkscope", appauthor=False))
+    name = f"{_digest(file)[:32]}-{str(dtype).removeprefix('torch.')}-transformers-{transformers.__version__}"
+    return Path(where).expanduser() / "converted" / name
+
+
+def whole(place: Path | None) -> bool:
+    """Say whether something is kept there, and every file is what was written."""
+    try:
+        if place is None or place.is_symlink():
+            return False
+        digests = json.loads((place / SEAL).read_text())
+        there = {path.name for path in place.iterdir()} - {SEAL}
+        return there == set(digests) and all(_digest(place / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def keep(place: Path | None, network: Any, tokenizer: Any) -> None:
+    """Keep a model as it was loaded: written beside, then moved into place; where that can't be, nothing is kept."""
+    if place is None or sum(p.numel() * p.element_size() for p in network.parameters()) > LARGEST:
+        return
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix="half-") as folder:
+            half = Path(folder) / place.name
+            half.mkdir()
+            _save(network, half)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(half)
+            (half / SEAL).write_text(json.dumps({path.name: _digest(path) for path in half.iterdir()}))
+            if not whole(place):  # another process may have been faster
+                if place.is_dir() and not place.is_symlink():
+                    shutil.rmtree(place)
+                half.replace(place)
+
+
+def _save(network: Any, where: Path) -> None:
+    """Write config and weights; `save_pretrained` refuses what came from GGUF, although its weights are plain numbers now."""
+    config = copy.deepcopy(network.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(where)
+    save_model(network, str(where / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
