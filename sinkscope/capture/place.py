@@ -36,7 +36,7 @@ class Place:
         with Undo() as undo:
             with uninterrupted():
                 if self.adapter.kind == "hooked_transformer":  # which calls its own forward past the hooks of torch
-                    undo.enter_context(_wrapped(self.adapter.model, self._before))
+                    undo.enter_context(wrapped(self.adapter.model, self._before))
                     first = self.adapter.blocks[0]  # is given the mask that is made of padded strings
                     undo.callback(first.register_forward_pre_hook(_refuse_left, with_kwargs=True).remove)
                 else:
@@ -118,13 +118,15 @@ def _refuse_elsewhere(given: dict[str, Any], start: int) -> None:
 
 
 @contextmanager
-def _wrapped(model: nn.Module, before: Callable[..., None]) -> Iterator[None]:
-    """Have a function called before every forward pass, however it is called."""
+def wrapped(model: nn.Module, before: Callable[..., None], after: Callable[..., None] = lambda *_: None) -> Iterator[None]:
+    """Have functions called before and after every forward pass, however it is called."""
     forward, kept = model.forward, vars(model).get("forward")
 
     def told(*args: Any, **given: Any) -> Any:
         before(model, args, given)
-        return forward(*args, **given)
+        output = forward(*args, **given)
+        after(model, args, output)
+        return output
 
     with Undo() as undo:
         if kept is None:
