@@ -134,7 +134,6 @@ def test_without_placebos_nothing_is_shown_of_them(tiny):
             "at least two texts in which both .* there is one",
         ),
     ],
-    ids=str,
 )
 def test_what_cannot_be_tested(report, tiny, call, says):
     with pytest.raises(ss.SinkscopeError, match=says):

@@ -51,6 +51,7 @@ def evaluated(summary: DataFrame, curves: DataFrame, about: Mapping[str, Any]) -
         "n_texts": len(texts),
         "n_tokens": sum(text["n_tokens"] for text in texts),
         "sentences": _sentences(edits),
+        "notes": [visible(note) for note in about.get("notes", [])],
         "interval": about.get("interval", ""),
         "note": visible(about.get("no_clean_run", "")),
         "edits": edits,
