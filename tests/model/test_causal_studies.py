@@ -99,7 +99,7 @@ def made(alone, variance, norm, late=(0.01, 0.0, 0.02)):
     [
         (((0.3, 0.2, 0.4), (0.2, 0.1, 0.3), (0.0, -0.1, 0.1)), "so does one whose variance is amplified, and not one whose"),
         (((0.3, 0.2, 0.4), (0.2, 0.1, 0.3), (0.2, 0.1, 0.3)), "but a larger norm does it as well"),
-        (((0.3, 0.2, 0.4), (0.0, -0.1, 0.1), (0.0, -0.1, 0.1)), "makes none"),
+        (((0.3, 0.2, 0.4), (0.0, -0.1, 0.1), (0.0, -0.1, 0.1)), "was not shown to make one"),
         (((0.3, -0.2, 0.8), (0.0, -0.1, 0.1), (0.2, 0.1, 0.3)), "the opposite of what was published"),
     ],
 )
@@ -107,7 +107,7 @@ def test_words_of_make_a_sink(gains, expected):
     verdict, said = make._say("m", "of", 4.0, made(*gains))
     assert expected in verdict
     assert ("becomes a sink" in verdict) == (gains[0][1] > 0)
-    assert ("the first token pay" in said) == (gains[0][1] > 0)
+    assert ("the first token pays" in said) == (gains[0][1] > 0)
     verdict, _ = make._say("m", "of", 4.0, made(*gains, late=(0.5, 0.4, 0.6)))  # the placebo does as well
     assert "becomes no sink" in verdict
 
