@@ -158,8 +158,15 @@ def _scores(model: Any, adapter: Adapter, sample: Tokens) -> dict[str, np.ndarra
         )
     )
     scores = {name: SCORES[name] * score.mean(0) for name, score in raw.items()}
-    over = {name + LAYER: SCORES[name] * (s / s.mean(2, keepdims=True)).mean(0) for name, s in raw.items()}
-    return scores | over | {OWN: (last / norm).mean(0)}
+    over = {name + LAYER: SCORES[name] * _over(s, s.mean(2, keepdims=True)).mean(0) for name, s in raw.items()}
+    return scores | over | {OWN: _over(last, norm).mean(0)}
+
+
+def _over(score: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Divide; 0 by 0 is 0, for a head that gives nothing is as inactive as can be."""
+    wide = np.broadcast_to(mean, score.shape)
+    ratio: np.ndarray = np.divide(score, wide, out=np.zeros(score.shape), where=wide > 0)
+    return ratio
 
 
 def _say(

@@ -115,7 +115,7 @@ def test_words_of_make_a_sink(gains, expected):
 @pytest.mark.model
 def test_smollm2_makes_a_sink(smollm2):
     text = {"a novel": novel(2000)}
-    report = studies.make_a_sink(smollm2, text, positions=(10,), sequences=3, tokens=96)
+    report = studies.make_a_sink(smollm2, text, positions=(10,), sequences=3, tokens=64)
     assert report.estimate(make.UNEDITED, "sink_rate").value < 0.02
     assert report.estimate(make.ALONE, "sink_rate").value > 0.2
     assert report.estimate(make.LATE, "sink_rate").value < 0.1
