@@ -1,6 +1,7 @@
 """Studies that edit: planted models on which the answer is known, numbers against `evaluate`, words on both sides."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,11 +9,11 @@ import torch
 
 import sinkscope as ss
 from sinkscope import studies
-from sinkscope.interventions import MaskKeys, QuantizeKV, ScaleAttention, SelfOnly, ZeroHead
+from sinkscope.interventions import MaskKeys, QuantizeKV, ReplaceValue, ScaleAttention, SelfOnly, ZeroHead
 from sinkscope.models import adapt, bridge
 from sinkscope.studies import broadcast, dose, inactive, make, quantised, repeats, secondary
 from sinkscope.studies.report import Estimate
-from sinkscope.studies.seen import Seen, projection
+from sinkscope.studies.seen import Seen, Within, projection
 from sinkscope.testing import planted_sink, tiny_hf_model, tiny_tokenizer
 from tests.model.compare import novel
 from tests.model.test_studies import alpha, words
@@ -65,6 +66,21 @@ def test_seen_under_an_edit():
         assert layer.shape == (2, 40, 2)
         assert float(layer[:, 1:, 0].abs().max()) == 0
         torch.testing.assert_close(layer[0, 6:, 1], torch.tensor([1.0] + [1 / i for i in range(7, 40)]))
+
+
+def test_within_is_the_chain_of_its_parts(tiny):
+    """Heads of each layer of their own, as one edit and as a chain: of weights, values (another text's too) and outputs."""
+    places = {0: [1, 3], 2: [0]}
+    for make in (
+        partial(ScaleAttention, 0, 3.0),
+        partial(ReplaceValue, 0, "donor"),
+        partial(ReplaceValue, 0, "zero"),
+        ZeroHead,
+    ):
+        chain = make(layers=0, heads=[1, 3]) & make(layers=2, heads=[0])
+        both = ss.evaluate(tiny("llama"), ROWS, [Within(make(), places, "within"), chain]).summary().set_index("intervention")
+        assert both.loc["within", "kl"] == pytest.approx(both.loc[str(chain), "kl"], abs=1e-7)
+        assert both.loc["within", "kl"] > 1e-5
 
 
 # --- make-a-sink ---------------------------------------------------------------------------------------------------------
@@ -392,8 +408,10 @@ def test_heads_that_write_nothing_are_found_and_cost_nothing():
     assert scores["first-token weight"].argmax() == 2  # the one without a sink comes last
     mass = np.mean([math.exp(9) / (math.exp(9) + i) for i in range(40)])
     assert scores["first-token weight"][0].tolist() == pytest.approx([-mass, -mass, -alpha(0, 40), -mass], abs=1e-5)
-    edit = inactive._zero(adapt(model), [0, 2])
-    assert str(edit) == str(ZeroHead(layers=0, heads=[0, 2]))
+    two = [inactive._zero(adapt(model), [0, 2], "two"), ZeroHead(layers=0, heads=[0, 2])]
+    losses = ss.evaluate(model, begun(), two).summary().set_index("intervention")["delta_loss"]
+    assert losses["two"] == pytest.approx(losses[str(two[1])], abs=1e-6)
+    assert abs(losses["two"]) > 1e-3
     with pytest.raises(ss.SinkscopeError, match="3 pieces"):
         studies.inactive_heads(model, begun()[:3])
 
