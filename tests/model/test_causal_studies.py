@@ -71,14 +71,10 @@ def test_seen_under_an_edit():
 def test_within_is_the_chain_of_its_parts(tiny):
     """Heads of each layer of their own, as one edit and as a chain: of weights, values (another text's too) and outputs."""
     places = {0: [1, 3], 2: [0]}
-    for make in (
-        partial(ScaleAttention, 0, 3.0),
-        partial(ReplaceValue, 0, "donor"),
-        partial(ReplaceValue, 0, "zero"),
-        ZeroHead,
-    ):
-        chain = make(layers=0, heads=[1, 3]) & make(layers=2, heads=[0])
-        both = ss.evaluate(tiny("llama"), ROWS, [Within(make(), places, "within"), chain]).summary().set_index("intervention")
+    zero, donor = (partial(ReplaceValue, 0, by) for by in ("zero", "donor"))
+    for edit in (partial(ScaleAttention, 0, 3.0), zero, donor, ZeroHead):
+        chain = edit(layers=0, heads=[1, 3]) & edit(layers=2, heads=[0])
+        both = ss.evaluate(tiny("llama"), ROWS, [Within(edit(), places, "within"), chain]).summary().set_index("intervention")
         assert both.loc["within", "kl"] == pytest.approx(both.loc[str(chain), "kl"], abs=1e-7)
         assert both.loc["within", "kl"] > 1e-5
 
