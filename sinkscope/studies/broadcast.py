@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial, reduce
-from operator import and_
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.reports.drawing import SERIES, WIDE, finish
 from sinkscope.reports.words import percent
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, by_text, costs, tabulate
-from sinkscope.studies.seen import Seen, check_inside, named, projection
+from sinkscope.studies.seen import Seen, Within, check_inside, projection
 from sinkscope.studies.texts import pieces, setting
 
 NOP, BROADCAST, BETWEEN, NONE = "NOP", "broadcast", "neither", "no sink"
@@ -80,12 +79,12 @@ def nop_broadcast(
                 each = [float(g[o].mean()) for g, o in zip(grid, own, strict=True) if o.any()]
                 rows.append((kind, name, Estimate.of(each, bounds=POSITIVE), of))
         if of_kind.any():
-            edits |= {f"{kind}, {by}": _in(adapter, of_kind, 0, by, seed) for by in EDITS}
+            edits |= {case: _in(adapter, of_kind, 0, by, seed, case) for by in EDITS for case in [f"{kind}, {by}"]}
             other = ReplaceValue(0, "zero").placebo(seed).keys[0]  # type: ignore[attr-defined]
-            edits[f"{kind}, {PLACEBO}"] = _in(adapter, of_kind, other, "zero", seed)
+            edits[f"{kind}, {PLACEBO}"] = _in(adapter, of_kind, other, "zero", seed, f"{kind}, {PLACEBO}")
     reports: dict[str, Any] = {}
     if edits:
-        effect = evaluate(model, sample, [named(edit, case) for case, edit in edits.items()], progress=progress)
+        effect = evaluate(model, sample, list(edits.values()), progress=progress)
         rows += costs(effect, {case: case for case in edits}, of)
         same = [case for case in edits if case.endswith("donor") and by_text(effect, case, "kl").max() < 1e-6]
         reports[""] = effect
@@ -120,16 +119,10 @@ def _classes(labels: np.ndarray) -> np.ndarray:
     return np.where(2 * counts.sum(0) >= len(labels), names, NONE)
 
 
-def _in(adapter: Adapter, chosen: np.ndarray, key: int, by: str, seed: int) -> Intervention:
+def _in(adapter: Adapter, chosen: np.ndarray, key: int, by: str, seed: int, name: str) -> Intervention:
     """Replace a key's value in some heads, `[layer, head]`."""
-    return reduce(
-        and_,
-        (
-            ReplaceValue(key, by, seed=seed, layers=layer, heads=np.flatnonzero(row).tolist())
-            for layer, row in zip(adapter.layers, chosen, strict=True)
-            if row.any()
-        ),
-    )
+    heads = {layer: np.flatnonzero(row).tolist() for layer, row in zip(adapter.layers, chosen, strict=True) if row.any()}
+    return Within(ReplaceValue(key, by, seed=seed), heads, name)
 
 
 def _say(model: str, of: str, value: Mapping[tuple[str, str], Estimate], same: list[str]) -> tuple[str, str]:

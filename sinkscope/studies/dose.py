@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial, reduce
-from operator import and_
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from sinkscope.observe import measure
 from sinkscope.reports.drawing import NULL, SERIES, WIDE, finish
 from sinkscope.runs.progress import bar
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, tabulate
+from sinkscope.studies.seen import Within
 from sinkscope.studies.texts import pieces, setting
 
 FACTORS = (0.0, 0.5, 1.5, 2.0, 4.0)
@@ -118,7 +118,7 @@ def _groups(model: Any, adapter: Adapter, sample: Any, seed: int) -> dict[str, A
 
 def _in_heads(places: Mapping[Any, Any], factor: float) -> Intervention:
     """Scale the first token's weight in some heads of each layer."""
-    return reduce(and_, (ScaleAttention(0, factor, layers=int(layer), heads=heads) for layer, heads in places.items()))
+    return Within(ScaleAttention(0, factor), {int(layer): heads for layer, heads in places.items()}, f"x{factor:g}")
 
 
 @torch.no_grad()

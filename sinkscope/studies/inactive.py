@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial, reduce
-from operator import and_
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.observe import measure
 from sinkscope.reports.drawing import MARK, NULL, SERIES, WIDE, finish
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, by_text, tabulate
-from sinkscope.studies.seen import Seen, check_inside, named, projection
+from sinkscope.studies.seen import Seen, Within, check_inside, projection
 from sinkscope.studies.texts import pieces, setting
 from sinkscope.tokens import Tokens
 
@@ -94,7 +93,7 @@ def inactive_heads(
         for q in quantiles
     }
     edits = {
-        (case, draw): named(_zero(adapter, heads), f"{_name(*case)} [{draw}]")
+        (case, draw): _zero(adapter, heads, f"{_name(*case)} [{draw}]")
         for case, each in places.items()
         for draw, heads in enumerate(each)
     }
@@ -127,12 +126,12 @@ def _shares(quantiles: Iterable[float]) -> str:
     return ", ".join(f"{100 * q:.0f}%" for q in quantiles)
 
 
-def _zero(adapter: Adapter, heads: Iterable[int]) -> Intervention:
+def _zero(adapter: Adapter, heads: Iterable[int], name: str) -> Intervention:
     """Zero heads given by their number among all of them."""
     by_layer: dict[int, list[int]] = {}
     for place, head in (divmod(int(h), adapter.n_heads) for h in heads):
         by_layer.setdefault(adapter.layers[place], []).append(head)
-    return reduce(and_, (ZeroHead(layers=layer, heads=sorted(each)) for layer, each in sorted(by_layer.items())))
+    return Within(ZeroHead(), by_layer, name)
 
 
 def _scores(model: Any, adapter: Adapter, sample: Tokens) -> dict[str, np.ndarray]:
@@ -158,8 +157,15 @@ def _scores(model: Any, adapter: Adapter, sample: Tokens) -> dict[str, np.ndarra
         )
     )
     scores = {name: SCORES[name] * score.mean(0) for name, score in raw.items()}
-    over = {name + LAYER: SCORES[name] * (s / s.mean(2, keepdims=True)).mean(0) for name, s in raw.items()}
-    return scores | over | {OWN: (last / norm).mean(0)}
+    over = {name + LAYER: SCORES[name] * _over(s, s.mean(2, keepdims=True)).mean(0) for name, s in raw.items()}
+    return scores | over | {OWN: _over(last, norm).mean(0)}
+
+
+def _over(score: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Divide; 0 by 0 is 0, for a head that gives nothing is as inactive as can be."""
+    wide = np.broadcast_to(mean, score.shape)
+    ratio: np.ndarray = np.divide(score, wide, out=np.zeros(score.shape), where=wide > 0)
+    return ratio
 
 
 def _say(

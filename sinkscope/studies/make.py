@@ -126,7 +126,7 @@ def _say(model: str, of: str, factor: float, value: Mapping[tuple[str, str], Est
     verdict += {
         (True, False): "so does one whose variance is amplified, and not one whose norm is.",
         (True, True): "so does one whose variance is amplified, but a larger norm does it as well.",
-        (False, False): f"amplifying its variance, or its norm, {factor:g} times makes none.",
+        (False, False): f"amplifying its variance, or its norm, {factor:g} times was not shown to make one.",
         (False, True): "amplifying its norm makes one, and its variance none: the opposite of what was published.",
     }[made[VARIANCE], made[NORM]]
     said = (
@@ -141,16 +141,14 @@ def _say(model: str, of: str, factor: float, value: Mapping[tuple[str, str], Est
     said += f"times {factor:g}. "
     if made[ALONE]:
         first, rest = value[ALONE, "to_first_change"], value[ALONE, "to_others_change"]
-        loser = (
-            "the first token"
-            if first.high < min(0.0, rest.low)
-            else "the others"
-            if rest.high < min(0.0, first.low)
-            else "both"
-        )
-        said += f"Of what it gains when alone ({value[ALONE, 'to_token_change']} of later attention), {loser} pay: the first "
+        lost = (first.high < min(0.0, rest.low), rest.high < min(0.0, first.low))
+        loser = {(True, False): "the first token pays", (False, True): "the others pay"}.get(lost, "both pay")
+        said += f"Of what it gains when alone ({value[ALONE, 'to_token_change']} of later attention), {loser}: the first "
         said += "token's "
         said += f"share changes by {first}, that of all other tokens by {rest}. "
+    if not made[VARIANCE]:
+        said += "Published is that amplified variance makes one (in which layers and how much was not read): not borne out "
+        said += "here. "
     cost, late = value[ALONE, "delta_loss"], value[LATE, "delta_loss"]
     said += f"Loss changes by {cost} nats per token; in the last third alone, by {late}. "
     return verdict, said + "One text in pieces: the intervals say how much its parts differ, not how much texts or models do."

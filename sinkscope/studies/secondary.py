@@ -34,7 +34,7 @@ SILENT, PLACEBO = "MLP of the layer of birth silenced", "placebo: MLP of the lay
 SECONDARY, AS_FIRST, BRIEF = "secondary sinks", "as long as the first token", "brief (noise)"
 PUBLISHED = "secondary sinks, published rule"
 #: Sinks whose MLP is taken away, at most, and queries that a key needs before what it receives says anything.
-EDITED, QUERIES = 12, 32
+EDITED, QUERIES = 8, 32
 
 
 class Sink(NamedTuple):
@@ -63,14 +63,14 @@ class _QuietMlp(Intervention):
 
 
 def secondary_sinks(
-    model: Any, text: Any = None, *, sequences: int = 12, tokens: int = 256, progress: bool = False
+    model: Any, text: Any = None, *, sequences: int = 8, tokens: int = 256, progress: bool = False
 ) -> StudyReport:
     """Look for later tokens whose residual stream points where the first one's does, and take away the MLP that made it so.
 
     In the layers of the first token, where its norm is more than twice the text's median, a token is like it if the absolute
     cosine of their residual streams exceeds 0.9. (Wong et al. look from the largest rise of its norm to its largest fall,
     which leaves out a smaller rise before; both counts are given.) By how many layers that holds, it is a secondary sink,
-    noise, or as long-lived as the first token itself. Of up to twelve secondary sinks, the MLP of the layer of birth is
+    noise, or as long-lived as the first token itself. Of up to eight secondary sinks, the MLP of the layer of birth is
     silenced at that token; the placebo silences the MLP of the layer before.
 
     Args:

@@ -5,7 +5,7 @@ A column of ones is put beside the values of every key that is watched: what att
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,20 +93,72 @@ class Seen:
         return [taken[start : start + n_layers] for start in range(0, len(taken), n_layers)]
 
 
-def named(edit: Intervention, name: str) -> Intervention:
-    """Call an edit otherwise: one of many parts has a long text form."""
-    return _Named(first=edit, second=Intervention(), name=name)
-
-
 @dataclass(frozen=True, eq=False)
-class _Named(Both, Intervention):
+class Within(Intervention):
+    """An edit in some heads of each layer: one edit where a chain would have a part for every layer.
+
+    Attributes:
+        inner: the edit, of all heads and layers.
+        places: layer -> heads.
+        name: what it is called in the report.
+    """
+
+    inner: Any = None
+    places: Mapping[int, Sequence[int]] = field(default_factory=dict)
     name: str = ""
 
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def touches(self) -> frozenset[str]:  # type: ignore[override]
+        """What the edit does."""
+        return frozenset(self.inner.touches)
+
+    @property
+    def borrows(self) -> bool:  # type: ignore[override]
+        """Ask the edit."""
+        return bool(self.inner.borrows)
+
+    def check(self, length: int) -> None:
+        """Ask the edit."""
+        self.inner.check(length)
+
+    def why_not_live(self) -> str | None:
+        """Ask the edit."""
+        why: str | None = self.inner.why_not_live()
+        return why
+
     def settle(self, ids: Tensor, residuals: Any) -> Intervention:
-        return replace(self, first=self.first.settle(ids, residuals))
+        """Settle the edit."""
+        return replace(self, inner=self.inner.settle(ids, residuals))
+
+    def edits(self, layer: int) -> bool:
+        """Tell whether heads of this layer are edited."""
+        return layer in self.places
+
+    def _here(self, layer: int) -> Any:
+        return replace(self.inner, heads=tuple(self.places[layer]))
+
+    def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor | None:
+        """Hide in these heads."""
+        hidden: Tensor | None = self._here(layer).hides(layer, queries, keys, heads, length)
+        return hidden
+
+    def biases(self, layer: int, keys: Tensor, heads: int, length: int) -> Tensor | None:
+        """Bias in these heads."""
+        added: Tensor | None = self._here(layer).biases(layer, keys, heads, length)
+        return added
+
+    def values(self, layer: int, values: Tensor, keys: Tensor, heads: int, length: int) -> Tensor:
+        """Edit the values that these heads see."""
+        edited: Tensor = self._here(layer).values(layer, values, keys, heads, length)
+        return edited
+
+    def outputs(self, layer: int, outputs: Tensor, queries: Tensor) -> Tensor:
+        """Edit what these heads give."""
+        edited: Tensor = self._here(layer).outputs(layer, outputs, queries)
+        return edited
 
 
 def check_inside(adapter: Adapter, sample: Tokens) -> None:

@@ -1,6 +1,7 @@
 """Studies that edit: planted models on which the answer is known, numbers against `evaluate`, words on both sides."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,11 +9,11 @@ import torch
 
 import sinkscope as ss
 from sinkscope import studies
-from sinkscope.interventions import MaskKeys, QuantizeKV, ScaleAttention, SelfOnly, ZeroHead
+from sinkscope.interventions import MaskKeys, QuantizeKV, ReplaceValue, ScaleAttention, SelfOnly, ZeroHead
 from sinkscope.models import adapt, bridge
 from sinkscope.studies import broadcast, dose, inactive, make, quantised, repeats, secondary
 from sinkscope.studies.report import Estimate
-from sinkscope.studies.seen import Seen, projection
+from sinkscope.studies.seen import Seen, Within, projection
 from sinkscope.testing import planted_sink, tiny_hf_model, tiny_tokenizer
 from tests.model.compare import novel
 from tests.model.test_studies import alpha, words
@@ -67,6 +68,17 @@ def test_seen_under_an_edit():
         torch.testing.assert_close(layer[0, 6:, 1], torch.tensor([1.0] + [1 / i for i in range(7, 40)]))
 
 
+def test_within_is_the_chain_of_its_parts(tiny):
+    """Heads of each layer of their own, as one edit and as a chain: of weights, values (another text's too) and outputs."""
+    places = {0: [1, 3], 2: [0]}
+    zero, donor = (partial(ReplaceValue, 0, by) for by in ("zero", "donor"))
+    for edit in (partial(ScaleAttention, 0, 3.0), zero, donor, ZeroHead):
+        chain = edit(layers=0, heads=[1, 3]) & edit(layers=2, heads=[0])
+        both = ss.evaluate(tiny("llama"), ROWS, [Within(edit(), places, "within"), chain]).summary().set_index("intervention")
+        assert both.loc["within", "kl"] == pytest.approx(both.loc[str(chain), "kl"], abs=1e-7)
+        assert both.loc["within", "kl"] > 1e-5
+
+
 # --- make-a-sink ---------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +111,7 @@ def made(alone, variance, norm, late=(0.01, 0.0, 0.02)):
     [
         (((0.3, 0.2, 0.4), (0.2, 0.1, 0.3), (0.0, -0.1, 0.1)), "so does one whose variance is amplified, and not one whose"),
         (((0.3, 0.2, 0.4), (0.2, 0.1, 0.3), (0.2, 0.1, 0.3)), "but a larger norm does it as well"),
-        (((0.3, 0.2, 0.4), (0.0, -0.1, 0.1), (0.0, -0.1, 0.1)), "makes none"),
+        (((0.3, 0.2, 0.4), (0.0, -0.1, 0.1), (0.0, -0.1, 0.1)), "was not shown to make one"),
         (((0.3, -0.2, 0.8), (0.0, -0.1, 0.1), (0.2, 0.1, 0.3)), "the opposite of what was published"),
     ],
 )
@@ -107,7 +119,7 @@ def test_words_of_make_a_sink(gains, expected):
     verdict, said = make._say("m", "of", 4.0, made(*gains))
     assert expected in verdict
     assert ("becomes a sink" in verdict) == (gains[0][1] > 0)
-    assert ("the first token pay" in said) == (gains[0][1] > 0)
+    assert ("the first token pays" in said) == (gains[0][1] > 0)
     verdict, _ = make._say("m", "of", 4.0, made(*gains, late=(0.5, 0.4, 0.6)))  # the placebo does as well
     assert "becomes no sink" in verdict
 
@@ -115,7 +127,7 @@ def test_words_of_make_a_sink(gains, expected):
 @pytest.mark.model
 def test_smollm2_makes_a_sink(smollm2):
     text = {"a novel": novel(2000)}
-    report = studies.make_a_sink(smollm2, text, positions=(10,), sequences=3, tokens=96)
+    report = studies.make_a_sink(smollm2, text, positions=(10,), sequences=3, tokens=64)
     assert report.estimate(make.UNEDITED, "sink_rate").value < 0.02
     assert report.estimate(make.ALONE, "sink_rate").value > 0.2
     assert report.estimate(make.LATE, "sink_rate").value < 0.1
@@ -392,8 +404,10 @@ def test_heads_that_write_nothing_are_found_and_cost_nothing():
     assert scores["first-token weight"].argmax() == 2  # the one without a sink comes last
     mass = np.mean([math.exp(9) / (math.exp(9) + i) for i in range(40)])
     assert scores["first-token weight"][0].tolist() == pytest.approx([-mass, -mass, -alpha(0, 40), -mass], abs=1e-5)
-    edit = inactive._zero(adapt(model), [0, 2])
-    assert str(edit) == str(ZeroHead(layers=0, heads=[0, 2]))
+    two = [inactive._zero(adapt(model), [0, 2], "two"), ZeroHead(layers=0, heads=[0, 2])]
+    losses = ss.evaluate(model, begun(), two).summary().set_index("intervention")["delta_loss"]
+    assert losses["two"] == pytest.approx(losses[str(two[1])], abs=1e-6)
+    assert abs(losses["two"]) > 1e-3
     with pytest.raises(ss.SinkscopeError, match="3 pieces"):
         studies.inactive_heads(model, begun()[:3])
 
