@@ -37,6 +37,7 @@ TUTORIALS = (
     "plot_without_sinks",
     "plot_four_edits",
     "plot_layer_by_layer",
+    "plot_which_heads",
     "plot_sliding_window",
     "plot_long_inputs",
     "plot_encoder",

@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NOTE = """# Gallery: every study on {model}
 
-What ten published experiments find on one small model, run by `sinkscope study all {model} --out studies`. Each has its
+What {count} published experiments find on one small model, run by `sinkscope study all {model} --out studies`. Each has its
 question, its verdict, its picture, and the command. How each is done: [method.md](method.md#studies). One model and one
 text in pieces: the intervals (95%) say how much its parts differ, not how much texts or models do.
 """
@@ -20,9 +20,10 @@ def main(directory: str) -> None:
 
     pictures = HERE / "images" / "gallery"
     pictures.mkdir(parents=True, exist_ok=True)
-    done = [json.loads((Path(directory) / name / "study.json").read_text(encoding="utf-8")) for name in STUDIES]
+    seals = [Path(directory) / name / "study.json" for name in STUDIES]
+    done = [json.loads(seal.read_text(encoding="utf-8")) for seal in seals if seal.is_file()]
     model = done[0]["about"]["model"]
-    page = NOTE.format(model=model)
+    page = NOTE.format(model=model, count=len(done))
     for study in done:
         name, picture = study["name"], study["pictures"][0]
         shutil.copy(Path(directory) / name / f"{picture}.png", pictures / f"{name}.png")

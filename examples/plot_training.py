@@ -18,7 +18,7 @@ print(task.batch(torch.Generator().manual_seed(0), 1)[0, :24].tolist())
 
 # %%
 # Train with softmax and, as a control, with a sigmoid, whose rows need not sum to one. (The study `emergence` trains longer,
-# with four attentions and three seeds each.)
+# with seven kinds of attention and three seeds each.)
 runs = {attention: train(task, attention, steps=250, every=25) for attention in ("softmax", "sigmoid")}
 print(runs["softmax"][["step", "loss", "best_loss", "sink_mass", "null", "value_drain"]].round(3).to_string(index=False))
 

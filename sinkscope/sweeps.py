@@ -18,6 +18,7 @@ from sinkscope.capture.together import Together, first_edited, parts
 from sinkscope.causal import check, following, gathered
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.interventions import Intervention, parse
+from sinkscope.interventions.asked import with_placebos
 from sinkscope.interventions.places import OVER, Place, at, fits, places, seeds
 from sinkscope.models import Adapter, adapt
 from sinkscope.reports.sweep import Row, SweepReport
@@ -163,13 +164,17 @@ class _Made:
             positions = range(length - 1) if self.positions is None else self.positions
             every = places(self.edit, self.over, self.adapter.layers, self.adapter.n_heads, positions)
             edits = {place: at(self.edit, place) for place in every}
-            drawn = {place: [edit.placebo(seed) for seed in range(self.seeds)] for place, edit in edits.items()}
+            drawn = {place: self._placebos(edit) for place, edit in edits.items()}
             fit = self.asked or all(fits(edit, length) for several in drawn.values() for edit in several)
             self._known[length] = {place: [edit, *(drawn[place] if fit else [])] for place, edit in edits.items()}
         return self._known[length]
 
+    def _placebos(self, edit: Intervention) -> list[Intervention]:
+        (_, *placebos), _ = with_placebos([(str(edit), edit)], self.seeds)
+        return [placebo for _, placebo in placebos]
+
     def named(self, length: int) -> dict[str, Intervention]:
-        """Give every run by its name, once: draws of placebos may be alike."""
+        """Give every run by its name, once: a placebo may be that of several places."""
         return {str(edit): edit for several in self.at(length).values() for edit in several}
 
     def rows(self, length: int) -> list[Row]:

@@ -67,7 +67,7 @@ def editing_neurons(adapter: Adapter, layers: Sequence[int], edit: Callable[[], 
         with hooked(adapter, {"neurons": POINT}, lambda layer, _: partial(at_point, layer=layer), layers):
             yield
         return
-    matrices = [(layer, _last_matrix(adapter, layer)) for layer in layers]
+    matrices = [(layer, last_matrix(adapter, layer)) for layer in layers]
     with Undo() as undo:
         with uninterrupted():
             for layer, matrix in matrices:
@@ -75,7 +75,7 @@ def editing_neurons(adapter: Adapter, layers: Sequence[int], edit: Callable[[], 
         yield
 
 
-def _last_matrix(adapter: Adapter, layer: int) -> nn.Module:
+def last_matrix(adapter: Adapter, layer: int) -> nn.Module:
     """Find the matrix that an MLP ends with: the one outside attention that gives the stream's width and takes another.
 
     Raises:

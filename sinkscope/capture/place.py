@@ -56,21 +56,25 @@ class Place:
     def _prove(self) -> None:
         """See to it that tokens are swapped: a model that was compiled before may pass hooks by.
 
+        (What it runs for one shape of ids says nothing of another: each was compiled at its time.)
+
         Raises:
             InertHookError: they are not.
         """
+        inert = InertHookError(
+            f"replace_token would do nothing on {self.adapter.name}: its compiled forward passes hooks by. Change the "
+            "ids that you give the model, or edit the model that was not compiled (._orig_mod)"
+        )
+        if any(_compiled(m) and self.adapter.embedding in m.modules() for m in self.adapter.network.modules()):
+            raise inert
         ids = torch.ones(1, 4, dtype=torch.long, device=self.adapter.device)
         whole = [self.adapter.model] if self.adapter.kind == "hooked_transformer" else self.adapter.trunks
         for module in whole:
             self.swapped = 0
             with torch.no_grad():
                 module(ids)
-            if self.swapped:
-                continue
-            raise InertHookError(
-                f"replace_token would do nothing on {self.adapter.name}: its compiled forward passes hooks by. Change the "
-                "ids that you give the model, or edit the model that was not compiled (._orig_mod)"
-            )
+            if not self.swapped:
+                raise inert
 
     def _before(self, module: nn.Module, args: Any, given: dict[str, Any]) -> None:
         self.start = self.adapter.cached(given)
@@ -89,6 +93,11 @@ class Place:
             if self.start <= position < self.start + ids.shape[1]:
                 ids[:, position - self.start] = token
         return (ids, *args[1:])
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, by `module.compile()` or by a forward that was."""
+    return vars(module).get("_compiled_call_impl") is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 def _refuse_left(module: nn.Module, args: Any, given: dict[str, Any]) -> None:

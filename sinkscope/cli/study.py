@@ -40,6 +40,7 @@ def study(
     checkpoint: Annotated[
         list[int] | None, typer.Option("--checkpoint", help="emergence: a training step of MODEL, as Pythia's; repeat.")
     ] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="all: these studies alone; repeat for more.")] = None,
     device: Device = None,
     out: Out = None,
     as_json: AsJson = False,
@@ -55,15 +56,9 @@ def study(
         from sinkscope.tokens import read_text
 
         text = None if file is None else {file.name: read_text(file)}
-        options: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "sequences": sequences,
-            "tokens": tokens,
-            "seed": seed,
-            "score_from": score_from,
-        }
-        options |= {"budget": budget, "ratio": ratio, "recompute": recompute or None}
-        options |= {"also": also or None, "checkpoints": checkpoint or None}
+        options: dict[str, Any] = {"max_tokens": max_tokens, "sequences": sequences, "tokens": tokens, "seed": seed}
+        options |= {"score_from": score_from, "budget": budget, "ratio": ratio, "recompute": recompute or None}
+        options |= {"also": also or None, "checkpoints": checkpoint or None, "only": only or None}
         how = {key: value for key, value in options.items() if value is not None}
         run: Any = run_all if name == "all" else find(name)
         strange = sorted(how.keys() - inspect.signature(run).parameters.keys())
@@ -78,7 +73,7 @@ def study(
                 how["also"] = [load_model(other, device=device) for other in also]
             loaded = model if "checkpoints" in how else load_model(model, device=device)
         if name == "all" and out is not None:
-            say(f"every study: {run_all(loaded, text, out, progress=True)}")
+            say(f"every study: {run_all(loaded, text, out, progress=True, **how)}")
         else:
             _show(run(loaded, text, progress=True, **how), out, as_json)
 

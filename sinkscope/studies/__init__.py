@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sinkscope.studies.start import bos
     from sinkscope.studies.streaming import streaming_llm
     from sinkscope.studies.training import emergence
+    from sinkscope.studies.trigger import necessity
 
 #: Name on the command line -> module and function, in the order in which they are best read.
 STUDIES = {
@@ -36,6 +37,14 @@ STUDIES = {
     "over-mixing": ("mixing", "over_mixing"),
     "semantic-conflict": ("conflict", "semantic_conflict"),
     "emergence": ("training", "emergence"),
+    "necessity": ("trigger", "necessity"),
+    "make-a-sink": ("make", "make_a_sink"),
+    "secondary-sinks": ("secondary", "secondary_sinks"),
+    "repeated-token": ("repeats", "repeated_token"),
+    "nop-broadcast": ("broadcast", "nop_broadcast"),
+    "inactive-heads": ("inactive", "inactive_heads"),
+    "dose-response": ("dose", "dose_response"),
+    "kv-quantisation": ("quantised", "kv_quantisation"),
     "architectures": ("compared", "architectures"),
 }
 
@@ -47,6 +56,7 @@ __all__ = [
     "find",
     "first_token",
     "massive_activations",
+    "necessity",
     "non_first",
     "over_mixing",
     "run_all",

@@ -36,7 +36,8 @@ def run_all(
         progress: show a progress bar on stderr.
 
     Returns:
-        The page that links them, `out/index.html`. A study that this model can't take is listed there with the reason.
+        The page that links them, `out/index.html`. A study that this model can't take, or that fails, is listed there with
+        the reason.
 
     Raises:
         SinkscopeError: no such study; the directory can't be written.
@@ -55,8 +56,9 @@ def run_all(
                 try:
                     study(model, text).save(folder)
                     write(known, partial(Path.write_text, data=run, encoding="utf-8"))
-                except SinkscopeError as error:
-                    not_run[name] = str(error)
+                except Exception as error:  # the others are run all the same
+                    said = isinstance(error, SinkscopeError)
+                    not_run[name] = str(error) if said else f"it failed, a bug: {type(error).__name__}: {error}"
             tick(1)
     done = [json.loads((path / name / SEAL).read_text(encoding="utf-8")) for name in names if name not in not_run]
     pictures = {s["name"]: (path / s["name"] / f"{s['pictures'][0]}.png").read_bytes() for s in done if s["pictures"]}

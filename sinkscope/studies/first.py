@@ -38,6 +38,12 @@ def first_token(model: Any, text: Any = None, *, max_tokens: int | None = None, 
     setting = f"{len(report.texts)} texts"
     rows = sinks(report, "natural", METRICS, setting)
     rows.insert(1, ("natural", "largest_layer", Estimate.of(by_text["value"], float(by_text["null"].mean()), SHARE), setting))
+    if len(report.about["layers"]) >= 6:
+        early = report.frame[
+            (report.frame["metric"] == "sink_rate@0.3") & report.frame["layer"].isin(report.about["layers"][:2])
+        ]
+        each = early[early["text"] != "all"].groupby("text", sort=False)["value"].mean()
+        rows.append(("the first two layers", "sink_rate@0.3", Estimate.of(each, bounds=SHARE), setting))
     table = tabulate("first-token", report.about["model"], rows)
     value = {quantity: estimate for _, quantity, estimate, _ in rows}
     mass, ratio, late = value["sink_mass"], value["first_to_rest_ratio"], value["layer_progression"]

@@ -1,4 +1,4 @@
-"""massive-activations: is the sink carried by a few numbers of the residual stream? (Sun et al. 2024, arXiv 2402.17762)."""
+"""massive-activations: what do a few numbers of the residual stream do to loss and sink? (Sun et al. 2024, 2402.17762)."""
 
 from __future__ import annotations
 
@@ -146,11 +146,15 @@ def _say(
     hurts, fewer = lost.low > max(0.0, other.high), change.high < 0
     if not hurts:
         said += "Zeroing them costs no more than its interval or the placebo: a null result. "
-    verdict = f"Set to zero, {len(dims)} of them cost {lost.value:.3g} nats" if hurts else "Set to zero, they cost nothing"
-    verdict += (
-        f", and the sink rate falls from {rates['unedited'].value:.2f} to {rates['set to zero'].value:.2f}."
-        if fewer
-        else f"; the sink rate does not fall ({rates['unedited'].value:.2f} to {rates['set to zero'].value:.2f})."
+    verdict = (
+        f"Set to zero, {len(dims)} of them cost {lost.value:.3g} nats" if hurts else "Set to zero, no cost of them is shown"
+    )
+    verdict += f" (to their mean, {kept.value:.3g}); "
+    rate = f"from {rates['unedited'].value:.2f} to {rates['set to zero'].value:.2f}"
+    verdict += f"heads with a sink go {rate}." if fewer else f"no fall of the sink rate is shown ({rate})."
+    said += (
+        "This says what this model does when they are zeroed, far from anything that it has seen; not that they make the "
+        "sink: models are known that have sinks and no massive activations. "
     )
     said += "One text in pieces: the intervals say how much its parts differ, not how much texts or models do."
     return verdict, said

@@ -191,6 +191,22 @@ def tabulate(study: str, model: str, rows: Sequence[Row]) -> pd.DataFrame:
     return pd.concat([ours, theirs], ignore_index=True) if len(theirs) else ours
 
 
+def beside(table: pd.DataFrame) -> str:
+    """Say, of every published figure that a measured one has the case and quantity of, on which side of its interval it lies.
+
+    >>> beside(tabulate("bos", "m", [("no BOS", "accuracy", Estimate(30.0, 25.0, 35.0), "")]))[:90]
+    ' Published: no BOS, accuracy, 28.49 (gemma-7b), in our interval; no BOS, accuracy, 27.35 ('
+    """
+    ours = {(r["case"], r["quantity"]): r for r in table[table["evidence"] == MEASURED].to_dict("records")}
+    parts = []
+    for row in table[table["evidence"] != MEASURED].to_dict("records"):
+        own = ours.get((row["case"], row["quantity"]))
+        if own is not None and not math.isnan(own["low"]):
+            side = "below" if row["value"] < own["low"] else "above" if row["value"] > own["high"] else "in"
+            parts.append(f"{row['case']}, {row['quantity']}, {row['value']:g} ({row['model']}), {side} our interval")
+    return f" Published: {'; '.join(parts)}." if parts else ""
+
+
 def losses(effect: EffectReport, cases: Mapping[str, str], setting: str) -> list[Row]:
     """Give perplexity and difference of loss of each case, on the tokens that all score, with intervals.
 
@@ -214,6 +230,24 @@ def losses(effect: EffectReport, cases: Mapping[str, str], setting: str) -> list
             change = summary.loc[intervention, ["delta_loss", "low", "high"]]
             rows.append((case, "delta_loss", Estimate(*map(float, change)), setting))
     return rows
+
+
+def costs(effect: EffectReport, cases: Mapping[str, str], setting: str) -> list[Row]:
+    """Give the difference of loss, and KL(clean || edited), of each case (case -> intervention), across texts."""
+    summary = effect.summary().set_index("intervention")
+    rows: list[Row] = []
+    for case, intervention in cases.items():
+        change = summary.loc[intervention, ["delta_loss", "low", "high"]]
+        rows.append((case, "delta_loss", Estimate(*map(float, change)), setting))
+        rows.append((case, "kl", Estimate.of(by_text(effect, intervention, "kl"), bounds=POSITIVE), setting))
+    return rows
+
+
+def by_text(effect: EffectReport, intervention: str, quantity: str = "delta_loss") -> np.ndarray:
+    """Give a number of an edit for each text, in their order."""
+    rows = effect.frame[(effect.frame["intervention"] == intervention) & (effect.frame["text"] != "all")]
+    values: np.ndarray = rows[quantity].to_numpy(float)
+    return values
 
 
 def sinks(report: SinkReport, case: str, metrics: Sequence[str], setting: str) -> list[Row]:

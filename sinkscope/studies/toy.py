@@ -1,9 +1,9 @@
-"""When does a sink appear? A task that a tiny transformer learns in a minute, and four attentions to learn it with.
+"""When does a sink appear? A task that a tiny transformer learns in a minute, and kinds of attention to learn it with.
 
 The task is Bigram-Backcopy (Guo et al. 2024, arXiv 2410.13835): a Markov chain in which the token after a *trigger* is a
 copy of the token before it. A head that copies is wanted at triggers only; what does it do elsewhere? Weights that must sum
 to one have to go somewhere. The paper finds that they go to <s>, that its value shrinks (value drain), and that it stands
-out of the residual stream (residual peak). Three controls lift the constraint: a learned logit, a sigmoid, a ReLU.
+out of the residual stream (residual peak). The other kinds lift the constraint: see `kinds.py`.
 
 As in the paper: AdamW with betas 0.9 and 0.99 and weight decay 1e-4, torch's initialisation, learned positions, pre-norm
 LayerNorm, a ReLU MLP, one head, three triggers. Smaller, so that it trains on a CPU: width, length, batch; hence the rate.
@@ -28,47 +28,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.metrics.across import SHARE, t_interval
 from sinkscope.runs.progress import bar
 from sinkscope.studies.bigrams import BigramBackcopy
-
-#: Ways to turn scores into weights: `weigh` says what each does.
-ATTENTIONS = ("softmax", "learned sink", "sigmoid", "relu")
-
-
-def weigh(
-    scores: Float[Tensor, "*any query key"], attention: str, logit: Tensor | None = None
-) -> Float[Tensor, "*any query key"]:
-    """Turn scores into causal weights.
-
-    - softmax: a row sums to one.
-    - learned sink: softmax over the row and one more logit, whose column is dropped: a row sums to less than one (gpt-oss).
-    - sigmoid: each weight by itself, from 0 to 1 (Gu et al. 2024, arXiv 2410.10781).
-    - relu: each weight by itself, divided by the number of keys, T (Wortsman et al. 2023, arXiv 2309.08586). Guo et al.'s
-      code divides row i by i + 1 instead, so that <s> attends to itself T times as strongly for the same score: tried here,
-      it then peaks in the residual stream without being a sink.
-
-    Args:
-        scores: scaled products of queries and keys.
-        attention: one of `ATTENTIONS`.
-        logit: of the learned sink, as anything that broadcasts to a column of the scores; 0 without one.
-
-    Raises:
-        SinkscopeError: no such attention; lists them.
-
-    >>> weigh(torch.zeros(2, 2), "learned sink")
-    tensor([[0.5000, 0.0000],
-            [0.3333, 0.3333]])
-    """
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    if attention == "softmax":
-        return scores.masked_fill(future, -torch.inf).softmax(-1)
-    if attention == "learned sink":
-        extra = torch.zeros(1) if logit is None else logit
-        row = torch.cat([scores.masked_fill(future, -torch.inf), extra.expand_as(scores[..., :1])], dim=-1)
-        return row.softmax(-1)[..., :-1]
-    if attention == "sigmoid":
-        return scores.sigmoid().masked_fill(future, 0.0)
-    if attention == "relu":
-        return scores.relu().masked_fill(future, 0.0) / scores.shape[-1]
-    raise unknown("attention", attention, ATTENTIONS)
+from sinkscope.studies.kinds import ATTENTIONS, Attention
 
 
 class Run(NamedTuple):
@@ -85,19 +45,15 @@ class Layer(nn.Module):
 
     def __init__(self, attention: str, width: int, heads: int, logit: float) -> None:
         super().__init__()
-        self.attention, self.heads = attention, heads
         self.norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.attend = Attention(attention, width, heads, logit=logit)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-        self.logit = nn.Parameter(torch.full((heads, 1, 1), logit)) if attention == "learned sink" else None
 
     def forward(self, x: Float[Tensor, "n length width"]) -> tuple[Tensor, Tensor, Tensor]:
         """Give the residual stream after the layer, the weights and the values."""
-        n, length, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        weights = weigh(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, self.attention, self.logit)
-        x = x + self.out((weights @ v).transpose(1, 2).reshape(n, length, width))
-        return x + self.down(self.up(self.mlp_norm(x)).relu()), weights, v
+        added, weights, values = self.attend(self.norm(x))
+        x = x + added
+        return x + self.down(self.up(self.mlp_norm(x)).relu()), weights, values
 
 
 class Toy(nn.Module):
@@ -173,7 +129,7 @@ def train(
     if width % heads:
         raise SinkscopeError(f"width={width} is no multiple of heads={heads}")
     marks, rows = {*range(0, steps // 5, max(1, every // 4)), *range(0, steps, every), steps}, []
-    with _one_thread(), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+    with one_thread(), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = Toy(task, attention, layers=layers, width=width, heads=heads, logit=logit)
@@ -196,7 +152,7 @@ def train(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute on one thread: such small tensors gain nothing from more, which on a busy machine wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

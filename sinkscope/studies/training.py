@@ -30,10 +30,15 @@ CASES: dict[str, dict[str, Any]] = {
     "softmax": {"attention": "softmax"},
     "learned sink": {"attention": "learned sink", "logit": 4.0},
     "learned sink, from 0": {"attention": "learned sink", "logit": 0.0},
+    "key bias": {"attention": "key bias"},
+    "off by one": {"attention": "off by one"},
+    "output gate": {"attention": "output gate"},
     "sigmoid": {"attention": "sigmoid"},
     "relu": {"attention": "relu"},
 }
-COLOURS = dict(zip(CASES, ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7"), strict=True))
+COLOURS = dict(
+    zip(CASES, ("#D55E00", "#0072B2", "#56B4E9", "#000000", "#999999", "#E69F00", "#009E73", "#CC79A7"), strict=True)
+)
 FINAL = ("sink_weight", "row_sum", "value_drain", "residual_peak", "excess_loss")
 CHECKPOINT_METRICS = ("sink_mass", "sink_rate@0.3", "value_drain", "massive_activation")
 
@@ -52,8 +57,9 @@ def emergence(
     """Train small models with several kinds of attention, and watch the sink; or look at the checkpoints of a large one.
 
     The task is Bigram-Backcopy: a Markov chain with triggers, after which the token before the trigger is repeated. With
-    softmax a row must go somewhere. The controls need not: a learned logit may take the row (once where it starts at 4, and
-    once where it starts at 0 and has to outrun the first token), sigmoid and ReLU weigh each key by itself.
+    softmax a row must go somewhere. The controls need not: a logit may take the row, learned (once where it starts at 4, and
+    once where it starts at 0 and has to outrun the first token), a bias of the keys, or always 0 (off by one); an output gate
+    may close; sigmoid and ReLU weigh each key by itself.
 
     Args:
         model: not looked at when training from scratch; else the model's hub name, such as "EleutherAI/pythia-14m".

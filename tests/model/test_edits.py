@@ -28,6 +28,7 @@ from sinkscope.interventions import (
 )
 from sinkscope.interventions.base import _Both as Both
 from sinkscope.testing import planted_sink, tiny_hf_model
+from tests.conftest import fingerprint
 from tests.model.compare import TL4, losses, novel
 from tests.oracles import Loops, looping, to_levels, turned
 
@@ -524,6 +525,22 @@ def test_generation_on_hooked_transformer(hooked):
 def test_what_cannot_be_live(tiny, edit, says):
     with pytest.raises(ss.SinkscopeError, match=says), edit.on(tiny("llama")):
         pass
+
+
+def test_nothing_stays(tiny):
+    """Of hooks on matrices and heads, and of a donor's pass, also where the middle of a pass fails."""
+    for model in (tiny("bloom"), tiny("llama")):
+        before = fingerprint(model)
+        ss.evaluate(model, [IDS, OTHER], [ReplaceValue(3, by="donor"), ZeroNeuron(1, 3), ZeroHead(heads=[1])])
+        assert fingerprint(model) == before
+
+    def fail(value, hook):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), (ZeroNeuron(1, 3) & ScaleOutput(3, 2)).on(model):
+        model.run_with_hooks(IDS[None], fwd_hooks=[("blocks.1.hook_resid_post", fail)])
+    model.reset_hooks()
+    assert fingerprint(model) == before
 
 
 # --- placebos -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from torch import Generator
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.studies.bigrams import BigramBackcopy
-from sinkscope.studies.toy import ATTENTIONS, Run, Toy, look, losses, train, weigh
+from sinkscope.studies.kinds import ATTENTIONS, weigh
+from sinkscope.studies.toy import Run, Toy, look, losses, train
 
 TASK = BigramBackcopy(vocabulary=8, triggers=2, length=16)
 SMALL = {"steps": 6, "every": 3, "layers": 2, "width": 8, "heads": 2, "batch": 4, "held_out": 5}
@@ -82,26 +83,30 @@ def test_tasks_that_are_none(bad):
 # --- the attentions --------------------------------------------------------------------------------------------
 
 
+#: Kinds whose weights are those of another.
+SAME = {"learned sink": "softmax", "key bias": "softmax", "off by one": "softmax", "output gate": "softmax"}
+
+
 def slow_weights(scores, attention, logit):
     """One query at a time, by the book."""
     length = len(scores)
     weights = np.zeros((length, length))
     for i in range(length):
         for k in range(i + 1):
-            rest = math.exp(logit) if attention == "learned sink" else 0.0
+            rest = math.exp(logit) if attention in ("learned sink", "key bias", "off by one") else 0.0
             weights[i, k] = {
                 "softmax": lambda s, i=i, rest=rest: math.exp(s) / (sum(math.exp(x) for x in scores[i, : i + 1]) + rest),
                 "sigmoid": lambda s: 1 / (1 + math.exp(-s)),
                 "relu": lambda s: max(s, 0.0) / length,
-            }[attention.replace("learned sink", "softmax")](scores[i, k])
+            }[SAME.get(attention, attention)](scores[i, k])
     return weights
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_attentions_are_their_formulas(attention):
     scores = 2 * torch.randn(3, 2, 7, 7, generator=Generator().manual_seed(0))
-    logits = torch.tensor([0.5, -1.0])
-    got = weigh(scores, attention, logits[:, None, None])
+    logits = torch.zeros(2) if attention == "off by one" else torch.tensor([0.5, -1.0])
+    got = weigh(scores, attention, None if attention == "off by one" else logits[:, None, None])
     for n in range(3):
         for head in range(2):
             expected = slow_weights(scores[n, head].double().numpy(), attention, float(logits[head]))
@@ -213,6 +218,22 @@ def test_what_the_learned_logit_takes_is_missing_from_the_row():
     row_sum = {logit: look(toy("learned sink", logit=logit), TASK, ids)["row_sum"] for logit in (-20.0, 20.0)}
     assert row_sum[-20.0] == pytest.approx(1.0, abs=1e-4)
     assert row_sum[20.0] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_what_a_kind_adds():
+    """A bias of the keys is one more key, whose value is zero; a gate multiplies what heads give, number by number."""
+    x = torch.randn(2, 6, 8, generator=Generator().manual_seed(1))
+    plain, biased, gated = (toy(kind).layers[0].attend for kind in ("softmax", "key bias", "output gate"))
+    with torch.no_grad():
+        biased.key.copy_(torch.randn(2, 4, 1, generator=Generator().manual_seed(2)))
+        gated.gate.copy_(torch.randn(8, 8, generator=Generator().manual_seed(3)))
+        q, k, v = plain.qkv(x).view(2, 6, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        for n, head, i in ((0, 0, 0), (1, 1, 3), (0, 1, 5)):
+            keys = torch.cat([biased.key[head].T, k[n, head, : i + 1]])
+            row = (keys @ q[n, head, i] / 2).softmax(0)
+            torch.testing.assert_close(biased(x)[1][n, head, i, : i + 1], row[1:])
+        z = (plain(x)[1] @ v).transpose(1, 2).reshape(2, 6, 8)
+        torch.testing.assert_close(gated(x)[0], plain.out(z * torch.sigmoid(x @ gated.gate)))
 
 
 # --- training --------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def _families(names: Sequence[str], placebos: Mapping[str, str]) -> list[dict[st
         for number in NUMBER.finditer(name):
             open_name = f"{name[: number.start()]}…{name[number.end() :]}"
             groups.setdefault(open_name, {})[float(number[0])] = name
-    placebo_of = {edit: placebo for placebo, edit in reversed(placebos.items())}
+    placebo_of = {edit: placebo for placebo, edit in reversed(list(placebos.items()))}
     families = []
     for open_name, members in groups.items():
         if len(members) > 1:
