@@ -69,7 +69,7 @@ class Watched:
         return [m for m in self.metrics if m.group != {"mass"}]
 
     def series(self, steps: Sequence[Step], by: str | None) -> pd.DataFrame:
-        """Lay steps out as rows; see :meth:`sinkscope.Watch.series`."""
+        """Lay steps out as rows; see :meth:`sinkscope.watching.Watch.series`."""
         rows = [row for step in steps for row in self._rows(step, by)]
         extra = {None: [], "layer": ["layer"], "head": ["layer", "head"]}[by]
         return pd.DataFrame(rows, columns=[*COLUMNS[:-2], *extra, *COLUMNS[-2:]])
