@@ -7,8 +7,8 @@ it has nobody to pay; keep it, and it goes on as before.
 """
 
 # %%
-# SmolLM2 writes 96 tokens, watched: with its whole cache, with a window of 32 keys, and with one that keeps the first four
-# tokens besides. Nothing is added to ``generate``; the edit comes first, so that the edited attention is what is seen.
+# SmolLM2 writes 64 tokens, watched: with room for everything, with a cache of 24 keys, and with one that keeps the first four
+# tokens among its 24. Nothing is added to ``generate``; the edit comes first, so that the edited attention is what is seen.
 import matplotlib.pyplot as plt
 
 import sinkscope as ss
@@ -16,14 +16,14 @@ import sinkscope as ss
 model = ss.load_model("smollm2-135m")
 prompt = model.to_tokens("The lighthouse keeper had not spoken to anyone for weeks, and then one evening")
 caches = {
-    "the whole cache": ss.interventions.Intervention(),
-    "4 first tokens and 28 keys": ss.SinkWindow(32, sinks=4),
-    "32 keys": ss.Window(32),
+    "room for 4,096 keys": ss.Window(4096),
+    "24 keys, 4 of them the first": ss.SinkWindow(24, sinks=4),
+    "the latest 24 keys": ss.Window(24),
 }
 written, seen = {}, {}
 for name, edit in caches.items():
     with edit.on(model), ss.watch(model, ["sink_mass"]) as seen[name]:
-        written[name] = model.original_model.generate(prompt, max_new_tokens=96, do_sample=False, pad_token_id=0)
+        written[name] = model.original_model.generate(prompt, max_new_tokens=64, do_sample=False, pad_token_id=0)
 
 # %%
 # Attention to the first token, by the token that pays it.
@@ -43,6 +43,6 @@ for name, ids in written.items():
 
 # %%
 # And where: the mean of each layer over the whole text, as in any report.
-ax = seen["the whole cache"].report().progression("sink_mass", label="the whole cache")
-seen["4 first tokens and 28 keys"].report().progression("sink_mass", ax=ax, label="4 first tokens and 28 keys")
+ax = seen["room for 4,096 keys"].report().progression("sink_mass", label="room for 4,096 keys")
+seen["24 keys, 4 of them the first"].report().progression("sink_mass", ax=ax, label="24 keys, 4 of them the first")
 plt.show()

@@ -27,7 +27,7 @@ generator = torch.Generator().manual_seed(0)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99))
 losses = []
 with ss.watch(model, ["sink_mass", "sink_rate"], every=10) as seen:
-    for _ in range(300):
+    for _ in range(200):
         ids = task.batch(generator, 32)
         loss = model(ids, labels=ids).loss
         optimizer.zero_grad()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sinkscope.reports.sweep import SweepReport
     from sinkscope.sweeps import sweep
     from sinkscope.tokens import tokenize
-    from sinkscope.watching import Watch, watch
+    from sinkscope.watching import watch
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,6 @@ _HOME = {
     "SinkWindow": "interventions",
     "SinkscopeError": "errors",
     "SweepReport": "reports.sweep",
-    "Watch": "watching",
     "Window": "interventions",
     "attention_map": "attention",
     "attention_patterns": "attention",
@@ -82,7 +81,6 @@ __all__ = [
     "SinkWindow",
     "SinkscopeError",
     "SweepReport",
-    "Watch",
     "Window",
     "attention_map",
     "attention_patterns",

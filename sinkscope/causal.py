@@ -205,7 +205,7 @@ class _One:
                     keep_runs(store, found, *beside[s.label])
                 else:
                     tick(self.ticks)
-                into.add(s, *found)
+                into.add(*found, s)
 
     def _settled(self, ready: _Ready, sequence: TextTokens, other: TextTokens | None) -> Routes:
         """Locate in a text what edits leave open."""

@@ -183,9 +183,9 @@ class Effects:
     located: dict[str, dict[str, str]] = field(default_factory=dict)
     tokens: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def add(self, text: TextTokens, runs: Sequence[Run], located: dict[str, str]) -> None:
-        """Add a text's runs, and what was located in it: edits as written -> as made."""
-        if self.per_text:
+    def add(self, runs: Sequence[Run], located: dict[str, str], text: TextTokens | None = None) -> None:
+        """Add a text's runs, what was located in it (edits as written -> as made), and its tokens, if they are shown."""
+        if self.per_text and text is not None:
             self.tokens[text.label] = text.strings
         if located:
             self.located[runs[0].text] = located

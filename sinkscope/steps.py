@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,18 +58,18 @@ class Watched:
     asked: Sequence[Metric]
     nulls: dict[Any, Array] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def thin(self) -> list[Metric]:
         """The metrics that look at single columns."""
         return [m for m in self.metrics if m.group == {"mass"}]
 
-    @property
+    @cached_property
     def whole(self) -> list[Metric]:
         """The metrics that look at whole rows."""
         return [m for m in self.metrics if m.group != {"mass"}]
 
     def series(self, steps: Sequence[Step], by: str | None) -> pd.DataFrame:
-        """Lay steps out as rows; see :meth:`sinkscope.Watch.series`."""
+        """Lay steps out as rows; see :meth:`sinkscope.watching.Watch.series`."""
         rows = [row for step in steps for row in self._rows(step, by)]
         extra = {None: [], "layer": ["layer"], "head": ["layer", "head"]}[by]
         return pd.DataFrame(rows, columns=[*COLUMNS[:-2], *extra, *COLUMNS[-2:]])

@@ -123,8 +123,8 @@ class Means:
                 shape = (self.passes, *values.shape[1:])
                 sums = torch.zeros(shape, dtype=torch.float64).index_add_(0, owner, values).numpy()
                 rows = torch.zeros(self.passes, len(chosen), dtype=torch.float64)
-                rows = rows.index_add_(0, owner, chosen.T.cpu().double()).numpy()
-                self._add((m.name, index), place, sums, rows)
+                rows.index_add_(0, owner, chosen.T.cpu().double())
+                self._add((m.name, index), place, sums, rows.numpy())
                 if m.per_query:
                     series = self.series.setdefault((m.name, index), accumulator(m, len(self.layers)))
                     series.update(here, place, counted)
@@ -260,7 +260,9 @@ def _over_texts(values: Array) -> NDArray[np.float32]:
     there = ~np.isnan(values)
     count = there.sum(1)
     sums: Array = np.where(there, values, 0).sum(1)
-    return np.divide(sums, count, out=np.full_like(sums, np.nan), where=count > 0).astype(np.float32)
+    means = np.full_like(sums, np.nan)
+    np.divide(sums, count, out=means, where=count > 0)
+    return means.astype(np.float32)
 
 
 def _follows(before: Pass, after: Pass) -> bool:

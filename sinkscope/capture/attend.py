@@ -28,7 +28,7 @@ def attend(
     length: int,
     given: dict[str, Any],
     rotation: Rotation | None = None,
-    look: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    look: Callable[[Tensor, Tensor, Tensor], None] = lambda *_: None,
 ) -> tuple[Float[Tensor, "batch head query d_value"], Float[Tensor, " key"]]:
     """Attend as edited; a window costs tokens x window.
 
@@ -87,13 +87,11 @@ def attend(
         lse = scores.logsumexp(-1, keepdim=True)
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None, None])
-        # in place only where nobody asks for gradients
-        weights = (scores - lse).exp_() if scores.requires_grad else scores.sub_(lse).exp_()
+        weights = (scores - lse).exp_() if scores.requires_grad else scores.sub_(lse).exp_()  # in place without gradients
         zeroed = edit.zeroes(layer, keys[0], heads, length)
         if zeroed is not None:
             weights = weights.masked_fill(zeroed, 0)
-        if look is not None:
-            look(rows, reach, weights.detach())
+        look(rows, reach, weights.detach())
         received[index] += weights.detach().sum((0, 1, 2)).double().cpu()
         out[:, :, start:stop] = values_held.mixed(weights, pick, rows).to(out.dtype)
     return edit.outputs(layer, out, at[held - n :]), received

@@ -41,11 +41,12 @@ class Rows(Protocol):
 
 @dataclass
 class Pattern:
-    """Rows as they are."""
+    """Rows as they are; `sums` are theirs where they are known, and `ones` says that they are 1."""
 
     values: Float[Tensor, "batch head query key"]
     first_key: int = 0
     sums: Tensor | None = None
+    ones: bool = False
 
     def weights(self) -> Tensor:
         """Give the rows, at least float32."""
@@ -65,8 +66,10 @@ class Pattern:
             picked = torch.where(there[:, None, None, :], self.values.gather(-1, wide), 0)
         return picked.to(torch.promote_types(picked.dtype, torch.float32))
 
-    def row_sum(self) -> Tensor:
+    def row_sum(self) -> Tensor | None:
         """Sum in float32, unless that is known."""
+        if self.ones:
+            return None
         wide = torch.promote_types(self.values.dtype, torch.float32)
         return self.values.sum(-1, dtype=wide) if self.sums is None else self.sums
 
@@ -165,8 +168,7 @@ class Attended:
             queries = torch.arange(start, stop, device=scores.device)[:, None]
             scores.masked_fill_(queries < torch.arange(held, device=scores.device), float("-inf"))
         if self.sinks is None:
-            weights = scores.softmax(-1)
-            return Pattern(weights, self.first_key, weights.new_ones(()).expand(weights.shape[:3]))
+            return Pattern(scores.softmax(-1), self.first_key, ones=True)
         sinks = self.sinks.to(scores.dtype)[:, None, None]
         lse = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks)
         return Pattern(scores.sub_(lse).exp_(), self.first_key, 1 - (sinks - lse).exp()[..., 0])

@@ -108,7 +108,7 @@ class _Op:
                 "(transformers.DynamicCache(), not a static one), and a 2-D attention_mask"
             )
         at = torch.arange(first, first + held)
-        look = partial(self._show, layer) if self.listeners else None
+        look = partial(self._show, layer)
         return attend(self.edit, layer, query, key, value, at, ENDLESS, given, self.rotation, look)[0]
 
     def _show(self, layer: int, rows: Tensor, reach: Tensor, weights: Tensor) -> None:

@@ -47,6 +47,7 @@ def mask(
 ) -> None:
     """Tell which tokens of texts are sinks; --out holds one row per flagged token."""
     with errors(debug):
+        from sinkscope.errors import unknown
         from sinkscope.masks import RULES, sink_mask
         from sinkscope.models import load_model
         from sinkscope.reports.files import check_writable
@@ -56,8 +57,6 @@ def mask(
         given = texts(text or [], file or [])
         for name in rules:
             if name not in RULES:
-                from sinkscope.errors import unknown
-
                 raise unknown("rule", name, RULES)
         if out is not None:
             check_writable(out)

@@ -182,6 +182,16 @@ def test_inside_an_edit_it_sees_the_edited_model(edit):
             assert late.query("metric == 'sink_mass[key=10]'")["value"].max() == 0
 
 
+def test_a_sink_that_an_edit_makes_is_seen():
+    """A token that looks at itself alone, as the first does: its own row says so, and the others look at it more or less."""
+    model = at_sdpa("llama")
+    with torch.no_grad(), ss.interventions.SelfOnly(10).on(model), ss.watch(model, ["query_profile"], key=[0, 10]) as seen:
+        model(IDS[:1])
+    rows = seen.report().frame.query("text == 'all' and query == 10")
+    np.testing.assert_allclose(rows.query("key == 10")["value"], 1, atol=1e-6)
+    np.testing.assert_allclose(rows.query("key == 0")["value"], 0, atol=1e-6)
+
+
 def test_an_edit_at_hook_points_is_seen_too(tiny):
     model = tiny("bloom")
     with torch.no_grad(), ZeroAttention(0).on(model), ss.watch(model, ["sink_mass", "row_deficit"]) as seen:
