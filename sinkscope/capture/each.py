@@ -84,4 +84,4 @@ def _stacked(
     if all(part is None for part in found):
         return None
     nothing = torch.zeros(1, 1, 1, dtype=dtype, device=device)
-    return torch.stack([(nothing if part is None else part.to(device)).expand(shape) for part in found])
+    return torch.stack([(nothing if part is None else part.to(device, dtype)).expand(shape) for part in found])
