@@ -118,7 +118,9 @@ def _groups(model: Any, adapter: Adapter, sample: Any, seed: int) -> dict[str, A
 
 def _in_heads(places: Mapping[Any, Any], factor: float) -> Intervention:
     """Scale the first token's weight in some heads of each layer."""
-    return Within(ScaleAttention(0, factor), {int(layer): heads for layer, heads in places.items()}, f"x{factor:g}")
+    return Within(
+        ScaleAttention(0, factor), {int(layer): list(map(int, heads)) for layer, heads in places.items()}, f"x{factor:g}"
+    )
 
 
 @torch.no_grad()
