@@ -22,7 +22,7 @@ from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, 
 from sinkscope.studies.seen import Within
 from sinkscope.studies.texts import pieces, setting
 
-FACTORS = (0.0, 0.5, 1.5, 2.0, 4.0)
+FACTORS = (0.0, 0.5, 2.0, 4.0)
 PLACEBO = "placebo: another key"
 QUANTITIES = ("delta_loss", "kl", "entropy_change")
 
