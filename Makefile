@@ -11,13 +11,13 @@ ENV    := .venv
 ENV39  := .venv-tl39
 PIP    := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint script test43 test39 pages docs bench fuzz clean
+.PHONY: demo test lint script test43 test39 pages docs bench bench-smoke fuzz clean
 
 demo: $(ENV)/ready
 	$(ENV)/bin/sinkscope demo --out sinkscope-demo
 
 test: $(ENV)/ready
-	$(MAKE) -j 2 lint pages
+	$(MAKE) -j 2 lint pages bench-smoke
 	$(MAKE) test43 test39
 
 lint: $(ENV)/ready
@@ -57,10 +57,12 @@ pages: $(ENV)/ready
 docs: $(ENV)/ready
 	$(SPHINX) docs/build/html
 
+# Every goal of speed with its verdict; `tests/benchmarks/` has more, each file a script. The smoke test judges nothing.
 bench: $(ENV)/ready
-	$(ENV)/bin/python tests/benchmarks/bench.py
-	$(ENV)/bin/python tests/benchmarks/sweep.py
-	$(ENV)/bin/python tests/benchmarks/vocabulary.py
+	$(ENV)/bin/python tests/benchmarks/goals.py
+
+bench-smoke: $(ENV)/ready
+	$(ENV)/bin/python tests/benchmarks/goals.py --smoke
 
 # Over ten thousand generated calls of the command line, the public functions and the readers of files.
 fuzz: $(ENV)/ready

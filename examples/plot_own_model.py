@@ -16,6 +16,7 @@ network = tiny_hf_model("llama")
 report = ss.measure(network, [[1, 5, 9, 23, 14, 7, 31], [1, 8, 8, 40, 2, 19]], ["sink_mass", "value_drain"])
 print(report)
 print(report.summary("all"))
+report.heatmap("sink_mass")
 
 # %%
 # A TransformerBridge, with a hook of your own beside sinkscope's: it fires as always (here also while the engine is proved).

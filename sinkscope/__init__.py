@@ -5,12 +5,13 @@ Data flow::
     measure:   texts -> tokens -> capture (an engine) -> Block -> metric accumulators -> SinkReport -> plots, files
     evaluate:  intervention -> edited attention -> per-token loss, KL -> EffectReport -> plots, files
     sweep:     the same, at every head, layer or position -> SweepReport
+    watch:     a model that runs in anybody's code -> passes -> Block -> the same -> series, SinkReport
 
 Two contracts carry it: a metric is a function of a :class:`~sinkscope.block.Block`, an intervention an
 :class:`~sinkscope.edit.Edit`; engines know these alone. Modules import downwards::
 
-    cli > studies > masks, sweeps > observe, causal, attention > interventions > capture > models > reports > runs > results
-        > metrics > tokens > block, edit > errors
+    cli > studies > masks, sweeps, callback > observe, causal, attention, watching > interventions > capture > models
+        > reports > runs > results > metrics > tokens > block, edit > errors
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sinkscope import interventions, metrics, studies, testing, where
     from sinkscope.attention import attention_map, attention_patterns
     from sinkscope.block import Block
+    from sinkscope.callback import SinkCallback
     from sinkscope.causal import evaluate
     from sinkscope.errors import InertHookError, SinkscopeError
     from sinkscope.interventions import MaskKeys, SinkWindow, Window
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from sinkscope.reports.sweep import SweepReport
     from sinkscope.sweeps import sweep
     from sinkscope.tokens import tokenize
+    from sinkscope.watching import watch
 
 __version__ = "0.1.0"
 
@@ -46,6 +49,7 @@ _HOME = {
     "EffectReport": "reports.effect",
     "InertHookError": "errors",
     "MaskKeys": "interventions",
+    "SinkCallback": "callback",
     "SinkMask": "reports.mask",
     "SinkReport": "reports.sink",
     "SinkWindow": "interventions",
@@ -62,6 +66,7 @@ _HOME = {
     "sink_mask": "masks",
     "sweep": "sweeps",
     "tokenize": "tokens",
+    "watch": "watching",
 }
 _MODULES = {name: name for name in ("interventions", "metrics", "studies", "testing", "where")} | {"plots": "reports.plots"}
 
@@ -70,6 +75,7 @@ __all__ = [
     "EffectReport",
     "InertHookError",
     "MaskKeys",
+    "SinkCallback",
     "SinkMask",
     "SinkReport",
     "SinkWindow",
@@ -91,6 +97,7 @@ __all__ = [
     "sweep",
     "testing",
     "tokenize",
+    "watch",
     "where",
 ]
 

@@ -205,7 +205,7 @@ class _One:
                     keep_runs(store, found, *beside[s.label])
                 else:
                     tick(self.ticks)
-                into.add(*found)
+                into.add(*found, s)
 
     def _settled(self, ready: _Ready, sequence: TextTokens, other: TextTokens | None) -> Routes:
         """Locate in a text what edits leave open."""
@@ -266,6 +266,9 @@ def gathered(
     place = {label: i for i, label in enumerate(labels)}
     effects.runs.sort(key=lambda run: place[run.text])
     about |= {"texts": [{"label": label, "n_tokens": n} for label, n in labels.items()]}
+    for text in about["texts"]:
+        if text["label"] in effects.tokens:
+            text["tokens"] = list(effects.tokens[text["label"]])
     if effects.located:
         about["located"] = {label: effects.located[label] for label in labels if label in effects.located}
     if any(adapter.n_ctx is not None and n > adapter.n_ctx for n in labels.values()):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -25,6 +26,7 @@ from sinkscope.observing import Observing
 from sinkscope.reports.mask import SinkMask
 from sinkscope.runs.progress import bar
 from sinkscope.runs.resume import Store, claimed
+from sinkscope.runs.share import Share
 from sinkscope.tokens import Batch, TextTokens, at_most, whole_number
 
 Flags = NDArray[np.bool_]
@@ -133,6 +135,7 @@ def sink_mask(
     batch_size: SupportsIndex = 8,
     progress: bool = False,
     resume: str | Path | None = None,
+    distributed: bool = False,
 ) -> SinkMask:
     """Tell which tokens of texts are sinks: what to leave out of an autoencoder's data, a probe or a mean.
 
@@ -156,6 +159,7 @@ def sink_mask(
         progress: show a progress bar on stderr.
         resume: a directory (the one that the mask will be saved in). Finished batches are kept there, and the same call goes
             on after them; `mask.save` drops them.
+        distributed: as for :func:`sinkscope.measure`.
 
     Raises:
         SinkscopeError: an unknown rule, a layer without attention, a threshold for no rule; bad input.
@@ -165,7 +169,7 @@ def sink_mask(
     >>> [row.nonzero().flatten().tolist() for row in mask.by_text.values()]
     [[0], [0]]
     """
-    adapter = adapt(model)
+    adapter, share = adapt(model), Share.of(distributed)
     rules = _rules(by, eps)
     places = _places(adapter, layers)
     base = base_of(resolve(dict.fromkeys(name for rule in rules for name in RULES[rule].of)))
@@ -178,8 +182,11 @@ def sink_mask(
     about["arguments"] = {"layers": None if layers is None else [adapter.layers[p] for p in places], "batch_size": size}
     store = Store.of(resume, about | adapter.state() | tokenizing if resume else {})
     pieces: list[pd.DataFrame] = []
+    numbers = count()
 
     def skip(sequences: Sequence[TextTokens]) -> bool:
+        if not share.mine(next(numbers)):
+            return True
         about, arrays = store.read(store.name(sequences)) or ({}, {})
         if about:
             pieces.append(pd.DataFrame(about | arrays))
@@ -196,9 +203,13 @@ def sink_mask(
         store.write(store.name(batch.sequences), words.to_dict("list"), numbers)
         pieces.append(piece)
 
-    with claimed(resume), bar(progress, corpus.total and corpus.total * len(adapter.layers), "mask") as tick:
+    with (
+        claimed(resume if share.rank == 0 else None),
+        bar(progress and share.rank == 0, corpus.total and corpus.total * len(adapter.layers), "mask") as tick,
+    ):
         observing.run(corpus, skip, keep, tick)
-    return SinkMask.of(pieces, corpus.labels, rules, about)
+        parts = share.gather(pieces)
+    return SinkMask.of([piece for part in parts for piece in part], corpus.labels, rules, about)
 
 
 def _rules(by: str | Iterable[str], eps: Any) -> dict[str, float]:

@@ -174,16 +174,19 @@ class Curve:
 class Effects:
     """Runs of many texts; where `per_text` is off, their tokens are averaged by position as they come.
 
-    `located` says, by text, how edits were made that leave open where.
+    `located` says, by text, how edits were made that leave open where; `tokens` are the texts', where `per_text` keeps them.
     """
 
     per_text: bool
     runs: list[Run] = field(default_factory=list)
     curves: dict[str, Curve] = field(default_factory=dict)
     located: dict[str, dict[str, str]] = field(default_factory=dict)
+    tokens: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def add(self, runs: Sequence[Run], located: dict[str, str]) -> None:
-        """Add a text's runs, and what was located in it: edits as written -> as made."""
+    def add(self, runs: Sequence[Run], located: dict[str, str], text: TextTokens | None = None) -> None:
+        """Add a text's runs, what was located in it (edits as written -> as made), and its tokens, if they are shown."""
+        if self.per_text and text is not None:
+            self.tokens[text.label] = text.strings
         if located:
             self.located[runs[0].text] = located
         for run in runs:
@@ -195,6 +198,7 @@ class Effects:
         """Add another's runs."""
         self.runs += other.runs
         self.located |= other.located
+        self.tokens |= other.tokens
         for name, curve in other.curves.items():
             self.curves.setdefault(name, Curve()).merge(curve)
 

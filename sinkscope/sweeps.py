@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -15,16 +15,17 @@ from sinkscope.capture.plans import plan
 from sinkscope.capture.prefix import starts
 from sinkscope.capture.routes import Route, Routes, routes
 from sinkscope.capture.together import Together, first_edited, parts
-from sinkscope.causal import check, following, gathered
+from sinkscope.causal import PER_TEXT, check, following, gathered
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.interventions import Intervention, parse
+from sinkscope.interventions.asked import with_placebos
 from sinkscope.interventions.places import OVER, Place, at, fits, places, seeds
 from sinkscope.models import Adapter, adapt
 from sinkscope.reports.sweep import Row, SweepReport
 from sinkscope.results import NONE, Effects
 from sinkscope.runs.fingerprint import fingerprint
 from sinkscope.runs.progress import bar
-from sinkscope.runs.resume import Store, claimed, keep_runs, kept_runs
+from sinkscope.runs.resume import Found, Store, claimed, keep_runs, kept_runs
 from sinkscope.runs.share import Share
 from sinkscope.runs.undo import surely
 from sinkscope.tokens import Corpus, TextTokens, Tokens, at_most, whole_number
@@ -97,7 +98,7 @@ def sweep(
     with surely(ready.capture):
         begun = starts(adapter, ready.capture, tokens.sequences[0], ready.firsts(adapter))
     one = _One(adapter, made.edit, score_from, vocabulary, begun)
-    effects = Effects(per_text=True)
+    effects = Effects(len(tokens) <= PER_TEXT)
     with claimed(resume if share.rank == 0 else None), bar(progress and share.rank == 0, one.total(corpus), "sweep") as tick:
         numbers = count()
         for tokens, ready in corpus:
@@ -163,13 +164,17 @@ class _Made:
             positions = range(length - 1) if self.positions is None else self.positions
             every = places(self.edit, self.over, self.adapter.layers, self.adapter.n_heads, positions)
             edits = {place: at(self.edit, place) for place in every}
-            drawn = {place: [edit.placebo(seed) for seed in range(self.seeds)] for place, edit in edits.items()}
+            drawn = {place: self._placebos(edit) for place, edit in edits.items()}
             fit = self.asked or all(fits(edit, length) for several in drawn.values() for edit in several)
             self._known[length] = {place: [edit, *(drawn[place] if fit else [])] for place, edit in edits.items()}
         return self._known[length]
 
+    def _placebos(self, edit: Intervention) -> list[Intervention]:
+        (_, *placebos), _ = with_placebos([(str(edit), edit)], self.seeds)
+        return [placebo for _, placebo in placebos]
+
     def named(self, length: int) -> dict[str, Intervention]:
-        """Give every run by its name, once: draws of placebos may be alike."""
+        """Give every run by its name, once: a placebo may be that of several places."""
         return {str(edit): edit for several in self.at(length).values() for edit in several}
 
     def rows(self, length: int) -> list[Row]:
@@ -242,6 +247,7 @@ class _One:
         look = Looks(self.adapter, ready.capture, other)
         texts = [s for s in (sequence, other if self.edit.borrows else None) if s is not None]
         todo: list[tuple[Store, list[Route]]] = []
+        done: list[Found] = []
         for part in parts(self.adapter, ready.ways[len(sequence)].edited, len(sequence)):
             here = replace(store, run=f"{store.run} {[route.name for route in part]}")
             found = kept_runs(here, *texts)
@@ -249,19 +255,31 @@ class _One:
                 todo.append((here, [route.settled(route.edit.settle(sequence.ids, look)) for route in part]))
             else:
                 tick(sum(self._layers(route) + self._scoring for route in part))
-                into.add(*found)
-        if not todo:
+                done.append(found)
+        if todo:
+            with surely(ready.capture):
+                done += self._run(ready.capture, texts, todo, tick)
+        else:
             tick(len(self.adapter.layers))
-            return
-        with surely(ready.capture):
-            together = Together(self.adapter, ready.capture, sequence, self.starts, tick)
-            clean = together.clean()
-            for here, part in todo:
-                done = _Share(tick, self._scoring * len(part))
-                runs = [run.slim() for run in together.scored(clean, part, self.score_from, self.vocabulary, done)]
-                found = runs, {r.name: str(r.edit) for r in part if r.name != str(r.edit)}
-                keep_runs(here, found, *texts)
-                into.add(*found)
+        located = {name: made for _, of in done for name, made in of.items()}
+        into.add(sequence, [run for runs, _ in done for run in runs], located)
+
+    def _run(
+        self,
+        capture: Edited,
+        texts: Sequence[TextTokens],
+        todo: Sequence[tuple[Store, list[Route]]],
+        tick: Callable[[int], None],
+    ) -> Iterator[Found]:
+        """Run parts of a text, the first of `texts`, and keep each."""
+        together = Together(self.adapter, capture, texts[0], self.starts, tick)
+        clean = together.clean()
+        for store, part in todo:
+            share = _Share(tick, self._scoring * len(part))
+            runs = [run.slim() for run in together.scored(clean, part, self.score_from, self.vocabulary, share)]
+            found = runs, {r.name: str(r.edit) for r in part if r.name != str(r.edit)}
+            keep_runs(store, found, *texts)
+            yield found
 
 
 @dataclass

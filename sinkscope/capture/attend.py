@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def attend(
     length: int,
     given: dict[str, Any],
     rotation: Rotation | None = None,
+    look: Callable[[Tensor, Tensor, Tensor], None] = lambda *_: None,
 ) -> tuple[Float[Tensor, "batch head query d_value"], Float[Tensor, " key"]]:
     """Attend as edited; a window costs tokens x window.
 
@@ -40,6 +42,7 @@ def attend(
         length: tokens in the text.
         given: `scale, softcap, sinks, window` of the layer.
         rotation: needed by an edit that moves positions into a cache.
+        look: is shown (positions of some queries, positions of the keys in their reach, weights), block by block.
 
     Returns:
         The output, and the attention that each key received, summed over batch, heads and queries, in float64 on the CPU.
@@ -84,11 +87,11 @@ def attend(
         lse = scores.logsumexp(-1, keepdim=True)
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None, None])
-        # in place only where nobody asks for gradients
-        weights = (scores - lse).exp_() if scores.requires_grad else scores.sub_(lse).exp_()
+        weights = (scores - lse).exp_() if scores.requires_grad else scores.sub_(lse).exp_()  # in place without gradients
         zeroed = edit.zeroes(layer, keys[0], heads, length)
         if zeroed is not None:
             weights = weights.masked_fill(zeroed, 0)
+        look(rows, reach, weights.detach())
         received[index] += weights.detach().sum((0, 1, 2)).double().cpu()
         out[:, :, start:stop] = values_held.mixed(weights, pick, rows).to(out.dtype)
     return edit.outputs(layer, out, at[held - n :]), received

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from sinkscope.capture.swap import swapped
 from sinkscope.edit import Edit
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter, adapt
-from sinkscope.models.adapting import EDITED
+from sinkscope.models.adapting import EDITED, WATCHED
 from sinkscope.runs.owner import alone
 from sinkscope.runs.undo import Undo, uninterrupted
 from sinkscope.tokens import TextTokens, Tokens
@@ -42,14 +43,20 @@ def on(model: Any, edit: Edit) -> Iterator[Any]:
         if why is not None:
             raise SinkscopeError(f"{part}: {why}")
     edit.check_model(adapter.layers, adapter.n_heads)
-    attention, neurons, mark = _attention(adapter, edit), neurons_of(adapter, [edit]), id(adapter.network)
+    mark, listeners = id(adapter.network), list[Any]()
+    if WATCHED[mark] and edit.touches & ATTENTION:
+        raise SinkscopeError(
+            "this model is inside `with ss.watch(model)`, which would not see what is edited now: enter the edit first, "
+            "with edit.on(model), ss.watch(model) as seen: ..."
+        )
+    attention, neurons = _attention(adapter, edit, listeners), neurons_of(adapter, [edit])
     with Undo() as undo:
         with alone(adapter.network):
             place = undo.enter_context(Place(adapter, edit.swaps()))
             if attention is not None:
                 undo.enter_context(attention(place))
-                undo.callback(EDITED.discard, mark)
-                EDITED.add(mark)
+                undo.callback(EDITED.pop, mark, None)
+                EDITED[mark] = listeners
             if "residual" in edit.touches:
 
                 def after(layer: int, residual: Tensor) -> Tensor:
@@ -67,15 +74,15 @@ def on(model: Any, edit: Edit) -> Iterator[Any]:
                 edited.close()
 
 
-def _attention(adapter: Adapter, edit: Edit) -> Callable[[Place], AbstractContextManager[Any]] | None:
-    """Plan edits of attention: inside the attention op, or at hook points; None where there are none."""
+def _attention(adapter: Adapter, edit: Edit, listeners: list[Any]) -> Callable[[Place], AbstractContextManager[Any]] | None:
+    """Plan edits of attention: inside the attention op, whose weights listeners are shown, or at hook points; or None."""
     if not edit.touches & ATTENTION:
         return None
     ids = torch.arange(1, 9)
     capture = plan(adapter, Tokens((TextTokens("proof", ids, ("",) * len(ids)),), ""), [edit])
     if not isinstance(capture, InsideCapture):
         return lambda place: editing_points(adapter, edit.touches, lambda: edit, lambda: ENDLESS, where=place)
-    op = _Op(edit, None if capture.frequencies is None else Rotation(capture.frequencies))
+    op = _Op(edit, None if capture.frequencies is None else Rotation(capture.frequencies), listeners)
     return lambda place: swapped(adapter, Calls(adapter, op, live=True), Masks(adapter.causal, op.told))
 
 
@@ -85,6 +92,7 @@ class _Op:
 
     edit: Edit
     rotation: Rotation | None
+    listeners: list[Callable[[int, Tensor, Tensor, Tensor], None]]
     #: (keys before the first, keys) of layers without a window, and with one, in the pass that runs.
     held: dict[bool, tuple[int, int]] = field(default_factory=dict)
 
@@ -100,7 +108,12 @@ class _Op:
                 "(transformers.DynamicCache(), not a static one), and a 2-D attention_mask"
             )
         at = torch.arange(first, first + held)
-        return attend(self.edit, layer, query, key, value, at, ENDLESS, given, self.rotation)[0]
+        look = partial(self._show, layer)
+        return attend(self.edit, layer, query, key, value, at, ENDLESS, given, self.rotation, look)[0]
+
+    def _show(self, layer: int, rows: Tensor, reach: Tensor, weights: Tensor) -> None:
+        for listen in self.listeners:
+            listen(layer, rows, reach, weights)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def next_losses(adapter: Adapter, batch: Batch, chunk: int | None = None) -> Flo
             stop = min(start + step, length)
             hidden = adapter.body(batch.ids[:, start:stop], batch.valid[:, start:stop], cache)
             for row, text in enumerate(batch.lengths.tolist()):
-                here = torch.arange(start, min(stop, text - 1))
+                here = torch.arange(start, max(start, min(stop, text - 1)))  # none, where the text has ended before
                 size = 1
                 while len(here):
                     now, here = here[:size], here[size:]

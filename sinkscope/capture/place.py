@@ -36,7 +36,7 @@ class Place:
         with Undo() as undo:
             with uninterrupted():
                 if self.adapter.kind == "hooked_transformer":  # which calls its own forward past the hooks of torch
-                    undo.enter_context(_wrapped(self.adapter.model, self._before))
+                    undo.enter_context(wrapped(self.adapter.model, self._before))
                     first = self.adapter.blocks[0]  # is given the mask that is made of padded strings
                     undo.callback(first.register_forward_pre_hook(_refuse_left, with_kwargs=True).remove)
                 else:
@@ -56,21 +56,25 @@ class Place:
     def _prove(self) -> None:
         """See to it that tokens are swapped: a model that was compiled before may pass hooks by.
 
+        (What it runs for one shape of ids says nothing of another: each was compiled at its time.)
+
         Raises:
             InertHookError: they are not.
         """
+        inert = InertHookError(
+            f"replace_token would do nothing on {self.adapter.name}: its compiled forward passes hooks by. Change the "
+            "ids that you give the model, or edit the model that was not compiled (._orig_mod)"
+        )
+        if any(_compiled(m) and self.adapter.embedding in m.modules() for m in self.adapter.network.modules()):
+            raise inert
         ids = torch.ones(1, 4, dtype=torch.long, device=self.adapter.device)
         whole = [self.adapter.model] if self.adapter.kind == "hooked_transformer" else self.adapter.trunks
         for module in whole:
             self.swapped = 0
             with torch.no_grad():
                 module(ids)
-            if self.swapped:
-                continue
-            raise InertHookError(
-                f"replace_token would do nothing on {self.adapter.name}: its compiled forward passes hooks by. Change the "
-                "ids that you give the model, or edit the model that was not compiled (._orig_mod)"
-            )
+            if not self.swapped:
+                raise inert
 
     def _before(self, module: nn.Module, args: Any, given: dict[str, Any]) -> None:
         self.start = self.adapter.cached(given)
@@ -91,6 +95,11 @@ class Place:
         return (ids, *args[1:])
 
 
+def _compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, by `module.compile()` or by a forward that was."""
+    return vars(module).get("_compiled_call_impl") is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
 def _refuse_left(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
     _refuse_elsewhere({"attention_mask": given.get("attention_mask")}, 0)
 
@@ -109,13 +118,15 @@ def _refuse_elsewhere(given: dict[str, Any], start: int) -> None:
 
 
 @contextmanager
-def _wrapped(model: nn.Module, before: Callable[..., None]) -> Iterator[None]:
-    """Have a function called before every forward pass, however it is called."""
+def wrapped(model: nn.Module, before: Callable[..., None], after: Callable[..., None] = lambda *_: None) -> Iterator[None]:
+    """Have functions called before and after every forward pass, however it is called."""
     forward, kept = model.forward, vars(model).get("forward")
 
     def told(*args: Any, **given: Any) -> Any:
         before(model, args, given)
-        return forward(*args, **given)
+        output = forward(*args, **given)
+        after(model, args, output)
+        return output
 
     with Undo() as undo:
         if kept is None:

@@ -23,6 +23,8 @@ from sinkscope.tokens import TextTokens, Tokens
 
 #: Rows of logits at a time, over all passes: fewer would wait for the weights; more, up to `NUMBERS`, where they are short.
 ROWS, NUMBERS = 128, 4 << 20
+#: Numbers of one run that a processor's cache holds while they are gone through again and again: of a GPU, all of them.
+CACHED = 400_000
 NO_STATES = torch.zeros(0, 0)
 
 
@@ -151,16 +153,34 @@ def beside_clean(
         places = [made.row_of[part] for made in passes]
         there = [place >= 0 for place in places]
         states = [made.hidden[place[here].to(device)] for made, place, here in zip(passes, places, there, strict=True)]
-        clean, *edited = torch.split(adapter.logits(torch.cat(states)), [len(s) for s in states])
-        truth = sequence.ids[part].to(clean.device)[:, None]
-        known = _Known.of(clean, truth)
-        scores[0].add(part, known.loss, known.loss, 0.0, 1.0)
-        for logits, here, into in zip(edited, there[1:], scores[1:], strict=True):
-            if len(logits):
-                on = here.to(logits.device)
-                into.add(part[here], known.loss[on], *known.compare(logits, truth, on))
+        logits = torch.split(adapter.logits(torch.cat(states)), [len(s) for s in states])
+        step = max(1, CACHED // logits[0].shape[1]) if device.type == "cpu" else len(part)
+        for start in range(0, len(part), step):
+            few = slice(start, start + step)
+            now = [_rows(mine, here, few) for mine, here in zip(logits, there, strict=True)]
+            _compare(sequence, part[few], [here[few] for here in there], now, scores)
         done((int(part[-1]) + 1 - score_from) / len(targets))
     return scores
+
+
+def _rows(logits: Tensor, there: Tensor, few: slice) -> Tensor:
+    """Give the rows of logits that are of a few tokens; there are rows of those alone that are `there`."""
+    first = int(there[: few.start].sum())
+    return logits[first : first + int(there[few].sum())]
+
+
+def _compare(
+    sequence: TextTokens, tokens: Tensor, there: Sequence[Tensor], logits: Sequence[Tensor], scores: Sequence[Scores]
+) -> None:
+    """Score some tokens of every run, each against the first."""
+    clean, *edited = logits
+    truth = sequence.ids[tokens].to(clean.device)[:, None]
+    known = _Known.of(clean, truth)
+    scores[0].add(tokens, known.loss, known.loss, 0.0, 1.0)
+    for mine, here, into in zip(edited, there[1:], scores[1:], strict=True):
+        if len(mine):
+            on = here.to(mine.device)
+            into.add(tokens[here], known.loss[on], *known.compare(mine, truth, on))
 
 
 @dataclass

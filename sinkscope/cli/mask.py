@@ -47,31 +47,35 @@ def mask(
 ) -> None:
     """Tell which tokens of texts are sinks; --out holds one row per flagged token."""
     with errors(debug):
+        from sinkscope.errors import unknown
         from sinkscope.masks import RULES, sink_mask
         from sinkscope.models import load_model
         from sinkscope.reports.files import check_writable
+        from sinkscope.runs.share import joined
 
         rules, eps = thresholds(by or ["attention"])
         given = texts(text or [], file or [])
         for name in rules:
             if name not in RULES:
-                from sinkscope.errors import unknown
-
                 raise unknown("rule", name, RULES)
         if out is not None:
             check_writable(out)
-        found = sink_mask(
-            load_model(model, device=device, device_map=device_map),
-            given,
-            rules,
-            layers=layer or None,
-            eps=eps or None,
-            bos=bos,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            progress=True,
-            resume=out,
-        )
+        with joined() as share:
+            found = sink_mask(
+                load_model(model, device=device, device_map=device_map),
+                given,
+                rules,
+                layers=layer or None,
+                eps=eps or None,
+                bos=bos,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                progress=True,
+                resume=out,
+                distributed=share.world > 1,
+            )
+            if share.rank > 0:
+                return
         if out is not None:
             found.save(out)
         if as_json:

@@ -37,7 +37,8 @@ def with_placebos(edits: list[tuple[str, Intervention]], n: Any) -> tuple[list[t
     n = int(n) if isinstance(n, bool) else whole_number(n, "placebo", "True, or how many placebos each edit gets")
     if n < 0:
         raise SinkscopeError(f"placebo={n}: give True, or how many placebos each edit gets")
-    taken, found = dict(edits), {}
+    taken = dict(edits)
+    found: dict[str, str] = {}
     for name, edit in edits:
         mine: dict[str, Intervention] = {}
         for seed in range(SEEDS * n):

@@ -45,11 +45,11 @@ class RowMean:
         Raises:
             SinkscopeError: the metric raised, or returned the wrong shape; names it and the layer.
         """
-        kept, chosen = self._chosen(block, counted)
+        kept, chosen = self.chosen(block, counted)
         sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32)).double().cpu().numpy()
-        self._add(sums, chosen.sum(-1).double().cpu().numpy(), place)
+        self.add(sums, chosen.sum(-1).double().cpu().numpy(), place)
 
-    def _chosen(self, block: Block, counted: Tensor | None, absent: float = 0.0) -> tuple[Tensor, Tensor]:
+    def chosen(self, block: Block, counted: Tensor | None, absent: float = 0.0) -> tuple[Tensor, Tensor]:
         """Apply the metric; give its values, with something else in the rows that do not enter, and which do."""
         version = block.rows_version()
         try:
@@ -75,7 +75,8 @@ class RowMean:
             kept = torch.where(chosen.reshape(batch, 1, -1, *[1] * (len(shape) - 3)), kept, absent)
         return kept, chosen
 
-    def _add(self, sums: Array, rows: Array, place: int | slice) -> None:
+    def add(self, sums: Array, rows: Array, place: int | slice) -> None:
+        """Add sums over rows, and how many there were, of one layer or of all."""
         shape = sums.shape if isinstance(place, slice) else (self.layers, *sums.shape)
         if self.sums is None or self.rows is None:
             self.sums, self.rows = np.zeros(shape), np.zeros(shape[:2])
@@ -89,7 +90,7 @@ class RowMean:
         merged = RowMean(self.metric, self.layers)
         for part in (self, other):
             if part.sums is not None and part.rows is not None:
-                merged._add(part.sums, part.rows, slice(None))
+                merged.add(part.sums, part.rows, slice(None))
         return merged
 
     def mean(self) -> Array:
@@ -116,7 +117,7 @@ class RowSeries(RowMean):
 
     def update(self, block: Block, place: int = 0, counted: Bool[Tensor, "batch query"] | None = None) -> None:
         """Put a block's rows in their places; see :meth:`RowMean.update`."""
-        kept, _ = self._chosen(block, counted, torch.nan)
+        kept, _ = self.chosen(block, counted, torch.nan)
         if kept.ndim != 3:
             raise SinkscopeError(f"metric {self.metric.name!r} is reported per query, and gives one number per key")
         stop = block.start + block.n_queries
@@ -125,7 +126,8 @@ class RowSeries(RowMean):
             self.sums = np.full((self.layers, *rows.shape[:2], stop), np.nan)
         if stop > self.sums.shape[3]:
             self.sums = np.pad(self.sums, [(0, 0)] * 3 + [(0, stop - self.sums.shape[3])], constant_values=np.nan)
-        self.sums[place][..., block.start : stop] = rows
+        here = self.sums[place][..., block.start : stop]
+        here[...] = np.where(np.isnan(rows), here, rows)
 
     def merge(self, other: RowMean) -> RowSeries:
         """Combine with the same metric's rows from elsewhere in the same sequences."""

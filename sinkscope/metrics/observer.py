@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sinkscope.block import Block
@@ -93,6 +94,12 @@ class Observer:
                 for m in waiting:
                     self.rows.setdefault((m.name, index, side), accumulator(m, len(self.place))).update(here, place, counted)
 
+    def counted(self, index: int, row: int, side: int, length: int) -> NDArray[np.bool_] | None:
+        """Tell which queries of a sequence count, `[layer, query]`; None for all."""
+        if self.sides[side] is None:
+            return None
+        return ~np.isnan(self.value(WHERE.name, index, row, side)[:, 0, :length])
+
     def value(self, name: str, index: int, row: int, side: int = 0) -> Array:
         """Give one sequence's means, `[layer, head]`, `[layer, head, key]` or `[layer, head, query]`."""
         at = (name, index, side)
@@ -143,10 +150,8 @@ class Finish:
         """Give the values at one key, of one choice of queries."""
         values: list[Value] = []
         means, nulls = {}, {}
-        counted = None
-        if observer.sides[side] is not None:
-            chosen = observer.value(WHERE.name, index, row, side)[:, 0, : len(sequence)]
-            counted = ~np.isnan(chosen)
+        counted = observer.counted(index, row, side, len(sequence))
+        if observer.sides[side] is not None and counted is not None:
             share = counted.mean(axis=-1)
             values.append(Value(WHERE.name, tag, position, ("layer",), share, share * np.nan, float(share.mean()), np.nan))
         for m in self.base:

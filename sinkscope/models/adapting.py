@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.identity import Kind, text_model
 
 SMOLLM2 = "smollm2-135m"
-#: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network.
-EDITED: set[int] = set()
+#: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network, and who listens there:
+#: functions of (layer, positions of some queries, positions of the keys in reach, edited weights).
+EDITED: dict[int, list[Callable[[int, Tensor, Tensor, Tensor], None]]] = {}
+#: Models whose attention `watch` listens to, by `id` of their network, and how often.
+WATCHED: Counter[int] = Counter()
 #: How to make hook points for a plain Hugging Face model.
 #: Where wrappers keep the model: peft, DataParallel and accelerate, torch.compile, Lightning modules and pipelines.
 INSIDE = (".get_base_model()", ".module", "._orig_mod", ".model")
 WRAP = "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer)"
 
 
-def adapt(model: Any) -> Adapter:
+def adapt(model: Any, *, edited: bool = False) -> Adapter:
     """Look at any TransformerLens model, however it was loaded, or at a plain Hugging Face model.
+
+    Args:
+        model: the model.
+        edited: take it also inside `with intervention.on(model)`: for those who only listen.
 
     Raises:
         SinkscopeError: another kind of model, one without attention patterns (a state-space model), or one whose attention
             is being edited.
     """
-    if id(getattr(model, "original_model", model)) in EDITED:
+    if not edited and id(getattr(model, "original_model", model)) in EDITED:
         raise SinkscopeError(
             "this model is inside `with intervention.on(model)`, where an engine would take the edited attention's place: "
             "leave the block first (ss.evaluate gives sink mass under an edit), and join interventions with &"

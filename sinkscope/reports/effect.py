@@ -45,7 +45,8 @@ class EffectReport(Paged):
             KL(clean || edited) in nats; `sink_mass` is the mean attention to the first token, over layers, heads and
             queries (NaN where it was dropped), and `sink_position` the position that receives most attention in all.
         details: the same rows: 95% interval of `delta_loss`, share of top-1 predictions that stay, the sink's token.
-        curves: loss by position: columns `text, intervention, position, loss`; of many texts the mean over `all`.
+        curves: loss by position, of placebos not: columns `text, intervention, position, loss`; of many texts the mean over
+            `all`.
         about: model, versions, engine and why, how intervals were made, arguments; `notes`: what to know before reading the
             numbers, such as edits that changed nothing.
     """

@@ -115,7 +115,7 @@ def _by_text(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["text"] != ALL].pivot(index="text", columns="intervention", values="delta_loss")
 
 
-def words(row: Mapping[str, Any]) -> str:
+def words(row: Mapping[Any, Any]) -> str:
     """Say in a table's cell what placebos did: mean, spread, p-value; nothing where there are none."""
     if not row["placebos"] or math.isnan(row["placebo_delta_loss"]):
         return ""

@@ -18,6 +18,11 @@ _OWNERS: WeakKeyDictionary[object, int] = WeakKeyDictionary()
 _LOOK = threading.Lock()
 
 
+def mine(model: object) -> bool:
+    """Tell whether this thread has a model to itself: what runs now is a run of this library."""
+    return _OWNERS.get(model) == threading.get_ident()
+
+
 @contextmanager
 def alone(model: object) -> Iterator[None]:
     """Have a model to oneself: another thread's turn is waited for.

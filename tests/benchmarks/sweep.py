@@ -32,6 +32,17 @@ def of_the_loop(model: Any, ids: Any, layer: int, head: int) -> float:
         return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
 
 
+def now() -> tuple[float, float]:
+    """Read the clock on the wall, and that of the processors."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float], times: float = 1.0) -> tuple[float, float]:
+    """Give the seconds of both since then, for so many times as much."""
+    wall, used = now()
+    return times * (wall - start[0]), times * (used - start[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=256)
@@ -55,32 +66,32 @@ def main() -> None:
     swept = edit if args.sample is None else replace(edit, layers=tuple(args.sample))
     heads = [(layer, head) for layer in args.sample or range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
     chosen = [place for place in heads if args.layers is None or place[0] in args.layers]
-    seconds: dict[str, list[float]] = {"sweep": [], "evaluate": [], "loop": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"sweep": [], "evaluate": [], "loop": []}
     gaps = {"evaluate": 0.0, "loop": 0.0}
     for _ in range(args.rounds):
-        start = time.perf_counter()
+        start = now()
         report = ss.sweep(model, [ids[0]], swept, placebo=False, score_from=1)
-        seconds["sweep"].append(time.perf_counter() - start)
+        seconds["sweep"].append(since(start))
         rows = report.summary().set_index(["layer", "head"])
-        start = time.perf_counter()
+        start = now()
         for layer, head in chosen:
             one = at(edit, Place(layer, head))
             found = ss.evaluate(model, [ids[0]], one).summary().iloc[1]
             off = max(abs(float(found[name]) - float(rows.loc[(layer, head), name])) for name in ("delta_loss", "kl", "loss"))
             gaps["evaluate"] = max(gaps["evaluate"], off)
-        seconds["evaluate"].append((time.perf_counter() - start) * len(heads) / len(chosen))
-        start = time.perf_counter()
+        seconds["evaluate"].append(since(start, len(heads) / len(chosen)))
+        start = now()
         for layer, head in chosen:
             off = abs(of_the_loop(model, ids, layer, head) - float(rows.loc[(layer, head), "loss"]))
             gaps["loop"] = max(gaps["loop"], off if "zero_head" in args.edit else 0.0)
-        seconds["loop"].append((time.perf_counter() - start) * len(heads) / len(chosen))
-    middle = {way: statistics.median(times) for way, times in seconds.items()}
+        seconds["loop"].append(since(start, len(heads) / len(chosen)))
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     print(f"{len(heads)} heads, {args.tokens} tokens, {threads} threads; medians of {args.rounds}, load {load:.1f}")
-    for way, times in seconds.items():
-        gap = f", differs by {gaps[way]:.1e}" if way in gaps else ""
-        ratio = middle[way] / middle["sweep"]
-        print(f"{way:10} {middle[way]:8.1f} s ({min(times):.1f}-{max(times):.1f}), {ratio:.2f} x the sweep{gap}")
+    for clock, name in enumerate(("wall clock", "processors")):
+        middle = {way: statistics.median(taken[clock] for taken in times) for way, times in seconds.items()}
+        for way, took in middle.items():
+            gap = f", differs by {gaps[way]:.1e}" if way in gaps else ""
+            print(f"{name}: {way:10} {took:8.1f} s, {took / middle['sweep']:.2f} x the sweep{gap}")
 
 
 if __name__ == "__main__":

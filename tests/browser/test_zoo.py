@@ -46,17 +46,18 @@ def test_axe_finds_nothing(animal):
     if not AXE.is_file():
         pytest.skip("axe-core is not installed: make script, with npm")
     browser, name = animal
-    if name == "largest":
-        pytest.skip("of the same elements as `plain`, six thousand of them")
+    others = [[f"#{grid} [data-row]:not([data-row='0'])"] for grid in ("map", "heat")] if name == "largest" else []
     browser.execute_script(AXE.read_text(encoding="utf-8"))
     for colours in ("light", "dark"):
         scheme(browser, colours)
         found = browser.execute_async_script(
             "const done = arguments[arguments.length - 1];"
             "for (const d of document.querySelectorAll('details')) d.open = true;"
-            "axe.run(document, {resultTypes: ['violations'], ...arguments[0]}).then(r => done(r.violations.map(v =>"
+            "const where = arguments[1].length ? {exclude: arguments[1]} : document;"
+            "axe.run(where, {resultTypes: ['violations'], ...arguments[0]}).then(r => done(r.violations.map(v =>"
             "  [v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 160) + n.failureSummary)])), e => done([String(e)]))",
             {} if colours == "light" else {"runOnly": ["color-contrast"]},
+            others,  # of the six thousand cells of the largest page one row each stands for the others
         )
         assert found == [], (name, colours)
 
@@ -101,24 +102,36 @@ INTERACTIONS = {
 
 
 def test_the_largest_is_fast(driver, tmp_path):
-    """The first paint below a second, an answer to the hand below 100 ms, layout included: medians of five are printed.
+    """The first paint below a second, an answer to the hand below 100 ms, layout included: medians of five, printed.
 
-    The fastest of five is what the page itself takes; what else runs on the machine lengthens the others.
+    What else runs on the machine lengthens them: a series of five that is too slow is taken again, twice at most.
     """
     path = tmp_path / "largest.html"
     path.write_text(page_of("largest"), encoding="utf-8")
-    paints = []
-    for _ in range(5):
+
+    def painted():
         driver.get(path.as_uri())
         time.sleep(0.1)
-        paints.append(driver.execute_script("return performance.getEntriesByName('first-contentful-paint')[0].startTime"))
-    took = {"first paint": paints}
-    for name, act in INTERACTIONS.items():
-        took[name] = driver.execute_script(
+        return driver.execute_script("return performance.getEntriesByName('first-contentful-paint')[0].startTime")
+
+    def answered(act):
+        return driver.execute_script(
             "const find = what => document.querySelector(what), found = [];"
             "for (let i = 0; i < 5; i++) { const t = performance.now(); " + act + ";"
             "document.body.getBoundingClientRect(); found.push(performance.now() - t); } return found"
         )
-    print({name: round(statistics.median(times)) for name, times in took.items()})
-    assert min(took.pop("first paint")) < 1000
-    assert {name: times for name, times in took.items() if min(times) >= 100} == {}
+
+    took = {"first paint": median_of_five(lambda: [painted() for _ in range(5)], 1000)}
+    took |= {name: median_of_five(lambda act=act: answered(act), 100) for name, act in INTERACTIONS.items()}
+    print({name: round(median) for name, median in took.items()})
+    assert took.pop("first paint") < 1000
+    assert {name: median for name, median in took.items() if median >= 100} == {}
+
+
+def median_of_five(series, limit):
+    """The median in milliseconds, of the first series of five that is below the limit, or of the third."""
+    for _ in range(3):
+        found = statistics.median(series())
+        if found < limit:
+            break
+    return found

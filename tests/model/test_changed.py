@@ -249,3 +249,19 @@ def test_an_interrupt_that_was_lost_is_heeded():
 
     with pytest.raises(KeyboardInterrupt):
         run()
+
+
+@pytest.mark.parametrize("forward", [False, True], ids=["model.compile", "forward = torch.compile"])
+def test_tokens_of_a_model_that_was_compiled_for_this_length_are_not_swapped_in_vain(forward):
+    """Warm at this length, it passes new hooks by; at another length it would be compiled anew, with them."""
+    model, ids = tiny_hf_model("llama"), torch.tensor([LONG])
+    if forward:
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        model.compile(backend="eager")
+    with torch.no_grad():
+        warm = model(ids).logits
+        with pytest.raises(ss.InertHookError, match="compiled forward passes hooks by"), ReplaceToken(0, 9).on(model):
+            model(ids)
+        torch.testing.assert_close(model(ids).logits, warm)
+    torch._dynamo.reset()

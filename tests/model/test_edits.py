@@ -28,6 +28,7 @@ from sinkscope.interventions import (
 )
 from sinkscope.interventions.base import _Both as Both
 from sinkscope.testing import planted_sink, tiny_hf_model
+from tests.conftest import fingerprint
 from tests.model.compare import TL4, losses, novel
 from tests.oracles import Loops, looping, to_levels, turned
 
@@ -477,15 +478,17 @@ LIVE = [
 ]
 
 
-@pytest.mark.parametrize("edit", LIVE, ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
-def test_generation_equals_a_forward_pass(tiny, family, edit):
-    """With a KV cache, on a bridge and on Hugging Face's own model; the pass is `evaluate`'s."""
-    if family == "gpt_oss" and "neuron" in str(edit):
-        pytest.skip("its experts' neurons can't be told")
-    for model in (tiny(family), tiny_hf_model(family)):
-        network = getattr(model, "original_model", model)
-        how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+@pytest.mark.parametrize(
+    ("family", "bridged"), [("llama", True), ("llama", False), ("mistral", False), ("gpt_oss", True)], ids=str
+)
+def test_generation_equals_a_forward_pass(tiny, family, bridged):
+    """With a KV cache, on a bridge or on Hugging Face's own model; the pass is `evaluate`'s."""
+    model = tiny(family) if bridged else tiny_hf_model(family)
+    network = getattr(model, "original_model", model)
+    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for edit in LIVE:
+        if family == "gpt_oss" and "neuron" in str(edit):  # its experts' can't be told
+            continue
         if family != "llama" and "kivi" in str(edit):  # its caches drop keys
             with torch.no_grad(), edit.on(model), pytest.raises(ss.SinkscopeError, match="take scheme='per_token'"):
                 network.generate(IDS[None, :12], **how)
@@ -494,7 +497,8 @@ def test_generation_equals_a_forward_pass(tiny, family, edit):
             out = network.generate(IDS[None, :12], output_scores=True, return_dict_in_generate=True, **how)
         made = out.sequences[0]
         found = cross_entropy(torch.cat(out.scores), made[12:], reduction="none").numpy()
-        np.testing.assert_allclose(found, losses(ss.evaluate(model, [made], edit), edit)[11:], atol=5e-5)
+        expected = losses(ss.evaluate(model, [made], edit), edit)[11:]
+        np.testing.assert_allclose(found, expected, atol=5e-5, err_msg=str(edit))
 
 
 @on_39
@@ -524,6 +528,22 @@ def test_generation_on_hooked_transformer(hooked):
 def test_what_cannot_be_live(tiny, edit, says):
     with pytest.raises(ss.SinkscopeError, match=says), edit.on(tiny("llama")):
         pass
+
+
+def test_nothing_stays(tiny):
+    """Of hooks on matrices and heads, and of a donor's pass, also where the middle of a pass fails."""
+    for model in (tiny("bloom"), tiny("llama")):
+        before = fingerprint(model)
+        ss.evaluate(model, [IDS, OTHER], [ReplaceValue(3, by="donor"), ZeroNeuron(1, 3), ZeroHead(heads=[1])])
+        assert fingerprint(model) == before
+
+    def fail(value, hook):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), (ZeroNeuron(1, 3) & ScaleOutput(3, 2)).on(model):
+        model.run_with_hooks(IDS[None], fwd_hooks=[("blocks.1.hook_resid_post", fail)])
+    model.reset_hooks()
+    assert fingerprint(model) == before
 
 
 # --- placebos -------------------------------------------------------------------------------------------------------

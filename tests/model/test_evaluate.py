@@ -3,11 +3,12 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.capture import edited
+from sinkscope.capture import edited, scored
 from sinkscope.interventions import (
     AmplifyVariance,
     BiasScores,
@@ -511,3 +512,15 @@ def test_the_mean_is_over_segments():
     edit = EditActivation("mean", ratio=500).located(model, ids)
     assert (edit.positions, edit.dims) == ((3, 30), (3, 3))
     assert edit.to == pytest.approx([np.mean(values)] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "numbers", "cached"), [(128, 4 << 20, 64 * 3), (12, 0, 64), (1, 0, 1)])
+def test_portions_of_logits_change_nothing(llama, monkeypatch, rows, numbers, cached):
+    """Also where runs lack some of the tokens, which others have."""
+    edits = [ss.MaskKeys(0), DropTokens([3, 7, 8]), ReplaceToken(5, 9), ss.Window(7)]
+    whole = ss.evaluate(llama, [IDS], edits)
+    for name, value in (("ROWS", rows), ("NUMBERS", numbers), ("CACHED", cached)):
+        monkeypatch.setattr(scored, name, value)
+    parts = ss.evaluate(llama, [IDS], edits)
+    for ours, theirs in ((parts.frame, whole.frame), (parts.details, whole.details), (parts.curves, whole.curves)):
+        pd.testing.assert_frame_equal(ours, theirs, atol=1e-6, rtol=0)

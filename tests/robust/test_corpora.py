@@ -276,6 +276,8 @@ with joined() as share:
         effect = ss.evaluate(model, iter(TEXTS[:5]), "window(size=4)", per_text=kept, distributed=True)
         report.save(f"{sys.argv[2]}/measure-{kept}-{share.rank}")
         effect.save(f"{sys.argv[2]}/evaluate-{kept}-{share.rank}")
+    mask = ss.sink_mask(model, iter(TEXTS[:20]), ["attention", "first"], batch_size=3, distributed=True)
+    mask.save(f"{sys.argv[2]}/mask-{share.rank}")
 """
 
 
@@ -293,6 +295,9 @@ def test_every_process_gets_what_one_gives(saved_model, tmp_path):
             pd.testing.assert_frame_equal(report.summary(), shared.summary(), atol=1e-12, rtol=0)
             pd.testing.assert_frame_equal(effect.frame, edited.frame, atol=1e-12, rtol=0)
             pd.testing.assert_frame_equal(effect.curves, edited.curves, atol=1e-12, rtol=0)
+    mask = ss.sink_mask(model, TEXTS[:20], ["attention", "first"], batch_size=3).table()
+    for rank in (0, 1):
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / f"mask-{rank}" / "mask.parquet"), mask)
 
 
 SCRIPT = """

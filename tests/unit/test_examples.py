@@ -59,13 +59,15 @@ def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
         "evaluate": "EffectReport",
         "of_pattern": "sink_mass",
         "check_cache": "nothing is evicted",
+        "watch": "sink_mass",
+        "SinkCallback": "step",
     }
     assert next((words for call, words in says.items() if call in block), "tensor") in capsys.readouterr().out
     assert ("results" not in block) or (tmp_path / "results" / "report.html").is_file()
 
 
 def test_the_readme_has_its_blocks():
-    assert (len(README), len(DOCS)) == (4, 14)
+    assert (len(README), len(DOCS)) == (4, 16)
 
 
 def test_the_worked_pull_requests_work(monkeypatch):

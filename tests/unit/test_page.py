@@ -83,6 +83,19 @@ def test_sentences_and_key_numbers(parsed):
     assert [float(x) for x in row.groups()] == pytest.approx([value, value - half, value + half, null], abs=6e-4)
 
 
+def test_notes_stand_above_the_numbers_and_not_among_the_facts():
+    """Written by hand into a report of each kind: escaped, in the page, the fragment, JSON and Markdown."""
+    frame, summary, meta = report({"a": words(8)})
+    note = "the texts have 5 to 1,265 tokens <b>"
+    data = page.measured(frame, summary, meta | {"notes": [note]})
+    assert data["notes"] == [note]
+    assert note not in [value for _, value in data["facts"]]
+    shown = page.render(data)
+    assert shown.index("the texts have 5 to 1,265 tokens &lt;b&gt;</li>") < shown.index("All numbers")
+    assert "Note: the texts have 5 to 1,265 tokens" in page.markdown(data)
+    assert 'class="notes"' not in page.render(page.measured(frame, summary, meta))
+
+
 def test_how_it_was_measured(parsed):
     for fact in ("the only one there is", "float32", "BOS was put first, as the model's tokenizer does.", "0.1.0"):
         assert fact in parsed.text

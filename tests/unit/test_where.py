@@ -139,6 +139,16 @@ def test_next_losses_in_pieces(llama, monkeypatch):
         assert bool(found[row, len(s) - 1 :].isnan().all())
 
 
+def test_queries_whose_next_token_is_hard_in_a_chunked_prefill(llama):
+    """A batch of 20 and 11 tokens: the shorter text ends two chunks before the longer one."""
+    how = {"metrics": ["sink_mass", "query_profile"], "where": ss.where.next_loss(above=3.5), "engine": "hooks"}
+    texts = ["the quick brown fox", "so it goes"]
+    whole, chunked = (ss.measure(llama, texts, chunk=chunk, **how) for chunk in (None, 4))
+    assert chunked.about["arguments"]["chunk"] == 4
+    assert 0 < whole.summary("all").set_index("metric").loc["where_share", "value"] < 1
+    np.testing.assert_allclose(chunked.frame["value"], whole.frame["value"], atol=1e-6)
+
+
 def test_tokens_and_positions(llama):
     text = "so it goes so it"
     strings = ["", *text]

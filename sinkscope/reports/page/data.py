@@ -64,6 +64,7 @@ def measured(
         "n_texts": len(texts),
         "n_tokens": sum(text["n_tokens"] for text in texts),
         "sentences": [visible(said) for said in about.get("sentences", {}).values()],
+        "notes": [visible(note) for note in about.get("notes", [])],
         "glance": glance(whole, inside, keys),
         "numbers": _numbers(whole, len(texts)),
         "by_text": _by_text(summary, labels),

@@ -51,6 +51,7 @@ def evaluated(summary: DataFrame, curves: DataFrame, about: Mapping[str, Any]) -
         "n_texts": len(texts),
         "n_tokens": sum(text["n_tokens"] for text in texts),
         "sentences": _sentences(edits),
+        "notes": [visible(note) for note in about.get("notes", [])],
         "interval": about.get("interval", ""),
         "note": visible(about.get("no_clean_run", "")),
         "edits": edits,
@@ -97,7 +98,7 @@ def _families(names: Sequence[str], placebos: Mapping[str, str]) -> list[dict[st
         for number in NUMBER.finditer(name):
             open_name = f"{name[: number.start()]}…{name[number.end() :]}"
             groups.setdefault(open_name, {})[float(number[0])] = name
-    placebo_of = {edit: placebo for placebo, edit in reversed(placebos.items())}
+    placebo_of = {edit: placebo for placebo, edit in reversed(list(placebos.items()))}
     families = []
     for open_name, members in groups.items():
         if len(members) > 1:

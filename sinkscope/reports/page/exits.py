@@ -59,7 +59,8 @@ def as_json(data: dict[str, Any]) -> str:
 
 def markdown(data: dict[str, Any]) -> str:
     """Give the numbers as Markdown, for an issue or an appendix."""
-    lines = [f"## {_plain(title(data))}", "", *(f"- {_plain(said)}" for said in data.get("sentences", [])), ""]
+    lines = [f"## {_plain(title(data))}", "", *(f"- {_plain(said)}" for said in data.get("sentences", []))]
+    lines += [*(f"- Note: {_plain(note)}" for note in data.get("notes", [])), ""]
     lines += {"measure": _numbers, "evaluate": _edits, "sweep": _places, "compare": _compared}[data["kind"]](data)
     shown = [f"- {_plain(name)}: {_plain(value)}" for name, value in data.get("facts", [])]
     return "\n".join([*lines, "", *shown]).strip() + "\n"

@@ -37,7 +37,7 @@ export const drawHeads = page => {
   const cells = cellsOf(data, state.metric, state.text), name = data.names[state.metric], value = table(data, cells.value);
   $("heat-caption").textContent = `${name}, by layer and head`;
   $("heat-definition").textContent = data.definitions[state.metric] || "";
-  const spread = data.scales[state.metric];  // of a sweep's costs, which may be below zero
+  const spread = data.scales[state.metric], chance = spread ? "placebo" : "null";  // of a sweep's costs, which may be below zero
   const {mark} = grid($("heat"), {
     range: spread && [-spread.most, spread.most],
     rows: data.layers, columns: data.heads, value, rowName: "layer", columnName: "head", label: `${name} by layer and head`,
@@ -47,7 +47,7 @@ export const drawHeads = page => {
       const error = at(cells.std_error, r, c);
       $("heat-readout").textContent = `Layer ${data.layers[r]}, head ${data.heads[c]}: ${number(value[r][c])}`
         + (error === null ? "" : ` ± ${number(error)} (standard error across texts)`)
-        + `; null ${number(at(cells.null, r, c))}`;
+        + `; ${chance} ${number(at(cells.null, r, c))}`;
     },
     pick: (r, c) => page.pickHead(r, c),
   }, spread ? costColours(spread) : page.colours);
@@ -57,8 +57,8 @@ export const drawHeads = page => {
   $("progress-caption").textContent = `${name}, by layer`;
   chart($("progress"), {
     x: data.layers, band: state.text === "all" ? data.bands[state.metric] : null, xName: "layer", label: `${name} by layer`,
-    lines: [{kind: "main", name: "mean of heads", y: series}, {kind: "null", name: "uniform attention (null)", y: nulls}],
-    tell: i => `Layer ${data.layers[i]}: ${number(series[i])}; null ${number(nulls[i])}`,
+    lines: [{kind: "main", name: "mean of heads", y: series}, {kind: "null", name: spread ? "the placebo" : "uniform attention (null)", y: nulls}],
+    tell: i => `Layer ${data.layers[i]}: ${number(series[i])}; ${chance} ${number(nulls[i])}`,
     say: text => { $("progress-readout").textContent = text; },
   });
   strongest(page, value);

@@ -54,7 +54,7 @@ def facts(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
     """All of meta that has no place of its own, in words."""
     found = {TITLES.get(key, key.replace("_", " ")): value for key, value in meta.items()}
     found |= {f"argument: {key}": value for key, value in found.pop("arguments", {}).items()}
-    found = {key: value for key, value in found.items() if key not in ("texts", "sentences", "placebos")}
+    found = {key: value for key, value in found.items() if key not in ("texts", "sentences", "placebos", "notes")}
     return [(name, _words(value)) for name, value in found.items()]
 
 
