@@ -21,7 +21,7 @@ from sinkscope.interventions import Intervention
 from sinkscope.metrics.across import POSITIVE, SHARE
 from sinkscope.models import adapt
 from sinkscope.observe import measure
-from sinkscope.reports.drawing import LINE, MARK, WIDE, finish, visible
+from sinkscope.reports.drawing import MARK, WIDE, finish, visible
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, tabulate
 from sinkscope.studies.texts import pieces, setting
 from sinkscope.tokens import TextTokens, Tokens
