@@ -218,6 +218,6 @@ def _draw(cosine: np.ndarray, sink: Sink | None, *, ax: Axes | None = None) -> A
     if sink is not None:
         ax.plot([sink.position], [sink.birth], "o", color=MARK, markerfacecolor="none", markersize=8)
         ax.annotate(
-            visible(sink.token), (sink.position, sink.birth), (6, 6), textcoords="offset points", color=LINE, fontsize=7
+            visible(sink.token), (sink.position, sink.birth), (6, 6), textcoords="offset points", color="white", fontsize=7
         )
     return finish(ax, "", "position", "layer")
