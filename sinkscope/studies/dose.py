@@ -22,7 +22,7 @@ from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, 
 from sinkscope.studies.seen import Within
 from sinkscope.studies.texts import pieces, setting
 
-FACTORS = (0.0, 0.5, 1.5, 2.0, 4.0)
+FACTORS = (0.0, 0.5, 2.0, 4.0)
 PLACEBO = "placebo: another key"
 QUANTITIES = ("delta_loss", "kl", "entropy_change")
 
@@ -118,7 +118,9 @@ def _groups(model: Any, adapter: Adapter, sample: Any, seed: int) -> dict[str, A
 
 def _in_heads(places: Mapping[Any, Any], factor: float) -> Intervention:
     """Scale the first token's weight in some heads of each layer."""
-    return Within(ScaleAttention(0, factor), {int(layer): heads for layer, heads in places.items()}, f"x{factor:g}")
+    return Within(
+        ScaleAttention(0, factor), {int(layer): list(map(int, heads)) for layer, heads in places.items()}, f"x{factor:g}"
+    )
 
 
 @torch.no_grad()

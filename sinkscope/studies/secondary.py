@@ -21,7 +21,7 @@ from sinkscope.interventions import Intervention
 from sinkscope.metrics.across import POSITIVE, SHARE
 from sinkscope.models import adapt
 from sinkscope.observe import measure
-from sinkscope.reports.drawing import LINE, MARK, WIDE, finish, visible
+from sinkscope.reports.drawing import MARK, WIDE, finish, visible
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, tabulate
 from sinkscope.studies.texts import pieces, setting
 from sinkscope.tokens import TextTokens, Tokens
@@ -218,6 +218,6 @@ def _draw(cosine: np.ndarray, sink: Sink | None, *, ax: Axes | None = None) -> A
     if sink is not None:
         ax.plot([sink.position], [sink.birth], "o", color=MARK, markerfacecolor="none", markersize=8)
         ax.annotate(
-            visible(sink.token), (sink.position, sink.birth), (6, 6), textcoords="offset points", color=LINE, fontsize=7
+            visible(sink.token), (sink.position, sink.birth), (6, 6), textcoords="offset points", color="white", fontsize=7
         )
     return finish(ax, "", "position", "layer")
