@@ -104,7 +104,8 @@ class Rows:
             index["layer"] = np.asarray(self.layers)[index["layer"]]
         if "key" not in index and value.key is not None:
             index["key"] = np.full(value.value.size, value.key)
-        columns = index | {
+        columns: dict[str, Array] = {
+            **index,
             "value": value.value.reshape(-1),
             "std_error": np.full(value.value.size, np.nan) if std_error is None else std_error.reshape(-1),
             "null": np.broadcast_to(value.null, shape).reshape(-1),
