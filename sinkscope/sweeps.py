@@ -262,7 +262,7 @@ class _One:
         else:
             tick(len(self.adapter.layers))
         located = {name: made for _, of in done for name, made in of.items()}
-        into.add(sequence, [run for runs, _ in done for run in runs], located)
+        into.add([run for runs, _ in done for run in runs], located, sequence)
 
     def _run(
         self,

@@ -104,7 +104,7 @@ class Rows:
             index["layer"] = np.asarray(self.layers)[index["layer"]]
         if "key" not in index and value.key is not None:
             index["key"] = np.full(value.value.size, value.key)
-        columns: dict[str, Array] = {
+        columns: dict[str, Any] = {
             **index,
             "value": value.value.reshape(-1),
             "std_error": np.full(value.value.size, np.nan) if std_error is None else std_error.reshape(-1),
