@@ -36,10 +36,10 @@ class Intervention(Edit):
     #: Text name -> class, for :func:`parse`.
     registry: ClassVar[dict[str, type[Intervention]]] = {}
 
-    def __init_subclass__(cls, **how: Any) -> None:
-        """Register the class under its name in snake case."""
+    def __init_subclass__(cls, written: bool = True, **how: Any) -> None:
+        """Register the class under its name in snake case, if it has a text form."""
         super().__init_subclass__(**how)
-        if not cls.__name__.startswith("_"):
+        if written and not cls.__name__.startswith("_"):
             Intervention.registry[_snake(cls.__name__)] = cls
 
     def __post_init__(self) -> None:

@@ -94,7 +94,7 @@ class Seen:
 
 
 @dataclass(frozen=True, eq=False)
-class Within(Intervention):
+class Within(Intervention, written=False):
     """An edit in some heads of each layer: one edit where a chain would have a part for every layer.
 
     Attributes:

@@ -12,6 +12,8 @@ from tests.browser.zoo import ZOO, page_of
 
 pytestmark = pytest.mark.browser
 AXE = Path(__file__).parent / "node_modules" / "axe-core" / "axe.min.js"
+#: Pages with maps of three thousand heads, and the cells of all rows but the first.
+GRIDS, ROWS = ("largest", "swept heads"), "[data-row]:not([data-row='0'])"
 ACTIVE = (
     "let e = document.activeElement; while (e && e.shadowRoot && e.shadowRoot.activeElement) e = e.shadowRoot.activeElement; "
 )
@@ -46,20 +48,25 @@ def test_axe_finds_nothing(animal):
     if not AXE.is_file():
         pytest.skip("axe-core is not installed: make script, with npm")
     browser, name = animal
-    others = [[f"#{grid} [data-row]:not([data-row='0'])"] for grid in ("map", "heat")] if name == "largest" else []
+    if name in GRIDS:  # of thousands of cells, those of one row stand for the others, in which axe would take a minute
+        browser.execute_script(
+            "for (const cell of document.querySelectorAll(arguments[0])) cell.remove();"
+            "for (const row of document.querySelectorAll('[role=row]:empty')) row.remove()",
+            ROWS,
+        )
     browser.execute_script(AXE.read_text(encoding="utf-8"))
     for colours in ("light", "dark"):
         scheme(browser, colours)
         found = browser.execute_async_script(
             "const done = arguments[arguments.length - 1];"
             "for (const d of document.querySelectorAll('details')) d.open = true;"
-            "const where = arguments[1].length ? {exclude: arguments[1]} : document;"
-            "axe.run(where, {resultTypes: ['violations'], ...arguments[0]}).then(r => done(r.violations.map(v =>"
+            "axe.run(document, {resultTypes: ['violations'], ...arguments[0]}).then(r => done(r.violations.map(v =>"
             "  [v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 160) + n.failureSummary)])), e => done([String(e)]))",
             {} if colours == "light" else {"runOnly": ["color-contrast"]},
-            others,  # of the six thousand cells of the largest page one row each stands for the others
         )
         assert found == [], (name, colours)
+    if name in GRIDS:
+        browser.refresh()
 
 
 def test_the_keyboard_reaches_everything_and_leaves_it(animal):

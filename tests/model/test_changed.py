@@ -247,8 +247,12 @@ def test_an_interrupt_that_was_lost_is_heeded():
                 del thing  # Python drops what is raised here
             look()
 
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("forward", [False, True], ids=["model.compile", "forward = torch.compile"])
