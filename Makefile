@@ -11,7 +11,7 @@ ENV    := .venv
 ENV39  := .venv-tl39
 PIP    := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint script test43 test39 pages docs bench bench-smoke fuzz clean
+.PHONY: demo test lint script test43 test39 pages docs bench bench-smoke fuzz matrix clean
 
 demo: $(ENV)/ready
 	$(ENV)/bin/sinkscope demo --out sinkscope-demo
@@ -47,6 +47,10 @@ test43: $(ENV)/ready
 PLAIN := --strict-markers --import-mode=importlib -ra
 test39: $(ENV39)/ready
 	$(ENV39)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m classes -o addopts="$(PLAIN)" tests
+
+# What `make test` has no time for: more families, edits and studies.
+matrix: $(ENV)/ready
+	SINKSCOPE_SLOW=1 $(ENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 # The documentation, warnings as errors. `pages` leaves the tutorials unrun (tests run them), `docs` runs them for their
 # output and pictures (about ten minutes): docs/build/html/index.html.

@@ -62,7 +62,11 @@ def no_gpu() -> str | None:
     return "no CUDA device here" if DEVICE.type == "cuda" and not torch.cuda.is_available() else None
 
 
-NEEDS = {"hub": hub_unreachable, "browser": no_browser, "gpu": no_gpu}
+def no_time() -> str | None:
+    return None if os.environ.get("SINKSCOPE_SLOW") else "`make matrix` runs them"
+
+
+NEEDS = {"hub": hub_unreachable, "browser": no_browser, "gpu": no_gpu, "slow": no_time}
 
 
 def why_not(marker: str, config: pytest.Config) -> str | None:
@@ -106,6 +110,11 @@ def pytest_testnodedown(node) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for why, count in config.stash[NOTICES].items():
         terminalreporter.write_line(f"NOT RUN: {count} test(s) marked {why}", yellow=True, bold=True)
+
+
+def most_slow(values, *fast):
+    """Parameters of a test that is slow for all values but some."""
+    return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 # --- models -------------------------------------------------------------------------------------------------------

@@ -140,6 +140,6 @@ def test_what_was_located_is_kept_with_the_runs(tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("located anew")
 
-    monkeypatch.setattr("sinkscope.causal.residuals", never)
+    monkeypatch.setattr("sinkscope.capture.looks.Looks.__call__", never)
     again = ss.evaluate(model, ["so it goes, and goes on", "and on it goes"], edit, resume=tmp_path)
     assert again.about == first.about
