@@ -31,6 +31,10 @@ def quietly(monkeypatch, tmp_path):
     plt.close("all")
 
 
+#: A minute each, of long texts and of training; `make docs` runs them too.
+SLOW = ("plot_watch_generation", "plot_long_inputs", "plot_sliding_window", "plot_training")
+
+
 @pytest.fixture
 def loaded(monkeypatch, smollm2):
     """Load SmolLM2 once for all that ask for it: it takes ten seconds, and is left as it was."""
@@ -40,8 +44,14 @@ def loaded(monkeypatch, smollm2):
     )
 
 
+EXAMPLES = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in SLOW else ())
+    for path in sorted((ROOT / "examples").glob("plot_*.py"))
+]
+
+
 @pytest.mark.usefixtures("loaded")
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("plot_*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", EXAMPLES)
 @pytest.mark.model
 def test_an_example_runs_and_prints(path, capsys):
     runpy.run_path(str(path), run_name="__main__")

@@ -163,6 +163,7 @@ def test_the_collapse(smollm2):
     assert abs(delta[str(edits[3])]) < 0.1 * delta[str(window)]
 
 
+@pytest.mark.slow
 def test_windows_equal_the_evicting_loop(smollm2, theirs):
     """400 tokens, float32, at original positions and at those inside the cache."""
     ids = torch.tensor([1, *smollm2.tokenizer(novel(400))["input_ids"][:399]])

@@ -318,6 +318,7 @@ def test_words_of_massive_activations_follow_the_numbers():
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_smollm2_hangs_on_its_massive_activation(smollm2):
     report = studies.massive_activations(smollm2, {"a novel": novel(2000)}, sequences=4, tokens=128)
     zeroed = report.estimate("set to zero", "delta_loss")
@@ -408,6 +409,7 @@ def test_bad_calls(tiny):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_smollm2_collapses_and_one_token_undoes_it(smollm2):
     report = studies.streaming_llm(smollm2, {"a novel": novel(640)}, budget=128, max_tokens=640)
     delta = report.ours[report.ours["quantity"] == "delta_loss"].set_index("case")["value"]
@@ -499,6 +501,7 @@ def test_conflict_where_words_can_not_matter():
 # --- emergence -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_emergence_says_what_training_said():
     """A few steps, to see that the table is the history's last row; what grows in longer runs is the next test's."""
     report = studies.emergence(steps=4, seeds=2)
@@ -512,6 +515,7 @@ def test_emergence_says_what_training_said():
         )
 
 
+@pytest.mark.slow
 def test_a_sink_grows_with_softmax_and_not_in_the_controls():
     """The first token gets most of every row where rows must sum to one; its weight stays small where they need not."""
     last = {

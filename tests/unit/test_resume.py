@@ -97,6 +97,7 @@ report.save(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(llama, tmp_path):
     """SIGKILL in the third batch; the second process runs what is left; a third, undisturbed, writes the same tables."""
     root = Path(__file__).parents[2]
