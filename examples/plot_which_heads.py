@@ -18,15 +18,15 @@ from sinkscope.interventions import ScaleAttention
 from sinkscope.samples import samples
 
 model = ss.load_model("smollm2-135m")
-texts = dict(list(samples().items())[:3])
+texts = dict(list(samples().items())[1:4])
 layers = range(4, model.cfg.n_layers, 10)
 
-cost = ss.sweep(model, texts, ScaleAttention(0, 0, layers=layers), over="heads", max_tokens=64)
+cost = ss.sweep(model, texts, ScaleAttention(0, 0, layers=layers), over="heads", max_tokens=40)
 print(cost.top(5)[["layer", "head", "delta_loss", "low", "high", "placebo_delta_loss"]].to_string(index=False))
 
 # %%
 # Beside it the sink itself, measured on the same tokens.
-sink = ss.measure(model, texts, ["sink_mass"], max_tokens=64, per_text=True)
+sink = ss.measure(model, texts, ["sink_mass"], max_tokens=40, per_text=True)
 figure, axes = plt.subplots(1, 3, figsize=(11, 2.4), layout="constrained")
 ss.plots.heatmap(sink.frame[sink.frame["layer"].isin(layers)], "sink_mass", ax=axes[0])
 cost.heatmap(ax=axes[1])
