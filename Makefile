@@ -24,7 +24,7 @@ lint: $(ENV)/ready
 	$(ENV)/bin/ruff check .
 	$(ENV)/bin/ruff format --check .
 	$(ENV)/bin/mypy
-	$(ENV)/bin/mypy --config-file= examples/*.py tests/benchmarks/*.py
+	MYPYPATH=tests/benchmarks:. $(ENV)/bin/mypy --config-file= --explicit-package-bases examples/*.py tests/benchmarks/*.py
 	$(ENV)/bin/basedpyright --pythonpath $(ENV)/bin/python
 	$(ENV)/bin/lint-imports
 	$(MAKE) --no-print-directory script

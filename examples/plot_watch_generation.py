@@ -28,9 +28,10 @@ for name, edit in caches.items():
 # %%
 # Attention to the first token, by the token that pays it.
 figure, ax = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
-for name, one in seen.items():
-    series = one.series().query("step > 0")
+courses = {name: one.series().query("step > 0") for name, one in seen.items()}
+for name, series in courses.items():
     ax.plot(series["position"], series["value"], label=name)
+series = courses["room for 4,096 keys"]
 ax.plot(series["position"], series["null"], color="grey", linestyle="--", label="uniform attention")
 ax.set(xlabel="position", ylabel="attention to the first token", ylim=(0, 1))
 ax.legend(frameon=False)

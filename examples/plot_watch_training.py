@@ -18,8 +18,15 @@ from sinkscope.studies.toy import BigramBackcopy
 
 task = BigramBackcopy()
 torch.manual_seed(0)
-sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 1}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=task.vocabulary + 1, max_position_embeddings=64, **sizes))
+config = LlamaConfig(
+    vocab_size=task.vocabulary + 1,
+    max_position_embeddings=64,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=1,
+)
+model = LlamaForCausalLM(config)
 
 # %%
 # Train as you would. Inside the block every tenth step is looked at; gradients are what they are without it, to the bit.

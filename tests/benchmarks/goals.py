@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bench
@@ -109,11 +110,8 @@ def proof(many: int) -> Ways:
             spent[0] = time.perf_counter() - start
 
     def measure() -> None:
-        module._prove = timed
-        try:
+        with patch.object(module, "_prove", timed):
             ss.measure(models["bridge"], ids, ["sink_mass"])
-        finally:
-            module._prove = prove
 
     return {"measure": measure, "proof": lambda: spent[0]}
 
@@ -216,7 +214,8 @@ def main() -> None:
             verdict = "" if goal is None or args.smoke else "met" if round(ratio, 2) <= goal else "missed"
             print(f"  {name:38}{found[name]:9.2f}{ratio:9.2f}{goal or '':>7} {verdict}", flush=True)
     if not args.smoke:
-        line = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "threads": bench.THREADS}
+        line: dict[str, Any] = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count()}
+        line |= {"threads": bench.THREADS}
         line |= {"load": os.getloadavg()[0], "rounds": rounds, "ratios": ratios}
         with HISTORY.open("a") as file:
             print(json.dumps(line), file=file)
