@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, SupportsIndex
 
 import pandas as pd
 from transformers import TrainerCallback
 
 from sinkscope.errors import SinkscopeError
+from sinkscope.metrics import resolve
 from sinkscope.observe import measure
 from sinkscope.tokens import whole_number
 
@@ -32,7 +33,7 @@ class SinkCallback(TrainerCallback):  # type: ignore[misc]
         how: keywords of :func:`sinkscope.measure`, such as `key`, `where` or `batch_size`.
 
     Raises:
-        SinkscopeError: `every` is less than 1, or there are no texts.
+        SinkscopeError: `every` is less than 1, there are no texts, or a metric is unknown.
 
     Example::
 
@@ -50,7 +51,7 @@ class SinkCallback(TrainerCallback):  # type: ignore[misc]
         log: Callable[[dict[str, float]], Any] | None = None,
         **how: Any,
     ) -> None:
-        self.metrics: Iterable[Any] = list(DEFAULT if metrics is None else [metrics] if isinstance(metrics, str) else metrics)
+        self.metrics = resolve(DEFAULT if metrics is None else metrics)
         self.every, self.texts, self.log, self.how = whole_number(every, "every"), texts, log, how
         if self.every < 1:
             raise SinkscopeError(f"every={self.every}: give 1 to measure after every step, or n for every n-th")

@@ -24,7 +24,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.reports.effect import EffectReport
 from sinkscope.results import NONE, Effects, Run
 from sinkscope.runs.fingerprint import fingerprint
-from sinkscope.runs.progress import bar
+from sinkscope.runs.progress import Shares, bar
 from sinkscope.runs.resume import Found, Store, claimed, keep_runs, kept_runs
 from sinkscope.runs.share import Share
 from sinkscope.runs.undo import surely
@@ -235,14 +235,8 @@ class _One:
     def _beside(self, capture: Edited, sequence: TextTokens, way: Routes, tick: Callable[[int], None]) -> Iterator[Run]:
         ways = [r for r in (way.clean, *way.edited) if r is not None]
         passes = [scored.passed(self.adapter, capture, sequence, route, partial(tick, 1)) for route in ways]
-        rows, whole = scored.rows_at_a_time(self.vocabulary, len(passes)), self._scoring * len(passes)
-        seen = 0
-
-        def done(share: float) -> None:
-            nonlocal seen
-            tick(int(share * whole) - seen)
-            seen = int(share * whole)
-
+        rows = scored.rows_at_a_time(self.vocabulary, len(passes))
+        done = Shares(tick, self._scoring * len(passes))
         scores = scored.beside_clean(self.adapter, sequence, self.score_from, rows, passes, done)
         for made, one in zip(passes, scores, strict=True):
             if not one.scored.any():

@@ -24,7 +24,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.reports.sweep import Row, SweepReport
 from sinkscope.results import NONE, Effects
 from sinkscope.runs.fingerprint import fingerprint
-from sinkscope.runs.progress import bar
+from sinkscope.runs.progress import Shares, bar
 from sinkscope.runs.resume import Found, Store, claimed, keep_runs, kept_runs
 from sinkscope.runs.share import Share
 from sinkscope.runs.undo import surely
@@ -275,21 +275,8 @@ class _One:
         together = Together(self.adapter, capture, texts[0], self.starts, tick)
         clean = together.clean()
         for store, part in todo:
-            share = _Share(tick, self._scoring * len(part))
+            share = Shares(tick, self._scoring * len(part))
             runs = [run.slim() for run in together.scored(clean, part, self.score_from, self.vocabulary, share)]
             found = runs, {r.name: str(r.edit) for r in part if r.name != str(r.edit)}
             keep_runs(store, found, *texts)
             yield found
-
-
-@dataclass
-class _Share:
-    """Turns shares of some ticks into ticks."""
-
-    tick: Callable[[int], None]
-    whole: int
-    seen: int = 0
-
-    def __call__(self, share: float) -> None:
-        self.tick(int(share * self.whole) - self.seen)
-        self.seen = int(share * self.whole)

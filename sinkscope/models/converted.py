@@ -55,7 +55,7 @@ def keep(place: Path | None, network: Any, tokenizer: Any) -> None:
     """Keep a model as it was loaded: written beside, then moved into place; where that can't be, nothing is kept."""
     if place is None or sum(p.numel() * p.element_size() for p in network.parameters()) > LARGEST:
         return
-    with suppress(OSError):
+    with suppress(Exception):  # whatever the writers raise on a full disk, the model is loaded all the same
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix="half-") as folder:
             half = Path(folder) / place.name

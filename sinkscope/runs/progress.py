@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Timer
 
 from sinkscope.runs.undo import heeded
@@ -76,3 +77,17 @@ def in_notebook() -> bool:
     """Tell whether IPython runs this: a notebook, or its terminal."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and ipython.get_ipython() is not None
+
+
+@dataclass
+class Shares:
+    """Turns shares of a whole, as they grow, into ticks of a bar."""
+
+    tick: Callable[[int], None]
+    whole: int
+    seen: int = 0
+
+    def __call__(self, share: float) -> None:
+        """Tick up to this share."""
+        self.tick(int(share * self.whole) - self.seen)
+        self.seen = int(share * self.whole)

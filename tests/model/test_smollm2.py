@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import sinkscope as ss
 from sinkscope.interventions import EditActivation, StreamingWindow
@@ -131,6 +132,15 @@ def test_a_gguf_file_is_converted_once(smollm2, smollm2_gguf, text, tmp_path, mo
     converted.keep(kept, tiny_hf_model("llama"), None)  # what is damaged is written anew
     assert converted.whole(kept)
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+def test_what_can_not_be_kept_is_loaded_all_the_same(tmp_path, monkeypatch):
+    def full(*given, **how):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(converted, "save_model", full)
+    converted.keep(tmp_path / "converted" / "here", tiny_hf_model("llama"), None)
+    assert list((tmp_path / "converted").iterdir()) == []
 
 
 def test_nothing_is_kept_where_none_is_asked_for(smollm2_gguf, monkeypatch):
