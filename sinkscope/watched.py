@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sinkscope.block import Block, PatternRows
 from sinkscope.capture.attended import Rows
+from sinkscope.capture.blocks import NoRows
 from sinkscope.capture.layout import Layout
-from sinkscope.capture.rows import NoRows
 from sinkscope.metrics.accumulate import RowMean, accumulator
 from sinkscope.metrics.base import Array, Metric
 from sinkscope.metrics.observer import Observer
