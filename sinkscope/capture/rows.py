@@ -25,6 +25,8 @@ GPU_ROWS, GPU_BYTES = 512, 256 << 20
 TILE, KEYS = 4 << 20, 2048
 #: The same of rows that are stored, and only looked at.
 STORED = 8 << 20
+#: The logarithm of no attention: exp gives 0, and 0 times it is 0, which infinity's would not be.
+NEVER = -1e30
 
 
 @runtime_checkable
@@ -248,19 +250,23 @@ class ScoredRows:
                         slice(key, min(key + width, reach.stop)),
                     )
 
+    def _hide(self, logs: Tensor, keys: slice, some: slice) -> None:
+        """Hide some of the keys from the rows that don't see them."""
+        seen = self._seen(torch.arange(some.start, some.stop, device=logs.device)[:, None])
+        logs[..., some.start - keys.start : some.stop - keys.start].masked_fill_(~seen.mT, NEVER)
+
     def _tile(self, batch: slice, heads: slice, keys: slice, memory: Scratch) -> tuple[Tensor, Tensor]:
         """Give logarithms and weights of some key heads' queries; the next tile takes the logarithms' memory over."""
         of, rows, own = self.of, slice(self.start, self.stop), self.of.queries_of(heads)
         logs = scores_of(of.q[batch, own, rows], of.k[batch, heads, keys], of.scale, of.softcap, of.scratch[0])
         logs.sub_(of.lse[batch, own, rows, None])
-        band = torch.exp(logs, out=memory(logs, *logs.shape))
-        if of.causal:  # all keys before the block are seen
-            first = max(0, self.start - keys.start)
-            band[..., first:].tril_(self.start - keys.start - first)
-        if of.window is not None:  # of the oldest keys, each row sees one less
-            band[..., : max(0, self.stop - of.window - keys.start)].triu_(self.start - of.window + 1 - keys.start)
+        if of.causal and keys.stop > self.start:  # all keys before the block are seen
+            self._hide(logs, keys, slice(max(keys.start, self.start), keys.stop))
+        if of.window is not None and keys.start < self.stop - of.window:  # of the oldest keys, each row sees one less
+            self._hide(logs, keys, slice(keys.start, min(keys.stop, self.stop - of.window)))
         if of.key_mask is not None:
-            band.masked_fill_(~of.key_mask[batch, None, None, keys], 0)
+            logs.masked_fill_(~of.key_mask[batch, None, None, keys], NEVER)
+        band = torch.exp(logs, out=memory(logs, *logs.shape))
         if not of.exact:
             total = band @ band.new_ones(band.shape[-1])
             factor = (self.row_sum()[batch, own] / total).nan_to_num_(1.0, 1.0, 1.0)[..., None]  # a row of pads stays
