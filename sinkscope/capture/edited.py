@@ -96,7 +96,7 @@ class InsideCapture:
         self._calls = Calls(self.adapter, self._attend)
         with Undo() as undo:
             undo.enter_context(self.adapter.quiet())
-            undo.enter_context(swapped(self.adapter, self._calls, Masks(self.adapter.causal)))
+            undo.enter_context(swapped(self.adapter, self._calls, Masks.of(self.adapter)))
             undo.enter_context(editing_residuals(self.adapter, self._residual))
             undo.enter_context(editing_neurons(self.adapter, self.neurons, lambda: self._edit))
             self._undo = undo.pop_all()

@@ -19,7 +19,7 @@ from sinkscope.models import Adapter
 from sinkscope.models.adapter import hooks_on
 from sinkscope.runs.owner import alone
 from sinkscope.runs.undo import surely
-from sinkscope.tokens import Batch, TextTokens, Tokens
+from sinkscope.tokens import Batch, Tokens
 
 #: Tokens of the proof: enough to pass a short sliding window, where a model has one.
 TOKENS, PAST_A_WINDOW = 16, 48
@@ -93,7 +93,7 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
     own = registered_by_others(adapter.network) if adapter.kind == "hugging_face" else None
     if own is not None:
         return f"its attention is {own!r}, a function that somebody registered, whose place engine 'flash' would take"
-    if adapter.windows and not adapter.causal:
+    if adapter.windows and not adapter.causal and adapter.side is None:
         return "it is an encoder with sliding windows"
     for layer, bridge in attention_bridges(adapter).values():
         inside = set(bridge.original_component.modules())
@@ -104,13 +104,12 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
 
 
 def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:
-    """Take the start of the longest text; for an encoder, half of it too, so that there are pads."""
+    """Take the start of the longest text; where pads are masked (an encoder's), half of it too, so that there are some."""
     longest = max(tokens.sequences, key=len)
     short_window = min(adapter.windows.values(), default=PAST_A_WINDOW) < PAST_A_WINDOW
     n = min(len(longest), PAST_A_WINDOW if short_window else TOKENS)
-    sizes = [n] if adapter.causal else [n, (n + 1) // 2]
-    parts = (TextTokens(longest.label, longest.ids[:m], longest.strings[:m]) for m in sizes)
-    return next(Tokens(tuple(parts), tokens.bos).batches(2, adapter.device))
+    sizes = [n] if adapter.causal and longest.source is None else [n, (n + 1) // 2]
+    return next(Tokens(tuple(map(longest.first, sizes)), tokens.bos).batches(2, adapter.device))
 
 
 @dataclass
@@ -147,4 +146,4 @@ def _reference(adapter: Adapter, batch: Batch) -> _Look:
         mass = [torch.cat(layer) for layer in zip(*(look.mass for look in looks), strict=True)]
         return _Look(torch.cat([look.hidden for look in looks]), mass)
     with adapter.quiet():
-        return _Look(torch.cat([adapter.body(one.ids, one.valid)[0] for one in alone]).float(), [])
+        return _Look(torch.cat([adapter.body(one.ids, one.valid, sources=one.sources)[0] for one in alone]).float(), [])

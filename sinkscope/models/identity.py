@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sinkscope.errors import SinkscopeError, unknown
 
 Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
+#: The attentions of an encoder-decoder.
+Side = Literal["decoder", "encoder", "cross"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,7 @@ class Identity:
         n_ctx: longest input, or None where nothing bounds it.
         causal: False for encoders.
         points: hook points by their TransformerLens name; none in a plain Hugging Face model.
+        side: which attention of an encoder-decoder is looked at; None of any other model.
     """
 
     model: Any
@@ -41,6 +44,11 @@ class Identity:
     n_ctx: int | None
     causal: bool
     points: dict[str, Any] = field(repr=False)
+    side: Side | None = None
+
+    def side_of(self, module: nn.Module) -> Side | None:
+        """Tell which attention of an encoder-decoder a module computes; None in any other model."""
+        return None
 
     @property
     def tokenizer(self) -> Any:
