@@ -40,7 +40,7 @@ def attend(
         value: theirs.
         at: the text's positions of the keys, ascending, on the CPU; the last of them are the queries'.
         length: tokens in the text.
-        given: `scale, softcap, sinks, window` of the layer.
+        given: `scale, softcap, sinks, window` of the layer, and a `bias` of positions where it has one.
         rotation: needed by an edit that moves positions into a cache.
         look: is shown (positions of some queries, positions of the keys in their reach, weights), block by block.
 
@@ -75,6 +75,8 @@ def attend(
                 turned = turn(q, by.to(q.device), rotation.frequencies)
                 scores = torch.cat([keys_held.scores(turned, index[:kept], rows, given), scores[..., kept:]], -1)
         queries, keys = rows[:, None].to(q.device), reach[None].to(q.device)
+        if given.get("bias") is not None:
+            scores = scores + given["bias"][:, :, start:stop][..., index.to(q.device)]
         bias = edit.biases(layer, keys[0], heads, length)
         if bias is not None:
             scores = scores + bias

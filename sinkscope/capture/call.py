@@ -117,12 +117,19 @@ class Calls:
 
 
 def _key_mask(mask: Tensor | None, causal: bool) -> Tensor | None:
-    """Read which keys are real off the mask that `Masks` gave; a mask of the model's own is refused."""
+    """Read which keys are real off the mask that `Masks` gave, or an encoder made itself; any other is refused."""
     if mask is None:
         return None
-    if causal or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
-        raise SinkscopeError("its attention mask is its own, not causal or key padding")
-    return mask[:, 0, 0]
+    own = SinkscopeError("its attention mask is its own, not causal or key padding")
+    if causal or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+        raise own
+    keys = mask[:, 0, 0]
+    if keys.dtype == torch.bool:
+        return keys
+    real = keys == 0
+    if not bool((real | (keys == torch.finfo(keys.dtype).min)).all()):
+        raise own
+    return None if bool(real.all()) else real
 
 
 def _plainly(layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:

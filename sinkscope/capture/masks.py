@@ -67,7 +67,8 @@ class Masks:
             keys = torch.arange(kv_length) + kv_offset
             nothing = torch.zeros((), dtype=torch.long)
             seen = torch.as_tensor(mask_function(nothing, nothing, rows, keys)).expand(len(rows), kv_length)
-            causal = self.causal if not self.either else q_length == kv_length and not bool(seen.all())
+            later = kv_length > 1 and bool(seen[0, 1])  # the first query sees a later key
+            causal = self.causal if not self.either else q_length == kv_length and not later
             expected = (keys <= rows) if causal else torch.ones_like(seen)
             if local_size is not None:
                 gap = rows - keys

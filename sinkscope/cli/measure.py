@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinkscope.cli.inputs import chunk_of, errors, key_of, texts
+from sinkscope.cli.inputs import chunk_of, errors, key_of, paired, texts
 from sinkscope.cli.options import (
     AsJson,
     Bos,
@@ -20,6 +20,8 @@ from sinkscope.cli.options import (
     Model,
     Out,
     PerText,
+    Side,
+    Targets,
     Texts,
     metric_names,
 )
@@ -35,6 +37,8 @@ def measure(
     model: Model,
     text: Texts = None,
     file: Files = None,
+    target: Targets = None,
+    side: Side = None,
     metric: Annotated[
         list[str] | None,
         typer.Option("--metric", help="Such as sink_mass or sink_rate@0.5; default: all.", autocompletion=metric_names),
@@ -57,7 +61,7 @@ def measure(
 ) -> None:
     """Measure the attention sink of a model on texts."""
     with errors(debug):
-        given = texts(text or [], file or [])
+        given = paired(texts(text or [], file or []), target or [])
         report = measured(
             model,
             given,
@@ -66,6 +70,7 @@ def measure(
             {"backend": backend, "device": device, "device_map": device_map},
             quiet=as_json,
             key=[key_of(k) for k in key] if key else 0,
+            side=side,
             bos=bos,
             max_tokens=max_tokens,
             engine=engine,
@@ -80,7 +85,7 @@ def measure(
 
 def measured(
     name: str,
-    texts: dict[str, str] | Path,
+    texts: dict[str, Any] | Path,
     metric: list[str] | None,
     out: Path | None,
     load: dict[str, Any],
@@ -113,17 +118,16 @@ def measured(
         if out is not None:
             if isinstance(texts, dict):
                 short = _short(texts, report)
-                bos = how.get("bos")
-                kept: dict[str, Any] = {
-                    "attention": attention_map(model, short, bos=bos),
-                    "patterns": attention_patterns(model, short, bos=bos),
-                }
+                shown = {"bos": how.get("bos"), "side": how.get("side")}
+                kept: dict[str, Any] = {"attention": attention_map(model, short, **shown)}
+                if shown["side"] != "cross":
+                    kept["patterns"] = attention_patterns(model, short, **shown)
                 report = replace(report, **kept)
             report.save(out)
     return report
 
 
-def _short(texts: dict[str, str], report: SinkReport) -> str:
+def _short(texts: dict[str, Any], report: SinkReport) -> Any:
     """Choose the text that is shown whole: the longest of those that need no cut, else the shortest."""
     from sinkscope.attention import LONGEST
 

@@ -44,6 +44,10 @@ class Adapter(Heads):
         if vocabulary > 0 and int(s.ids.max()) >= vocabulary:
             raise SinkscopeError(f"{s.label!r} has token id {int(s.ids.max())}; {self.name} has 0 to {vocabulary - 1}")
 
+    def beside(self, text: TextTokens) -> Adapter:
+        """Give the model as it runs this text's ids: an encoder-decoder, beside its source."""
+        return self
+
     def state(self) -> dict[str, Any]:
         """Give what numbers depend on besides the texts: weights, buffers, configuration, switches, hooks, patched code.
 

@@ -114,6 +114,11 @@ class Identity:
             raise unknown("hook point", name, [p.removeprefix(prefix) for p in self.points if p.startswith(prefix)])
         return self.points[prefix + name]
 
+    @property
+    def attention_points(self) -> list[tuple[int, Any]]:
+        """The hook points of patterns, with their layers; of an encoder-decoder those of all its attentions."""
+        return [(layer, self.hook_point(layer, "attn.hook_pattern")) for layer in self.layers]
+
     def attention_modules(self) -> Iterator[nn.Module]:
         """Give the modules that may keep their last pattern."""
         return (module for module in self.network.modules() if hasattr(module, "_pattern"))

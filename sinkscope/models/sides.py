@@ -7,7 +7,7 @@ themselves, one after the other, so that no logits are made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.adapting import EDITED, adapt, is_encoder_decoder, short_name
 from sinkscope.models.identity import Side
-from sinkscope.tokens import Batch, Targets, Tokens, resided, tokenize_pairs
+from sinkscope.tokens import Batch, Targets, TextTokens, Tokens, resided, tokenize_pairs
 from sinkscope.tokens.pairs import PAIRS
 
 SIDES: tuple[Side, ...] = ("decoder", "encoder", "cross")
@@ -87,7 +87,13 @@ def _sided(model: Any, side: Side) -> Sided:
 
 @dataclass(frozen=True, eq=False)
 class Sided(Adapter):
-    """One attention of an encoder-decoder; positions are the source's in the encoder, else the target's."""
+    """One attention of an encoder-decoder; positions are the source's in the encoder, else the target's.
+
+    Attributes:
+        source: what the encoder reads where nothing else is said.
+    """
+
+    source: TextTokens | None = None
 
     @cached_property
     def _sides(self) -> dict[int, Side]:
@@ -138,6 +144,8 @@ class Sided(Adapter):
         if self.side == "encoder":
             hidden: Tensor = encoder(input_ids=ids, attention_mask=valid.long(), **how).last_hidden_state
             return hidden
+        if sources is None and self.source is not None:
+            (sources,) = Tokens((self.source,) * len(ids), "").batches(len(ids), ids.device)
         if sources is None:
             raise SinkscopeError(f"{self.name} needs a source for its target: give {PAIRS}")
         real = sources.valid.long()
@@ -145,6 +153,34 @@ class Sided(Adapter):
         given = {"encoder_hidden_states": memory, "encoder_attention_mask": real, "use_cache": False}
         hidden = decoder(input_ids=ids, attention_mask=torch.ones_like(ids), **given, **how).last_hidden_state
         return hidden.to(ids.device)
+
+    def beside(self, text: TextTokens) -> Sided:
+        """Give the model as it runs this text's ids: beside its source."""
+        return self if text.source is None else replace(self, source=text.source)
+
+    def logits(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
+        """Unembed the decoder's last hidden states, as T5 scales them and with BART's bias."""
+        network: Any = self.network
+        scaled = getattr(network.config, "scale_decoder_outputs", False)
+        logits = super().logits(hidden * network.config.d_model**-0.5 if scaled else hidden)
+        bias = getattr(network, "final_logits_bias", None)
+        return logits if bias is None else logits + bias[0].float()
+
+    def own_logits(self, ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position vocabulary"]:
+        """Give the logits as the model itself makes them."""
+        network: Any = self.network
+        if self.source is None or self.head is None:
+            raise SinkscopeError(f"{type(network).__name__} predicts no token here: it needs a source, and a head for its logits")
+        read = self.source.ids[None].to(ids.device)
+        given = {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+        output = network(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False, return_dict=True, **given)
+        own: Tensor = output.logits[0].float()
+        return own
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The stack's layers."""
+        return list(_layers(self.trunk))
 
     def why_no_cache(self, length: int) -> str | None:
         """Say why nothing is run in chunks."""
@@ -172,6 +208,11 @@ class Sided(Adapter):
         if full not in self.points:
             raise unknown("hook point", full, [p for p in self.points if p.startswith(place.rpartition(".")[0])])
         return self.points[full]
+
+    @property
+    def attention_points(self) -> list[tuple[int, Any]]:
+        """The hook points of all three attentions' patterns, with their layers."""
+        return [(int(p.split(".")[1]), at) for p, at in self.points.items() if p.endswith("attn.hook_pattern")]
 
     def _shifted(self, labels: list[int]) -> list[int]:
         """Put labels behind the start token, as in training."""
