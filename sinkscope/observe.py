@@ -95,6 +95,8 @@ def measure(
     """
     cache = model if is_cache(model) else None
     adapter = adapt_side(model if cache is None else cache.model, side)
+    if cache is not None and adapter.side is not None:
+        raise SinkscopeError("the ActivationCache of an encoder-decoder is not read: give the model itself, and pairs")
     asked = resolve(metrics) if where is None else countable(resolve(metrics), metrics is not None)
     base, keys, most = base_of(asked), keys_of(key), at_most(max_tokens)
     share = Share.of(distributed)

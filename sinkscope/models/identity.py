@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -49,6 +50,11 @@ class Identity:
     def side_of(self, module: nn.Module) -> Side | None:
         """Tell which attention of an encoder-decoder a module computes; None in any other model."""
         return None
+
+    @property
+    def asks_interface(self) -> bool:
+        """Whether Hugging Face's code of this model looks its attention function up, where another can stand."""
+        return hasattr(sys.modules[type(self.network).__module__], "ALL_ATTENTION_FUNCTIONS")
 
     @property
     def tokenizer(self) -> Any:

@@ -46,8 +46,8 @@ def adapt_side(model: Any, side: str | None = None) -> Adapter:
     own = "decoder" if adapter.causal else "encoder"
     if side not in (None, own):
         raise SinkscopeError(
-            f"side={side!r}, but {adapter.name} is {'a decoder' if adapter.causal else 'an encoder'} alone, with one attention: "
-            "leave side out, or take an encoder-decoder such as T5, BART or Marian"
+            f"side={side!r}, but {adapter.name} is {'a decoder' if adapter.causal else 'an encoder'} alone, with one "
+            "attention: leave side out, or take an encoder-decoder such as T5, BART or Marian"
         )
     return adapter
 
@@ -140,7 +140,8 @@ class Sided(Adapter):
             SinkscopeError: a target without a source.
         """
         encoder, decoder = _stack(self.network, "encoder"), _stack(self.network, "decoder")
-        how = {"output_attentions": False, "return_dict": True}
+        # A bridge's hooks on attention that is not looked up (LED) are fed only where it is asked for.
+        how = {"output_attentions": self.kind == "bridge" and not self.asks_interface, "return_dict": True}
         if self.side == "encoder":
             hidden: Tensor = encoder(input_ids=ids, attention_mask=valid.long(), **how).last_hidden_state
             return hidden
@@ -170,7 +171,9 @@ class Sided(Adapter):
         """Give the logits as the model itself makes them."""
         network: Any = self.network
         if self.source is None or self.head is None:
-            raise SinkscopeError(f"{type(network).__name__} predicts no token here: it needs a source, and a head for its logits")
+            raise SinkscopeError(
+                f"{type(network).__name__} predicts no token here: it needs a source, and a head for its logits"
+            )
         read = self.source.ids[None].to(ids.device)
         given = {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
         output = network(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False, return_dict=True, **given)
@@ -226,7 +229,7 @@ class Sided(Adapter):
             raise SinkscopeError(f"{self.name} says no decoder_start_token_id: give targets as token ids")
         return [int(start), *labels[:-1]]
 
-    def _generated(self, source: Int[Tensor, " position"], most: int | None) -> Int[Tensor, " position"]:
+    def _generated(self, source: Int[Tensor, " position"], most: int | None) -> Int[Tensor, " target"]:
         """Generate a target greedily; its last token was never given to the decoder, and is left out.
 
         Raises:

@@ -76,10 +76,15 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-_SEQUENCES = {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": HEADS}
-_SEQUENCES |= {"decoder_attention_heads": HEADS // 2, "encoder_ffn_dim": MLP, "decoder_ffn_dim": MLP}
+_SEQUENCES = {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": HEADS}
+_SEQUENCES |= {"decoder_attention_heads": HEADS, "encoder_ffn_dim": MLP, "decoder_ffn_dim": MLP}
 _RELATIVE = {"d_model": HIDDEN, "d_kv": HEAD_DIM, "d_ff": MLP, "num_layers": 2, "num_decoder_layers": 3}
-_MODULE = {**_GEMMA, "attn_logit_softcapping": 3.0, "layer_types": ["sliding_attention", "full_attention"], "head_dim": HEAD_DIM}
+_MODULE = {
+    **_GEMMA,
+    "attn_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "head_dim": HEAD_DIM,
+}
 _MODULE |= {"hidden_size": HIDDEN, "intermediate_size": MLP, "num_hidden_layers": 2, "num_attention_heads": HEADS}
 _MODULE |= {"max_position_embeddings": CONTEXT, "vocab_size": VOCAB}
 
@@ -129,7 +134,9 @@ def tiny_config(family: str) -> PretrainedConfig:
     options = {name: value for name, value in sizes.items() if name in known} | dict(recipe.options)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     if family in ENCODER_DECODERS:
-        options = {name: options[name] for name in ("num_heads", "max_position_embeddings") if name in options} | dict(recipe.options)
+        options = {name: options[name] for name in ("num_heads", "max_position_embeddings") if name in options} | dict(
+            recipe.options
+        )
         special |= {"pad_token_id": 0, "decoder_start_token_id": 1}
     config = make(vocab_size=VOCAB, architectures=[recipe.model], attn_implementation="eager", **special, **options)
     return cast("PretrainedConfig", config)

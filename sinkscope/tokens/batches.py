@@ -20,8 +20,8 @@ from sinkscope.errors import SinkscopeError
 class TextTokens:
     """One text: its label, its ids `[position]`, and its tokens as strings.
 
-    What the decoder of an encoder-decoder is given has a `source`, which the encoder reads; where its cross-attention is looked
-    at, `crossed` says that keys are the source's positions.
+    What the decoder of an encoder-decoder is given has a `source`, which the encoder reads; where its cross-attention is
+    looked at, `crossed` says that keys are the source's positions.
     """
 
     label: str

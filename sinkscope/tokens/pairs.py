@@ -73,7 +73,7 @@ def tokenize_pairs(texts: Any, targets: Targets | None, *, crossed: bool = False
             `decoder_input_ids`, a row with `source` and `target`; or a mapping from label to one of these.
         targets: makes targets; None where the sources alone are looked at.
         crossed: whether keys will be the source's positions.
-        how: as for :func:`sinkscope.tokenize`: `tokenizer, bos, max_tokens, attention_mask, first`; of source and target each.
+        how: as for :func:`sinkscope.tokenize`: `tokenizer, bos, max_tokens, attention_mask, first`.
 
     Raises:
         SinkscopeError: as there; of a target, fewer than two tokens.
