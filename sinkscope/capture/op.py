@@ -41,8 +41,8 @@ def attention_with_lse(
 
     Args:
         q: queries, rotated and normed.
-        k: keys, as many as queries where attention is causal; `head` is a multiple of `kv_head`, and query head h reads key head
-            h // (head / kv_head).
+        k: keys, as many as queries where attention is causal; `head` is a multiple of `kv_head`, and query head h reads key
+            head h // (head / kv_head).
         v: values.
         scale: factor on q.k.
         causal: query i sees no key after i.
@@ -69,11 +69,12 @@ def attention_with_lse(
         out = q.new_empty(q.shape[0], t, q.shape[1], v.shape[3]).transpose(1, 2)  # Hugging Face wants it so
         lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         for rows, keys, seen in _blocks(q, k.shape[2], causal, window if banded else None):
+            here: Tensor | None
             if key_mask is not None and seen is not None:  # a pad's row may see no key at all, and must stay a number
                 here = _additive(seen & key_mask[:, None, None, keys], q.dtype, torch.finfo(q.dtype).min)
             else:
-                here = None if real is None else real[..., keys]
-                here = here if seen is None else _additive(seen, q.dtype)
+                masked = None if real is None else real[..., keys]
+                here = masked if seen is None else _additive(seen, q.dtype)
             if bias is not None:
                 here = bias[:, :, rows, keys] if here is None else bias[:, :, rows, keys] + here
             part = q[:, :, rows], k[:, :, keys], v[:, :, keys]

@@ -118,7 +118,7 @@ def measured(
         if out is not None:
             if isinstance(texts, dict):
                 short = _short(texts, report)
-                shown = {"bos": how.get("bos"), "side": how.get("side")}
+                shown: dict[str, Any] = {"bos": how.get("bos"), "side": how.get("side")}
                 kept: dict[str, Any] = {"attention": attention_map(model, short, **shown)}
                 if shown["side"] != "cross":
                     kept["patterns"] = attention_patterns(model, short, **shown)

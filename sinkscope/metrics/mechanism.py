@@ -132,7 +132,7 @@ def nop_rate(received: Array, sink_output_share: Array, tokens: int, causal: boo
 
 def _magnitudes(block: Block) -> Tensor:
     """Magnitudes of the residual stream after the layer, `[batch, position * d_model]`; NaN at pads."""
-    return _real(block, block.residual.float().abs()).flatten(1)
+    return _real(block.residual.float().abs(), block.lengths).flatten(1)
 
 
 def _largest(size: Tensor) -> tuple[Tensor, Tensor]:

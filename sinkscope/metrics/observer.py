@@ -179,8 +179,16 @@ class Finish:
             mark = None if counted is None else hashlib.sha256(counted[place].tobytes()).digest()
             at = (m.name, text, len(sequence), n_keys, position, window, mark)
             if at not in self._nulls:
-                seen = {"causal": self.causal, "window": window, "n_keys": n_keys}
-                null = uniform_mean(m, len(sequence), position, tokens=sequence.ids, counted=only, **seen)
+                null = uniform_mean(
+                    m,
+                    len(sequence),
+                    position,
+                    causal=self.causal,
+                    window=window,
+                    tokens=sequence.ids,
+                    counted=only,
+                    n_keys=n_keys,
+                )
                 self._room -= null.size
                 if self._room < 0:
                     self._nulls, self._room = {}, MOST_NULLS - null.size

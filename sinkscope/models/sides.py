@@ -110,7 +110,8 @@ class Sided(Adapter):
     @property
     def trunk(self) -> nn.Module:
         """The stack that gives the last hidden state."""
-        return _stack(self.network, "encoder" if self.side == "encoder" else "decoder")
+        stack: nn.Module = _stack(self.network, "encoder" if self.side == "encoder" else "decoder")
+        return stack
 
     @property
     def config(self) -> Any:

@@ -88,10 +88,15 @@ def attention(attention_frame: DataFrame, tokens: Sequence[str] | None = None, *
             raise SinkscopeError(f"attention reaches position {last}, but there are {len(known)} tokens")
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
     _cells(ax, query_by_key(attention_frame, len(of_queries), len(tokens)), "share of attention", None)
-    for place, known, how in ((ax.set_xticks, tokens, {"rotation": 90}), (ax.set_yticks, of_queries, {})):
-        ticks = every(len(known), 20)
-        place(ticks, labels=[short(known[i].replace(" ", "·")) for i in ticks], **how, **PLAIN)
+    ax.set_xticks(*_named(tokens), rotation=90, **PLAIN)
+    ax.set_yticks(*_named(of_queries), **PLAIN)
     return finish(ax, _of_layer_and_head(attention_frame.attrs), "key", "query")
+
+
+def _named(tokens: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Choose the tokens that are named, and give their names."""
+    ticks = list(every(len(tokens), 20))
+    return ticks, [short(tokens[i].replace(" ", "·")) for i in ticks]
 
 
 def _of_layer_and_head(of: Mapping[Any, Any]) -> str:
