@@ -96,6 +96,8 @@ def choose(
                 else " Leave engine out, or pass engine='hooks'."
             )
             raise SinkscopeError(f"engine 'flash' can't run this on {adapter.name}: {why}.{out}")
+    if adapter.side is not None:
+        proof.check_patterns(adapter, tokens)
     hooks = chunks.plan(adapter, groups, chunk, tokens)
     if engine == "auto":
         hooks.why += f"; not flash: {why}"

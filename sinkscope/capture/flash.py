@@ -51,7 +51,7 @@ class Fused:
         with Undo() as undo:
             if others:
                 undo.enter_context(observed(self.adapter, others, take))
-            undo.enter_context(swapped(self.adapter, self._calls, Masks(self.adapter.causal)))
+            undo.enter_context(swapped(self.adapter, self._calls, Masks.of(self.adapter)))
             yield
 
     def begin(self) -> None:
@@ -99,5 +99,5 @@ def first_bad_module(adapter: Adapter, batch: Batch) -> str:
         with uninterrupted():
             for name, m in modules:
                 undo.callback(m.register_forward_hook(lambda _, __, output, name=name: look(name, output)).remove)
-        adapter.body(batch.ids, batch.valid)
+        adapter.body(batch.ids, batch.valid, sources=batch.sources)
     return bad[0] if bad else "after the last layer"

