@@ -1,6 +1,10 @@
-"""Make docs/gallery.md and its pictures of what `sinkscope study all MODEL --out DIR` wrote: `python docs/gallery.py DIR`."""
+"""Make docs/gallery.md and its pictures of what `sinkscope study all MODEL --out DIR` wrote: `python docs/gallery.py DIR`.
+
+A study that is not in DIR keeps its section.
+"""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,15 +26,17 @@ def main(directory: str) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     seals = [Path(directory) / name / "study.json" for name in STUDIES]
     done = [json.loads(seal.read_text(encoding="utf-8")) for seal in seals if seal.is_file()]
-    model = done[0]["about"]["model"]
-    page = NOTE.format(model=model, count=len(done))
+    model, page = done[0]["about"]["model"], HERE / "gallery.md"
+    before = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:] if page.is_file() else []
+    sections = {section.partition("\n")[0]: f"## {section.strip()}\n" for section in before}
     for study in done:
         name, picture = study["name"], study["pictures"][0]
         shutil.copy(Path(directory) / name / f"{picture}.png", pictures / f"{name}.png")
-        page += f"\n## {name}\n\n{study['question']}\n\n**{study['verdict']}**\n\n"
-        page += f"![{name}: {study['verdict']}](images/gallery/{name}.png)\n\n{study['said']}\n\n"
-        page += f"`sinkscope study {name} {model} --out {name}`\n"
-    (HERE / "gallery.md").write_text(page, encoding="utf-8")
+        said = f"## {name}\n\n{study['question']}\n\n**{study['verdict']}**\n\n"
+        said += f"![{name}: {study['verdict']}](images/gallery/{name}.png)\n\n{study['said']}\n\n"
+        sections[name] = said + f"`sinkscope study {name} {model} --out {name}`\n"
+    known = [sections[name] for name in STUDIES if name in sections]
+    page.write_text("\n".join([NOTE.format(model=model, count=len(known)), *known]), encoding="utf-8")
 
 
 if __name__ == "__main__":
