@@ -107,10 +107,12 @@ def measured(
         report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)
         if share.rank > 0 or out is None or not isinstance(texts, dict):
             return report
-        shown: dict[str, Any]
-        short, shown = _short(texts, report), {name: how.get(name) for name in ("bos", "side")}
-        report = replace(report, attention=attention_map(model, short, **shown))
-        return report if shown["side"] == "cross" else replace(report, patterns=attention_patterns(model, short, **shown))
+        short = _short(texts, report)
+        shown: dict[str, Any] = {"bos": how.get("bos"), "side": how.get("side")}
+        kept: dict[str, Any] = {"attention": attention_map(model, short, **shown)}
+        if shown["side"] != "cross":
+            kept["patterns"] = attention_patterns(model, short, **shown)
+        return replace(report, **kept)
 
     resolve(metric)
     return carried_out(name, out, work, quiet=quiet, **load)
