@@ -60,8 +60,8 @@ def row(family: str) -> list[str]:
     return found
 
 
-def page() -> str:
-    """Write the page."""
+def families() -> str:
+    """Write the table of families."""
     names = ["family", "flash", "hooks", "chunks", "plain", *EDITS]
     table = [names, ["---"] * len(names)]
     for family in FAMILIES:
@@ -70,6 +70,13 @@ def page() -> str:
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("transformer-lens", "transformers", "torch"))
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     return f"{HEAD}{lines}\n\nWith {versions}. State-space models (Mamba) have no attention and are refused by name.\n"
+
+
+def page() -> str:
+    """Write the page."""
+    import architectures  # beside this file
+
+    return f"{families()}\n{architectures.section(architectures.everything())}"
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Fused:
 
     def first_bad(self, batch: Batch) -> str:
         """Look at layers, or, in a model without hook points, at modules."""
-        return (first_bad_layer if self.adapter.points else first_bad_module)(self.adapter, batch)
+        return (first_bad_layer if self.adapter.shows_patterns else first_bad_module)(self.adapter, batch)
 
 
 def flash(adapter: Adapter, groups: frozenset[frozenset[str]], why: str) -> Capture:

@@ -80,7 +80,7 @@ class Overheard:
                     EDITED[mark].append(self._edited)
                 undo.callback(_listen, self, False)
                 _listen(self, True)
-                if self.adapter.points:
+                if self.adapter.shows_patterns:
                     make = partial(partial, self._shown)
                     undo.enter_context(hooked(self.adapter, {"pattern": "attn.hook_pattern"}, lambda layer, _: make(layer)))
             yield

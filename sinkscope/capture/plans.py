@@ -34,7 +34,7 @@ def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
         before = adapter.rotary and any(e.unrotated(layer) for e in edits for layer in adapter.layers)
         found = frequencies(adapter, STREAMS if turns else BEFORE) if turns or before else None
         return InsideCapture(adapter, found, neurons_of(adapter, edits))
-    if adapter.causal and adapter.points:
+    if adapter.causal and adapter.shows_patterns:
         return points.plan(adapter, edits, why_not)
     raise InertHookError(
         f"interventions can't run inside the attention of {adapter.name}: {why_not}. They are made inside Hugging Face's "

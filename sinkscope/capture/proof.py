@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sinkscope.block import Block
+from sinkscope.block import Block, Chunk
 from sinkscope.capture.blocks import ATTENTION
 from sinkscope.capture.engine import Capture
 from sinkscope.capture.flash import SUPPLIED, flash
@@ -37,7 +37,7 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) ->
     autocast) is in the proof, and it costs a few tokens.
     """
     with alone(adapter.network):
-        why = _refused(adapter, groups)
+        why = _refused(adapter, groups, max(map(len, tokens.sequences)))
     why = why or _prove(adapter, groups, tokens)
     return why if why is not None else flash(adapter, groups, WHY)
 
@@ -83,7 +83,7 @@ def in_tf32() -> bool:
     return bool(products.allow_tf32) if precision is None else bool(precision == "tf32")
 
 
-def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
+def _refused(adapter: Adapter, groups: frozenset[frozenset[str]], longest: int) -> str | None:
     """Say what is known to rule the engine out before anything is run."""
     if adapter.kind not in ("bridge", "hugging_face"):
         return f"a {type(adapter.model).__name__} computes attention itself"
@@ -95,6 +95,9 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
         return f"its attention is {own!r}, a function that somebody registered, whose place engine 'flash' would take"
     if adapter.windows and not adapter.causal:
         return "it is an encoder with sliding windows"
+    chunk = min((size for size in adapter.windows.values() if isinstance(size, Chunk)), default=longest)
+    if chunk < longest:
+        return f"its layers attend in chunks of {chunk} tokens"
     for layer, bridge in attention_bridges(adapter).values():
         inside = set(bridge.original_component.modules())
         for module in bridge.modules():
@@ -136,12 +139,12 @@ def _look(capture: Capture, batch: Batch) -> _Look:
 
 
 def _reference(adapter: Adapter, batch: Batch) -> _Look:
-    """Give the same by the `hooks` engine, text by text; of a plain model, only the last hidden state, as it is.
+    """Give the same by the `hooks` engine, text by text; of a model without patterns, only the last hidden state, as it is.
 
     (Asked for attentions, Hugging Face would put hooks of its own on the model, and leave them there.)
     """
     alone = [next(Tokens((s,), "").batches(1, adapter.device)) for s in batch.sequences]
-    if adapter.kind == "bridge":
+    if adapter.shows_patterns:
         with surely(hooks(adapter, frozenset({WHOLE}), "reference")) as capture:
             looks = [_look(capture, one) for one in alone]
         mass = [torch.cat(layer) for layer in zip(*(look.mass for look in looks), strict=True)]

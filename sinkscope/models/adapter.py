@@ -32,12 +32,18 @@ class Adapter(Heads):
         Raises:
             SinkscopeError: a text longer than the context (if that bounds what will be run), or an id outside the vocabulary.
         """
-        vocabulary = self.vocabulary
+        vocabulary, chosen = self.vocabulary, self.chosen
         for s in tokens.sequences:
             if bounded and self.n_ctx is not None and len(s) > self.n_ctx:
                 raise SinkscopeError(
                     f"{s.label!r} has {len(s)} tokens, but {self.name} takes at most {self.n_ctx}. Shorten it with "
                     f"max_tokens={self.n_ctx} (--max-tokens {self.n_ctx}), or take a windowed intervention that streams"
+                )
+            if chosen is not None and len(s) > chosen:
+                raise SinkscopeError(
+                    f"{s.label!r} has {len(s)} tokens, and queries of {self.name} attend to the {chosen} keys that an indexer "
+                    f"chooses for each, which is not covered: up to {chosen} tokens they see all. Shorten it with "
+                    f"max_tokens={chosen} (--max-tokens {chosen})"
                 )
             if vocabulary > 0 and int(s.ids.max()) >= vocabulary:
                 raise SinkscopeError(f"{s.label!r} has token id {int(s.ids.max())}; {self.name} has 0 to {vocabulary - 1}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,11 @@ class Identity:
     causal: bool
     points: dict[str, Any] = field(repr=False)
 
+    @cached_property
+    def shows_patterns(self) -> bool:
+        """Whether there is a hook point for the attention pattern of every layer that attends."""
+        return all(f"blocks.{layer}.attn.hook_pattern" in self.points for layer in self.layers)
+
     @property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer, or None."""
@@ -73,6 +79,15 @@ class Identity:
         """Hugging Face's configuration of the text model."""
         network: Any = self.network
         return network.config.get_text_config()
+
+    @property
+    def chosen(self) -> int | None:
+        """How many keys each query is left with by an indexer that chooses them (GLM's sparse attention), or None."""
+        if self.kind not in ("bridge", "hugging_face"):
+            return None
+        compressed = any("compressed" in kind for kind in getattr(self.config, "layer_types", None) or ())
+        size = getattr(self.config, "index_topk", None)
+        return int(size) if size and not compressed else None
 
     @property
     def takes_pads(self) -> bool:
