@@ -9,9 +9,8 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,8 +47,7 @@ TABLE = """| architecture | models | by default | engine, or what is said |
 """
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What one architecture came to: a word, and the engine, or what is said."""
 
     architecture: str

@@ -178,13 +178,23 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
 
 
 def _class_for(config: Any) -> Any:
-    """Give the class that loads a checkpoint: the one that it names, where that predicts tokens, else what fits its type."""
+    """Give the class that loads a checkpoint: the one that it names, where that predicts tokens, else what fits its type.
+
+    Raises:
+        SinkscopeError: it predicts no tokens.
+    """
     import transformers
 
     named = (config.architectures or [""])[0]
     own = getattr(transformers, named, None)
     if named.endswith(PREDICT) and getattr(own, "config_class", None) is type(config):
         return own
+    if not named.endswith("BertModel") and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SinkscopeError(
+            f"a {named or type(config).__name__} predicts no tokens. Models that read text are covered (gpt2, "
+            "bert-base-uncased), not those that read images or sound alone; a plain Hugging Face encoder of text can be passed "
+            "as it is"
+        )
     return transformers.AutoModelForMaskedLM if named.endswith("BertModel") else transformers.AutoModelForCausalLM
 
 

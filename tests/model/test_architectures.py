@@ -78,7 +78,7 @@ def test_tiny_models_are_known_by_architecture():
 def test_queries_see_the_keys_of_their_own_chunk(engine):
     """Chunks of 8: key 0 is seen by the first eight queries alone, and is a fair share of their keys."""
     report = ss.measure(tiny_model("Llama4ForCausalLM"), [[1, *range(4, 23)]], ["visible_sink_mass"], engine=engine)
-    assert "chunks of 8 tokens" in report.about["why"] or engine == "hooks"
+    assert "chunks of 8 tokens" in report.about["engine_why"] or engine == "hooks"
     nulls = report.frame.groupby("layer")["null"].first()
     inside = sum(1 / (i + 1) for i in range(8)) / 8
     whole = sum(1 / (i + 1) for i in range(20)) / 20
