@@ -94,9 +94,11 @@ def choose(
         if engine == "flash" or plain:
             out = "Leave engine out, or pass engine='hooks'."
             if plain:
-                out = f"If TransformerLens knows its class, wrap it: {WRAP}"
-                if adapter.kind == "bridge":
-                    out = "TransformerLens has no hook on its attention pattern either, so that no engine measures it"
+                wrap = f"If TransformerLens knows its class, wrap it, {WRAP}; or r"
+                own = (
+                    "educe what Hugging Face's own model gives with output_attentions=True: ss.metrics.of_pattern(attentions)"
+                )
+                out = f"{wrap if adapter.kind == 'hugging_face' else 'R'}{own}"
             raise SinkscopeError(f"engine 'flash' can't run this on {adapter.name}: {why}. {out}")
     hooks = chunks.plan(adapter, groups, chunk, tokens)
     if engine == "auto":

@@ -36,7 +36,9 @@ def check_logits(adapter: Adapter, tokens: Tokens) -> int:
             with suppress(TypeError, ValueError, RuntimeError, AttributeError):  # of a head that asks for more than states
                 gap = float((own - adapter.logits(hidden)).abs().max())
     if not gap < bound:
-        raise SinkscopeError(f"the logits of {adapter.name} are not those of its last hidden states (they differ by {gap:.2g})")
+        raise SinkscopeError(
+            f"the logits of {adapter.name} are not those of its last hidden states (they differ by {gap:.2g})"
+        )
     return own.shape[-1]
 
 

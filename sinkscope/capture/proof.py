@@ -56,8 +56,9 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
     except OtherwiseError:
         raise
     except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        kind = "" if isinstance(error, SinkscopeError) else f"{type(error).__name__}: "
-        return f"{kind}{str(error)[:200]}"
+        if isinstance(error, SinkscopeError):
+            return str(error)[:200]
+        return f"its code does not run once its attention has been replaced ({type(error).__name__}: {str(error)[:200]})"
     wrong = tolerance(adapter)
     for layer, ours, theirs in zip(adapter.layers, found.mass, expected.mass or found.mass, strict=True):
         gap = float((ours - theirs).abs().max())

@@ -15,6 +15,7 @@ from sinkscope.runs.undo import Undo
 #: What TransformerLens requires of vision-language models, for their images alone.
 IMAGES = ["torchvision"]
 
+
 def bridge(network: Any, tokenizer: Any, name: str, location: str | None = None) -> Any:
     """Wrap a Hugging Face model, where it is, in a TransformerBridge; the model is rewritten in place.
 

@@ -32,7 +32,10 @@ MORE = {
     "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "model.language_model."),
     "Qwen2AudioForConditionalGeneration": ("Qwen2ForCausalLM", "model.language_model."),
 }
-IDS = {f"text {i}": [1, *torch.randint(4, 60, (n - 1,), generator=torch.Generator().manual_seed(n))] for i, n in enumerate((9, 30))}
+IDS = {
+    f"text {i}": [1, *torch.randint(4, 60, (n - 1,), generator=torch.Generator().manual_seed(n))]
+    for i, n in enumerate((9, 30))
+}
 EDITS = ["mask_keys(keys=[0])", "sink_window(size=8, sinks=2)", "edit_activation(to=4, layers=[1], positions=[0], dims=[3])"]
 METRICS = ["sink_mass", "visible_sink_mass", "row_entropy", "received_profile", "layer_progression"]
 
