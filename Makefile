@@ -16,7 +16,8 @@ PIP    := -m pip --disable-pip-version-check install --quiet
 demo: $(ENV)/ready
 	$(ENV)/bin/sinkscope demo --out sinkscope-demo
 
-test: $(ENV)/ready
+test:
+	$(MAKE) -j 2 $(ENV)/ready $(ENV39)/ready
 	$(MAKE) -j 2 lint pages bench-smoke
 	$(MAKE) test43 test39
 

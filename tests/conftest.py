@@ -63,7 +63,7 @@ def no_gpu() -> str | None:
 
 
 def no_time() -> str | None:
-    return None if os.environ.get("SINKSCOPE_SLOW") else "`make matrix` runs them"
+    return None if {"SINKSCOPE_SLOW", "SINKSCOPE_FUZZ"} & os.environ.keys() else "`make matrix` runs them"
 
 
 NEEDS = {"hub": hub_unreachable, "browser": no_browser, "gpu": no_gpu, "slow": no_time}
@@ -114,7 +114,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def most_slow(values, *fast):
     """Parameters of a test that is slow for all values but some."""
-    return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
+    return [v if v in fast else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
 
 
 # --- models -------------------------------------------------------------------------------------------------------

@@ -16,37 +16,42 @@ if TYPE_CHECKING:
 
     from sinkscope.reports.sink import SinkReport
 
+#: Rows that are printed of edits and places.
+SHOWN = 20
 EPILOG = "Example: sinkscope compare gpt2-results smollm2-results --out both"
 
 
 def compare(
-    directories: Annotated[list[Path], typer.Argument(help="Directories that measure wrote, or evaluate.")],
+    directories: Annotated[list[Path], typer.Argument(help="Directories that measure wrote, or evaluate, or sweep.")],
     out: Annotated[Path | None, typer.Option("--out", help="Directory for the page of all of them, report.html.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Put saved reports side by side: every model-level number, null and difference to the first; or what each edit costs."""
+    """Put saved reports side by side: every number, null and difference to the first; what each edit costs, or each place."""
     with errors(debug):
         from sinkscope.reports.compare import side_by_side
         from sinkscope.reports.load import load_report
-        from sinkscope.reports.together import edits_side_by_side, of_one_kind, save_compared
+        from sinkscope.reports.together import edits_side_by_side, of_one_kind, places_side_by_side, save_compared
 
         reports: dict[str, Any] = {str(directory): load_report(directory) for directory in directories}
-        edits = of_one_kind(reports)
+        kind = of_one_kind(reports)
         if not as_json and len({Path(name).name for name in reports}) == len(reports):
             reports = {Path(name).name: report for name, report in reports.items()}
-        both = (edits_side_by_side if edits else side_by_side)(reports).reset_index()
+        tables: dict[str, Any] = {"measure": side_by_side, "evaluate": edits_side_by_side, "sweep": places_side_by_side}
+        both = tables[kind](reports).reset_index()
         if out is not None:
             save_compared(reports, out)
         if as_json:
             typer.echo(both.to_json(orient="records"))
             return
-        if edits:
-            print_table([str(c) for c in both], [[str(x) for x in row] for row in both.to_numpy()])
-        else:
+        if kind == "measure":
             print_table(*_cells(both, list(reports)))
             for note in _notes(both, reports):
                 say(f"note: {note}")
+        else:
+            print_table([str(c) for c in both], [[str(x) for x in row] for row in both.head(SHOWN).to_numpy()])
+        if kind == "sweep" and len(both) > SHOWN:
+            say(f"the {SHOWN} of {len(both)} places that differ most; --json gives all")
         say_where(out, as_json)
 
 

@@ -21,6 +21,7 @@ from sinkscope.cli.options import (
     Texts,
     intervention_names,
 )
+from sinkscope.cli.running import carried_out
 from sinkscope.cli.shown import say_where, show_effects
 
 EPILOG = (
@@ -56,25 +57,19 @@ def evaluate(
     with errors(debug):
         from sinkscope.causal import evaluate as run
         from sinkscope.interventions import parse
-        from sinkscope.models import load_model
-        from sinkscope.reports.files import check_writable
-        from sinkscope.runs.progress import saying
-        from sinkscope.runs.resume import claimed
-        from sinkscope.runs.share import joined
 
         edits = [parse(i) for i in intervention or ["window(size=256)", "sink_window(size=256, sinks=4)"]]
         given = texts(text or [], file or [])
-        if out is not None:
-            check_writable(out)
-        how: dict[str, Any] = {"score_from": score_from, "placebo": placebo, "bos": bos}
-        how |= {"max_tokens": max_tokens, "per_text": per_text}
-        with joined() as share, claimed(out if share.rank == 0 else None):
-            with saying(share.rank == 0 and not as_json, f"loading {model} ..."):
-                loaded = load_model(model, device=device, device_map=device_map)
-            report = run(loaded, given, edits, progress=True, resume=out, distributed=share.world > 1, **how)
-            if share.rank > 0:
-                return
-            if out is not None:
-                report.save(out)
-        show_effects(report, as_json)
-        say_where(out, as_json)
+        how: dict[str, Any] = {"score_from": score_from, "placebo": placebo, "bos": bos, "max_tokens": max_tokens}
+        how |= {"per_text": per_text, "progress": True, "resume": out}
+        report = carried_out(
+            model,
+            out,
+            lambda loaded, share: run(loaded, given, edits, distributed=share.world > 1, **how),
+            quiet=as_json,
+            device=device,
+            device_map=device_map,
+        )
+        if report is not None:
+            show_effects(report, as_json)
+            say_where(out, as_json)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sinkscope.cli.inputs import errors, texts
 from sinkscope.cli.options import AsJson, Bos, Debug, Device, DeviceMap, Files, MaxTokens, Model, Out, Texts
+from sinkscope.cli.running import carried_out
 from sinkscope.cli.shown import print_table, say
 
 if TYPE_CHECKING:
@@ -49,35 +50,24 @@ def mask(
     with errors(debug):
         from sinkscope.errors import unknown
         from sinkscope.masks import RULES, sink_mask
-        from sinkscope.models import load_model
-        from sinkscope.reports.files import check_writable
-        from sinkscope.runs.share import joined
 
         rules, eps = thresholds(by or ["attention"])
         given = texts(text or [], file or [])
         for name in rules:
             if name not in RULES:
                 raise unknown("rule", name, RULES)
-        if out is not None:
-            check_writable(out)
-        with joined() as share:
-            found = sink_mask(
-                load_model(model, device=device, device_map=device_map),
-                given,
-                rules,
-                layers=layer or None,
-                eps=eps or None,
-                bos=bos,
-                max_tokens=max_tokens,
-                batch_size=batch_size,
-                progress=True,
-                resume=out,
-                distributed=share.world > 1,
-            )
-            if share.rank > 0:
-                return
-        if out is not None:
-            found.save(out)
+        how: dict[str, Any] = {"layers": layer or None, "eps": eps or None, "bos": bos, "max_tokens": max_tokens}
+        how |= {"batch_size": batch_size, "progress": True, "resume": out}
+        found = carried_out(
+            model,
+            out,
+            lambda loaded, share: sink_mask(loaded, given, rules, distributed=share.world > 1, **how),
+            quiet=as_json,
+            device=device,
+            device_map=device_map,
+        )
+        if found is None:
+            return
         if as_json:
             typer.echo(found.agreement().to_json(orient="records"))
             return

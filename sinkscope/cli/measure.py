@@ -23,10 +23,12 @@ from sinkscope.cli.options import (
     Texts,
     metric_names,
 )
-from sinkscope.cli.shown import plain, say_where, show
+from sinkscope.cli.running import carried_out
+from sinkscope.cli.shown import say_where, show
 
 if TYPE_CHECKING:
     from sinkscope.reports.sink import SinkReport
+    from sinkscope.runs.share import Share
 
 EPILOG = "Example: sinkscope measure smollm2-135m --file novel.txt --max-tokens 4096 --out results"
 
@@ -94,33 +96,19 @@ def measured(
     """
     from sinkscope.attention import attention_map, attention_patterns
     from sinkscope.metrics import resolve
-    from sinkscope.models import load_model
     from sinkscope.observe import measure as run
-    from sinkscope.reports.files import check_writable
-    from sinkscope.runs.progress import saying
-    from sinkscope.runs.resume import claimed
-    from sinkscope.runs.share import joined
+
+    def work(model: Any, share: Share) -> SinkReport:
+        report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)
+        if share.rank > 0 or out is None or not isinstance(texts, dict):
+            return report
+        short, bos = _short(texts, report), how.get("bos")
+        return replace(
+            report, attention=attention_map(model, short, bos=bos), patterns=attention_patterns(model, short, bos=bos)
+        )
 
     resolve(metric)
-    if out is not None:
-        check_writable(out)
-    with joined() as share, claimed(out if share.rank == 0 else None):
-        with saying(share.rank == 0 and not quiet, f"loading {plain(name)} ..."):
-            model = load_model(name, **load)
-        report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)
-        if share.rank > 0:
-            return None
-        if out is not None:
-            if isinstance(texts, dict):
-                short = _short(texts, report)
-                bos = how.get("bos")
-                kept: dict[str, Any] = {
-                    "attention": attention_map(model, short, bos=bos),
-                    "patterns": attention_patterns(model, short, bos=bos),
-                }
-                report = replace(report, **kept)
-            report.save(out)
-    return report
+    return carried_out(name, out, work, quiet=quiet, **load)
 
 
 def _short(texts: dict[str, str], report: SinkReport) -> str:

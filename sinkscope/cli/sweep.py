@@ -20,6 +20,7 @@ from sinkscope.cli.options import (
     Texts,
     intervention_names,
 )
+from sinkscope.cli.running import carried_out
 from sinkscope.cli.shown import say_where, show_costs
 
 EPILOG = (
@@ -55,25 +56,19 @@ def sweep(
     """Make one edit at every head, layer or position in turn: what does each cost?"""
     with errors(debug):
         from sinkscope.interventions import parse
-        from sinkscope.models import load_model
-        from sinkscope.reports.files import check_writable
-        from sinkscope.runs.progress import saying
-        from sinkscope.runs.resume import claimed
-        from sinkscope.runs.share import joined
         from sinkscope.sweeps import sweep as run
 
         made, given = parse(edit), texts(text or [], file or [])
-        if out is not None:
-            check_writable(out)
         how: dict[str, Any] = {"score_from": score_from, "bos": bos, "max_tokens": max_tokens, "positions": position or None}
-        with joined() as share, claimed(out if share.rank == 0 else None):
-            with saying(share.rank == 0 and not as_json, f"loading {model} ..."):
-                loaded = load_model(model, device=device, device_map=device_map)
-            how |= {"placebo": placebo, "distributed": share.world > 1}
-            report = run(loaded, given, made, over, progress=True, resume=out, **how)
-            if share.rank > 0:
-                return
-            if out is not None:
-                report.save(out)
-        show_costs(report, as_json)
-        say_where(out, as_json)
+        how |= {"placebo": placebo, "progress": True, "resume": out}
+        report = carried_out(
+            model,
+            out,
+            lambda loaded, share: run(loaded, given, made, over, distributed=share.world > 1, **how),
+            quiet=as_json,
+            device=device,
+            device_map=device_map,
+        )
+        if report is not None:
+            show_costs(report, as_json)
+            say_where(out, as_json)

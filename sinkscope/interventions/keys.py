@@ -25,31 +25,52 @@ def for_heads(
 
 
 @dataclass(frozen=True)
-class _Keys(Intervention):
-    """Edits at some key positions; `heads` are query heads, None for all."""
+class _Places(Intervention):
+    """Edits at some positions, of all heads or of some; `at` names the field that holds the positions."""
 
-    keys: Where = (0,)
-    heads: Where = field(default=None, kw_only=True)
+    at: ClassVar[str]
 
     def check(self, length: int) -> None:
-        """Refuse keys outside the text."""
-        inside(self.keys, length, self)
+        """Refuse positions outside the text."""
+        inside(self._where, length, self)
 
     def named_heads(self) -> tuple[int, ...]:
         """Give them."""
-        return self.heads or ()
+        return getattr(self, "heads", None) or ()
 
     def why_not_live(self) -> str | None:
-        """Refuse keys that count from the end."""
-        return FROM_THE_END if min(self.keys) < 0 else None
+        """Refuse positions that count from the end."""
+        return FROM_THE_END if min(self._where) < 0 else None
 
     def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Give the same edit on as many other early positions, which nearly as many queries see."""
-        return replace(self, keys=elsewhere(self.keys, seed))
+        return replace(self, **{self.at: elsewhere(self._where, seed)})
 
-    def _chosen(self, keys: Tensor, length: int) -> Tensor:
-        inside(self.keys, length, self)  # another edit may have made the input shorter
-        return torch.isin(keys, resolve(self.keys, length).to(keys.device))
+    @property
+    def _where(self) -> tuple[int, ...]:
+        return tuple(getattr(self, self.at))
+
+    def _chosen(self, positions: Tensor, length: int) -> Tensor:
+        inside(self._where, length, self)  # another edit may have made the input shorter
+        return torch.isin(positions, resolve(self._where, length).to(positions.device))
+
+
+@dataclass(frozen=True)
+class _Keys(_Places):
+    """Edits at some keys; `heads` are query heads, None for all."""
+
+    at: ClassVar[str] = "keys"
+    keys: Where = (0,)
+    heads: Where = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class _Queries(_Places):
+    """Edits at some query positions; `heads` are query heads, None for all."""
+
+    at: ClassVar[str] = "positions"
+    positions: Where
+    heads: Where = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

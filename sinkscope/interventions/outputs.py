@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, SupportsIndex
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sinkscope.edit import Where
-from sinkscope.interventions.base import FROM_THE_END, WHOLE_TEXT, Intervention, elsewhere, inside, real_number, resolve
+from sinkscope.interventions.base import WHOLE_TEXT, real_number, resolve
+from sinkscope.interventions.keys import _Queries
 
 
 @dataclass(frozen=True)
-class ScaleOutput(Intervention):
+class ScaleOutput(_Queries):
     """Multiply what attention gives at some tokens by a factor, before the output projection (whose bias stays).
 
     Where a norm follows the projection (Gemma 2 and 3), scaling all heads alike is undone by it. `heads` are query heads.
@@ -23,30 +23,12 @@ class ScaleOutput(Intervention):
     """
 
     touches: ClassVar[frozenset[str]] = frozenset({"output"})
-    positions: Where
     factor: Any
-    heads: Where = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse what is no factor."""
         super().__post_init__()
         object.__setattr__(self, "factor", real_number(self.factor, f"{type(self).__name__}(factor=...)"))
-
-    def check(self, length: int) -> None:
-        """Refuse positions outside the text."""
-        inside(self.positions, length, self)
-
-    def named_heads(self) -> tuple[int, ...]:
-        """Give them."""
-        return self.heads or ()
-
-    def why_not_live(self) -> str | None:
-        """Refuse positions that count from the end."""
-        return FROM_THE_END if min(self.positions) < 0 else None
-
-    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
-        """Edit as many other early tokens."""
-        return replace(self, positions=elsewhere(self.positions, seed))
 
     def outputs(self, layer: int, outputs: Tensor, queries: Tensor) -> Tensor:
         """Scale them."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, SupportsIndex
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sinkscope.edit import Where
-from sinkscope.interventions.base import FROM_THE_END, Intervention, elsewhere, inside, real_number, resolve
-from sinkscope.interventions.keys import _Keys, for_heads
+from sinkscope.interventions.base import real_number
+from sinkscope.interventions.keys import _Keys, _Queries, for_heads
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class BiasScores(_Biased):
 
 
 @dataclass(frozen=True)
-class SelfOnly(Intervention):
+class SelfOnly(_Queries):
     """Have tokens attend to themselves alone: a row of theirs is one at itself (less what a learned sink takes).
 
     The first token of a text can't do otherwise; that a later one made to do so becomes a sink is one of the two
@@ -93,27 +92,7 @@ class SelfOnly(Intervention):
     """
 
     touches: ClassVar[frozenset[str]] = frozenset({"scores"})
-    positions: Where
-    heads: Where = field(default=None, kw_only=True)
-
-    def check(self, length: int) -> None:
-        """Refuse positions outside the text."""
-        inside(self.positions, length, self)
-
-    def named_heads(self) -> tuple[int, ...]:
-        """Give them."""
-        return self.heads or ()
-
-    def why_not_live(self) -> str | None:
-        """Refuse positions that count from the end."""
-        return FROM_THE_END if min(self.positions) < 0 else None
-
-    def placebo(self, seed: SupportsIndex = 0) -> Intervention:
-        """Have as many other early tokens do so."""
-        return replace(self, positions=elsewhere(self.positions, seed))
 
     def hides(self, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int) -> Tensor:
         """Hide every key from them; the library lets a query see itself."""
-        inside(self.positions, length, self)
-        alone = torch.isin(queries, resolve(self.positions, length).to(queries.device))
-        return for_heads(self.heads, alone.expand(-1, keys.shape[1]), heads)
+        return for_heads(self.heads, self._chosen(queries, length).expand(-1, keys.shape[1]), heads)

@@ -168,6 +168,7 @@ ZOO["swept heads"] = lambda: swept(layers=48, heads=64)
 ZOO["swept layers"] = lambda: swept("layers", texts=1)
 ZOO["swept positions"] = lambda: swept("positions", texts=1, tokens=RIGHT_TO_LEFT * 3, placebo=False)
 ZOO["one head swept"] = lambda: swept(layers=1, heads=1, texts=1, placebo=False)
+ZOO["compared sweeps"] = lambda: page.compared({"first": swept(), "second": swept(placebo=False), "deep": swept(layers=9)})
 ZOO["compared edits"] = lambda: page.compared({"first": evaluated(), "second": evaluated(0.5)})
 
 

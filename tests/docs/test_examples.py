@@ -32,7 +32,14 @@ def quietly(monkeypatch, tmp_path):
 
 
 #: A minute each, of long texts and of training; `make docs` runs them too.
-SLOW = ("plot_watch_generation", "plot_long_inputs", "plot_sliding_window", "plot_training")
+SLOW = (
+    "plot_watch_generation",
+    "plot_long_inputs",
+    "plot_sliding_window",
+    "plot_training",
+    "plot_four_edits",
+    "plot_layer_by_layer",
+)
 
 
 @pytest.fixture

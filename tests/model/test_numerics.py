@@ -7,6 +7,7 @@ import torch
 import sinkscope as ss
 from sinkscope.capture.op import attention_with_lse
 from sinkscope.capture.rows import Scores
+from tests.conftest import most_slow
 from tests.model.compare import novel
 
 #: How far one head's sink mass, a row entropy in nats, and the model's sink mass may be from float32, on SmolLM2.
@@ -14,7 +15,7 @@ BOUNDS = {torch.bfloat16: (0.03, 0.1, 0.003), torch.float16: (0.003, 0.01, 0.000
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("dtype", most_slow(BOUNDS, torch.bfloat16))
 def test_half_precision_on_real_weights(smollm2, dtype):
     half = ss.load_model("smollm2-135m", device="cpu", dtype=dtype)
     head, entropy, whole = BOUNDS[dtype]

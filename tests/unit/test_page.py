@@ -15,6 +15,7 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.reports import page
 from sinkscope.reports.page.pack import pack, unpack
 from sinkscope.testing import tiny_model
+from tests.browser.zoo import swept
 from tests.synthetic import HOSTILE, causal_attention, mass, profile, report, uniform, words
 
 
@@ -413,6 +414,22 @@ def test_reports_of_one_kind_are_compared(measured):
     for wrong in ({"a": measured}, {"a": measured, "b": evaluated()}):
         with pytest.raises(SinkscopeError):
             page.compared(wrong)
+
+
+def test_sweeps_are_compared():
+    one, other = swept(), swept(layers=7)
+    data = page.compared({"a": one, "b": other})
+    assert data["reports"][0]["cells"]["delta"]["all"] == {
+        "value": one["cells"]["all"]["delta"],
+        "null": one["cells"]["all"]["placebo_delta"],
+    }
+    first = data["rows"][0]
+    assert first["of"] in ("layer 5, head 7", "layer 6, head 7", "layer 0, head 0")
+    assert len(data["rows"]) == 24
+    row = next(row for row in data["rows"] if row["of"] == "layer 6, head 7")
+    assert row["in"][0] is None
+    assert row["in"][1]["delta"] == other["cells"]["all"]["delta"][6][7]
+    assert "The places that cost most in one of the reports." in page.render(data)
 
 
 # --- patterns: from a model, in a saved report ------------------------------------------------------------------------

@@ -11,7 +11,7 @@ const KINDS = ["main", "second", "third", "fourth", "fifth"];
 export const drawCompared = page => {
   const {data, $, state} = page;
   drawRows(page);
-  if (data.of !== "measure") return () => {};
+  if (data.of === "evaluate" || data.reports.some(report => report.over && report.over !== "heads")) return () => {};
   const all = data.reports.map(telling), shared = all[0].filter(metric => all.every(metrics => metrics.includes(metric)));
   $("maps-section").hidden = !shared.length;
   if (!shared.length) return () => {};
@@ -40,6 +40,7 @@ const tableOf = (report, metric) => report.layers.map((_, r) => report.heads.map
 
 const drawMaps = ({data, $, state, colours}) => {
   const tables = data.reports.map(report => tableOf(report, state.metric)), [least, most] = extent(tables.flat(2));
+  const chance = data.of === "sweep" ? "placebo" : "null";
   const range = [Math.min(0, Number.isFinite(least) ? least : 0), Number.isFinite(most) ? most : 1];
   $("maps").replaceChildren(...data.reports.map((report, i) => {
     const figure = html("figure"), host = html("div", {class: "scroll"}), say = html("output", {"aria-live": "polite"});
@@ -49,7 +50,7 @@ const drawMaps = ({data, $, state, colours}) => {
       grid(host, {
         rows: report.layers, columns: report.heads, value, rowName: "layer", columnName: "head", range, mark: Array.isArray(nulls) ? null : nulls, wide: 420,
         label: `${report.names[state.metric]} of ${data.names[i]}`, cellName: (r, c) => `layer ${report.layers[r]}, head ${report.heads[c]}`,
-        say: (r, c) => { say.textContent = `Layer ${report.layers[r]}, head ${report.heads[c]}: ${number(value[r][c])}; null ${number(at(nulls, r, c))}`; },
+        say: (r, c) => { say.textContent = `Layer ${report.layers[r]}, head ${report.heads[c]}: ${number(value[r][c])}; ${chance} ${number(at(nulls, r, c))}`; },
       }, colours);
     });
     return figure;

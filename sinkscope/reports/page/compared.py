@@ -8,16 +8,19 @@ from typing import Any
 from sinkscope.errors import SinkscopeError
 from sinkscope.reports.drawing import visible
 from sinkscope.reports.page.data import SCHEMA_VERSION
+from sinkscope.reports.page.sweep import LISTED
 
 #: What of a report is about single texts, and stays in its own page.
 OWN = ("texts", "patterns", "attention", "by_text", "sinks", "profiled", "families", "colours")
+#: Where the rows of the table come from, and what names one.
+ROWS = {"measure": ("numbers", "metric"), "evaluate": ("edits", "name"), "sweep": ("places", "name")}
 
 
 def compared(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Put the dictionaries of several reports into one.
 
     Args:
-        reports: name -> what :func:`measured` or :func:`evaluated` gave.
+        reports: name -> what :func:`measured`, :func:`evaluated` or :func:`swept` gave.
 
     Raises:
         SinkscopeError: fewer than two, or of different kinds.
@@ -26,7 +29,10 @@ def compared(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         raise SinkscopeError(f"nothing to compare: give at least two reports, got {len(reports)}")
     kinds = sorted({data["kind"] for data in reports.values()})
     if len(kinds) > 1:
-        raise SinkscopeError("reports of measure compare with reports of measure, those of evaluate with those of evaluate")
+        raise SinkscopeError(f"these are reports of {' and of '.join(kinds)}: give reports of one kind")
+    kind = kinds[0]
+    if kind == "sweep":
+        reports = {name: _by_head(data) for name, data in reports.items()}
     slim = [{key: value for key, value in data.items() if key not in OWN} for data in reports.values()]
     for data in slim:
         for metric, grids in data.get("cells", {}).items():
@@ -35,12 +41,37 @@ def compared(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "compare",
-        "of": kinds[0],
+        "of": kind,
         "names": [visible(name) for name in reports],
         "reports": slim,
-        "rows": _rows(slim, "numbers", "metric") if kinds[0] == "measure" else _rows(slim, "edits", "name"),
+        "rows": _rows(slim, *ROWS[kind]) if kind != "sweep" else _dearest(_rows(slim, *ROWS[kind])),
         "colours": first.get("colours", []),
     }
+
+
+def _by_head(data: dict[str, Any]) -> dict[str, Any]:
+    """Lay a sweep out as a report of `measure` is: what places cost is a number by layer and head, the placebo its null."""
+    cells, over = data["cells"]["all"], data["over"]
+    return {
+        **{name: data[name] for name in ("kind", "model", "n_texts", "over", "edit")},
+        "layers": data["rows"],
+        "heads": data["columns"],
+        "names": data["measures"],
+        "glance": {"metric": "delta"},
+        "cells": {name: {"all": {"value": cells[name], "null": cells[f"placebo_{name}"]}} for name in data["measures"]},
+        "places": [
+            {"name": f"layer {row}, head {column}" if over == "heads" else f"{over[:-1]} {row}"}
+            | {name: cells[name] and cells[name][r][c] for name in ("delta", "low", "high")}
+            for r, row in enumerate(data["rows"])
+            for c, column in enumerate(data["columns"])
+        ],
+    }
+
+
+def _dearest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give the places that cost most in one of the reports."""
+    most = {row["of"]: max((cell["delta"] or 0.0 for cell in row["in"] if cell), default=0.0) for row in rows}
+    return sorted(rows, key=lambda row: -most[row["of"]])[:LISTED]
 
 
 def _rows(reports: list[dict[str, Any]], among: str, by: str) -> list[dict[str, Any]]:
