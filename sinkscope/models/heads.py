@@ -55,7 +55,8 @@ class Heads(Running):
             undo.callback(inside.update, before)
             undo.callback(inside.pop, "forward")
             inside["forward"] = lambda *_, **__: _Given(hidden[None])
-            return self.own_logits(ids)
+            logits = self.own_logits(ids)
+        return logits
 
     def own_logits(self, ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position vocabulary"]:
         """Give the logits as the model itself makes them: of a few tokens, to compare.

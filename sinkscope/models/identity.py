@@ -46,7 +46,10 @@ class Identity:
     @cached_property
     def shows_patterns(self) -> bool:
         """Whether there is a hook point for the attention pattern of every layer that attends."""
-        return all(f"blocks.{layer}.attn.hook_pattern" in self.points for layer in self.layers)
+        try:
+            return bool([self.hook_point(layer, "attn.hook_pattern") for layer in self.layers])
+        except SinkscopeError:
+            return False
 
     @property
     def tokenizer(self) -> Any:

@@ -171,7 +171,10 @@ _INSIDE: dict[str, dict[str, Any]] = {
     "Gemma3": _holding(
         Part("Gemma3TextConfig", _GEMMA),
         _SIGLIP,
-        **{"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62},
+        mm_tokens_per_image=4,
+        image_token_index=60,
+        boi_token_index=61,
+        eoi_token_index=62,
     ),
     "Gemma3n": _holding(
         Part("Gemma3nTextConfig", {**_LOCAL, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4})
@@ -188,7 +191,8 @@ _INSIDE: dict[str, dict[str, Any]] = {
     "Mistral3": _holding(
         Part("MistralConfig", {"sliding_window": None}),
         Part("PixtralVisionConfig", {**_PIXELS, "num_hidden_layers": FEW}),
-        **{"image_token_index": 60, "spatial_merge_size": 2},
+        image_token_index=60,
+        spatial_merge_size=2,
     ),
     "Qwen3VL": _holding(Part("Qwen3VLTextConfig", _IN_THREE), Part("Qwen3VLVisionConfig", _QWEN3_EYE)),
     "Qwen3VLMoe": _holding(Part("Qwen3VLMoeTextConfig", _IN_THREE), Part("Qwen3VLMoeVisionConfig", _QWEN3_EYE)),
