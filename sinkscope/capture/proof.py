@@ -26,6 +26,8 @@ TOKENS, PAST_A_WINDOW = 16, 48
 #: A wrong swap misses by 0.1 and more; rounding by 1e-5 in float32, by 1e-2 in half precision (hidden: relative).
 WRONG = {"float32": 1e-3, "float64": 1e-3}
 WRONG_IN_HALF = 5e-2
+#: What somebody else's code raises where it is not made for what is asked.
+FOREIGN = (TypeError, RuntimeError, AttributeError, IndexError, KeyError, ValueError)
 WHOLE = frozenset({"pattern"})
 WHY = "fused attention and its log-sum-exps, no pattern formed (proved equal on this model's first tokens)"
 
@@ -47,17 +49,26 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
 
     Raises:
         OtherwiseError: the model does not attend as its configuration says, whatever runs it.
+        SinkscopeError: it does not run at all.
     """
     batch = _first_tokens(adapter, tokens)
     try:
         expected = _reference(adapter, batch)
+    except SinkscopeError as error:
+        return str(error)[:200]
+    except FOREIGN as error:
+        raise SinkscopeError(
+            f"{adapter.name} does not run as it is, on the first {batch.ids.shape[1]} tokens of a text ({type(error).__name__}: "
+            f"{str(error)[:200]}). If a bridge was made by other means than ss.load_model(name), try that"
+        ) from error
+    try:
         with surely(flash(adapter, groups | {WHOLE}, "proof")) as capture:
             found = _look(capture, batch)
     except OtherwiseError:
         raise
-    except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        if isinstance(error, SinkscopeError):
-            return str(error)[:200]
+    except SinkscopeError as error:
+        return str(error)[:200]
+    except FOREIGN as error:
         return f"its code does not run once its attention has been replaced ({type(error).__name__}: {str(error)[:200]})"
     wrong = tolerance(adapter)
     for layer, ours, theirs in zip(adapter.layers, found.mass, expected.mass or found.mass, strict=True):

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import sinkscope as ss
-from sinkscope.testing import tiny_model
+from sinkscope.testing import tiny_hf_model, tiny_model
 from sinkscope.testing.architectures import ARCHITECTURES
 from tests.model.compare import TL4
 
@@ -83,3 +84,17 @@ def test_queries_see_the_keys_of_their_own_chunk(engine):
     inside = sum(1 / (i + 1) for i in range(8)) / 8
     whole = sum(1 / (i + 1) for i in range(20)) / 20
     assert nulls.tolist() == pytest.approx([inside, whole] * 2)
+
+
+@pytest.mark.parametrize(("name", "reads"), [("ViTModel", "pixel_values"), ("HubertModel", "input_values")])
+def test_images_and_sound_are_refused_by_name(name, reads):
+    for make in (tiny_hf_model, tiny_model):
+        with pytest.raises(ss.SinkscopeError, match=f"{name}.* reads {reads}, and images and sound are not covered"):
+            ss.measure(make(name), [[1, 2, 3]])
+
+
+def test_a_bridge_that_does_not_run_is_refused_in_words():
+    model = tiny_model("GraniteMoeHybridForCausalLM")
+    model.original_model.model.rotary_emb = torch.nn.Linear(3, 3)
+    with pytest.raises(ss.SinkscopeError, match=r"does not run as it is, .*TypeError.* made by other means than ss.load_model"):
+        ss.measure(model, [[1, 5, 6, 7]])
