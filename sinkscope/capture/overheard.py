@@ -142,6 +142,9 @@ class Overheard:
         self._look(partial(self._pattern, layer, value.detach()))
 
     def _pattern(self, layer: int, value: Tensor, layout: Layout) -> None:
+        chosen = self.adapter.chosen
+        if chosen is not None and value.shape[3] > chosen:
+            raise SinkscopeError(f"a bridge does not show which {chosen} keys an indexer chooses for each query")
         if self._first(layer):
             self.take(layer, 0, value.shape[2], Pattern(value, max(0, layout.total - value.shape[3])))
 
