@@ -100,6 +100,11 @@ def choose(
                 )
                 out = f"{wrap if adapter.kind == 'hugging_face' else 'R'}{own}"
             raise SinkscopeError(f"engine 'flash' can't run this on {adapter.name}: {why}. {out}")
+    if adapter.gates and any("gate" in group for group in groups):
+        raise SinkscopeError(
+            f"output gates of {adapter.name}, which a metric needs, are read by engine flash alone: {why}. Leave out what "
+            "asks for another engine, or gate_mean, gate_closed, sink_output_share and nop_rate"
+        )
     hooks = chunks.plan(adapter, groups, chunk, tokens)
     if engine == "auto":
         hooks.why += f"; not flash: {why}"

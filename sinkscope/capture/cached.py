@@ -49,7 +49,7 @@ class CachedCapture:
         one = Pass(self.adapter, self.groups, batch, 0, on_block, tick)
         try:
             for layer in self.adapter.layers:
-                for need in sorted({"pattern" if n in ATTENTION else n for group in self.groups for n in group}):
+                for need in sorted({"pattern" if n in ATTENTION else n for group in self.groups for n in group if n != "gate"} or {"pattern"}):
                     one.take(layer, need, self._held(layer, need, rows, batch.ids.shape[1]))
         except NotFiniteError:
             raise SinkscopeError(f"the cache holds NaN or infinity in layer {one.layer}. Nothing was reported") from None

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
 
+#: How the types of models begin whose heads' outputs are gated by the second half of a wider projection of queries.
+GATED = ("qwen3_next", "qwen3_5")
 Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
 
 
@@ -127,6 +129,18 @@ class Identity:
     def attention_modules(self) -> Iterator[nn.Module]:
         """Give the modules that may keep their last pattern."""
         return (module for module in self.network.modules() if hasattr(module, "_pattern"))
+
+    @cached_property
+    def gates(self) -> dict[int, nn.Module]:
+        """The projection that gives each layer's output gates beside its queries; none where outputs are not gated."""
+        found: dict[int, nn.Module] = {}
+        if self.kind not in ("bridge", "hugging_face") or not str(self.config.model_type).startswith(GATED):
+            return found
+        for module in text_model(self.network).modules():
+            layer, projection = getattr(module, "layer_idx", None), getattr(module, "q_proj", None)
+            if layer in self.layers and isinstance(projection, nn.Module):
+                found[layer] = projection
+        return found
 
     @property
     def blocks(self) -> list[nn.Module]:

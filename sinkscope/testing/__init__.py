@@ -139,7 +139,7 @@ def _means(
     if causal:
         seen = seen & torch.ones(longest, longest, dtype=torch.bool).tril()
     pattern = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    of_heads = ("query", "key", "rotated_query", "rotated_key", "value", "output")
+    of_heads = ("query", "key", "rotated_query", "rotated_key", "value", "output", "gate")
     shapes = dict.fromkeys(of_heads, (longest, heads, 8))
     activations = {
         need: torch.randn(len(lengths), *shapes.get(need, (longest, 16)), generator=generator)
