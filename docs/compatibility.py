@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,15 @@ def families() -> str:
     return f"{HEAD}{lines}\n\nWith {versions}. State-space models (Mamba) have no attention and are refused by name.\n"
 
 
-def page() -> str:
-    """Write the page."""
+def page(only: Sequence[str] = ()) -> str:
+    """Write the page; of architectures, try some alone."""
     import architectures  # beside this file
 
-    return f"{families()}\n{architectures.section(architectures.everything())}"
+    before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    return f"{families()}\n{architectures.section(architectures.everything(before, only))}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(page())
+    made = page(sys.argv[1:])  # names of architectures, to try them alone
+    PAGE.write_text(made, encoding="utf-8")
+    print(made)
