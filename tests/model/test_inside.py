@@ -91,7 +91,7 @@ def test_an_edit_is_live_where_the_text_model_runs(name):
         before = model.original_model(input_ids=ids).logits
         with ss.MaskKeys(0).on(model):
             masked = model.original_model(input_ids=ids).logits
-        with ss.EditActivation(40.0, positions=[0], dims=[3], layers=1).on(model):
+        with ss.interventions.EditActivation(40.0, positions=[0], dims=[3], layers=1).on(model):
             moved = model.original_model(input_ids=ids).logits
         torch.testing.assert_close(model.original_model(input_ids=ids).logits, before)
     assert (masked - before).abs().max() > 1e-3
