@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sinkscope.block import Block, PatternRows
-from sinkscope.capture.attended import Rows
+from sinkscope.capture.attended import Attended, Later, Rows, masses
+from sinkscope.capture.blocks import NoRows
 from sinkscope.capture.layout import Layout
-from sinkscope.capture.rows import NoRows
 from sinkscope.metrics.accumulate import RowMean, accumulator
 from sinkscope.metrics.base import Array, Metric
 from sinkscope.metrics.observer import Observer
@@ -60,10 +60,14 @@ class Pass:
         self.columns = [layout.column_of(key) for key in watched.keys]
         self.masses: dict[int, list[Tensor]] = {}
         self.sums: dict[int, list[Tensor | None]] = {}
+        self.later: dict[int, Attended] = {}
         self.means = Means(watched.adapter.layers, 1)
 
     def take(self, layer: int, first: int, n: int, rows: Rows) -> None:
         """Take some rows of a layer."""
+        if isinstance(rows, Later) and self.watched.thin:
+            self.later[layer] = rows.of
+            return
         self.masses.setdefault(layer, []).append(rows.mass(self.columns) if self.watched.thin else torch.zeros(0))
         self.sums.setdefault(layer, []).append(rows.row_sum())
         if not self.watched.whole:
@@ -81,7 +85,14 @@ class Pass:
     @property
     def missing(self) -> list[int]:
         """Layers of which nothing came."""
-        return [layer for layer in self.watched.adapter.layers if layer not in self.masses]
+        return [layer for layer in self.watched.adapter.layers if layer not in self.masses and layer not in self.later]
+
+    def settle(self) -> None:
+        """Compute what was put off to the end of the pass."""
+        with torch.no_grad(), torch.autocast(self.watched.adapter.device.type, enabled=False):
+            for layer, mass in masses(self.later, self.columns):
+                self.masses[layer], self.sums[layer] = [mass], [None]
+        self.later = {}
 
     def joined(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Give a layer's masses and sums, in the order of positions."""

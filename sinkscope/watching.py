@@ -229,6 +229,7 @@ class Watch:
         if now.why is not None:
             self._unread[now.why] += 1
             return
+        now.settle()
         with self._lock:
             now.run.add(now)
 

@@ -5,7 +5,7 @@ The mask is the one that the function was given, so that pads, windows and cache
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -151,6 +151,9 @@ class Attended:
         if not whole and self.causal and self.softcap is None and self.sinks is None and n == self.k.shape[2]:
             yield 0, n, Fused(self.q, self.k, self.v, self.scale)
             return
+        if not whole and n == 1 and self.mask is None and self.softcap is None and self.sinks is None:
+            yield 0, n, Later(self, self.first_key)
+            return
         step = min(max(FEWEST, BYTES // (4 * b * h * self.k.shape[2])), ROWS)
         for start in range(0, n, step):
             stop = min(start + step, n)
@@ -173,6 +176,11 @@ class Attended:
         lse = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks)
         return Pattern(scores.sub_(lse).exp_(), self.first_key, 1 - (sinks - lse).exp()[..., 0])
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What calls must have in common to be computed together."""
+        return self.q.shape, self.k.shape, self.q.dtype, self.k.dtype, self.q.device, self.scale, self.first_key
+
     def misses(self, output: Tensor) -> float:
         """Tell by how much the last row of an output, `[batch, position, head, d]`, is another: relative to its largest."""
         n, (b, h, _, _) = self.q.shape[2], self.q.shape
@@ -180,3 +188,39 @@ class Attended:
         ours = (weights @ self.v.to(weights.dtype)).reshape(b, h, -1).nan_to_num()
         theirs = output[:, -1].to(ours.dtype).nan_to_num()
         return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
+
+
+@dataclass
+class Later:
+    """The one query of a step of generation: cheaper at the end of the pass, together with other layers' (:func:`masses`)."""
+
+    of: Attended
+    first_key: int
+
+    def weights(self) -> Tensor:
+        """Give the row now."""
+        return self.of.pattern(0, 1).weights()
+
+    def mass(self, columns: list[list[int]]) -> Tensor:
+        """Give the attention to some columns now."""
+        return self.of.pattern(0, 1).mass(columns)
+
+    def row_sum(self) -> None:
+        """Every row sums to 1."""
+        return
+
+
+def masses(
+    calls: Mapping[int, Attended], columns: list[list[int]]
+) -> Iterator[tuple[int, Float[Tensor, "batch head query looked"]]]:
+    """Give the attention to some columns, layer by layer, with one product for as many alike layers as `BYTES` hold."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for layer, call in calls.items():
+        kinds.setdefault(call.kind, []).append(layer)
+    for alike in kinds.values():
+        first = calls[alike[0]]
+        n = max(1, BYTES // max(1, first.k.numel() * first.k.element_size()))
+        for layers in (alike[start : start + n] for start in range(0, len(alike), n)):
+            q, k = (torch.cat([getattr(calls[layer], name) for layer in layers]) for name in ("q", "k"))
+            pattern = Pattern(scores_of(q, k, first.scale).softmax(-1), first.first_key, ones=True)
+            yield from zip(layers, pattern.mass([one * len(layers) for one in columns]).chunk(len(layers)), strict=True)

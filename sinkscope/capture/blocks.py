@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.block import Block, Rows
-from sinkscope.capture.rows import MassAlone, NoRows, Source, StoredPattern
+from sinkscope.capture.rows import Source, StoredPattern
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch
@@ -116,8 +118,9 @@ class Pass:
         n = source.n if source is not None else min(value.shape[query_axis(name)] for name, value in rest.items())
         device = next(iter(rest.values())).device if source is None else source.device
         lengths = self.batch.lengths.to(device)
+        real = self.batch.valid[:, self.start : self.start + n].to(device)
         for start, stop in source.cuts() if source is not None and group == {"pattern"} else [(0, n)]:
-            rows: Rows = NoRows() if source is None else source.rows(start, stop)
+            rows: Rows = NoRows() if source is None else source.rows(start, stop, real)
             yield Block(
                 layer=self.layer,
                 start=self.start + start,
@@ -135,3 +138,38 @@ class Pass:
 def query_axis(need: str) -> int:
     """Tell which axis of an activation is the position: scores and patterns are `[batch, head, query, key]`."""
     return 2 if need.endswith(("hook_attn_scores", "hook_pattern")) else 1
+
+
+@dataclass(frozen=True, eq=False)
+class MassAlone:
+    """Rows for metrics that did not ask for whole ones, which then need not exist."""
+
+    of: Rows
+
+    def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
+        """Give the attention to one key per sequence."""
+        return self.of.mass(keys)
+
+    def row_sum(self) -> Float[Tensor, "batch head query"]:
+        """Give the sums."""
+        return self.of.row_sum()
+
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """Refuse."""
+        raise SinkscopeError("the metric declares needs='mass': declare needs='pattern' to look at whole rows")
+
+
+class NoRows:
+    """Stands where a metric did not ask for attention."""
+
+    def pattern(self, need: str = "pattern") -> Float[Tensor, "batch head query key"]:
+        """Refuse."""
+        raise SinkscopeError(f"the block has no attention: declare it, @metric(needs=({need!r}, ...))")
+
+    def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
+        """Refuse."""
+        return self.pattern("mass")
+
+    def row_sum(self) -> Float[Tensor, "batch head query"]:
+        """Refuse."""
+        return self.pattern("mass")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sinkscope.block import PatternRows, Rows
 from sinkscope.capture.op import scores_of
-from sinkscope.errors import SinkscopeError
 
 #: Rows that a metric sees at a time, at most: bounds its temporaries, whatever the length.
 ROWS = 256
@@ -22,6 +21,8 @@ ROWS = 256
 BYTES, FEWEST = 16 << 20, 16
 #: The same on a GPU, where every block costs a dozen launches: a quarter of the time (H200, 4,096 tokens).
 GPU_ROWS, GPU_BYTES = 512, 256 << 20
+#: Bytes, and keys, of the tiles in which rows are summed up: two of them should stay in a processor's cache.
+TILE, KEYS = 4 << 20, 2048
 #: The same of rows that are stored, and only looked at.
 STORED = 8 << 20
 
@@ -40,8 +41,8 @@ class Source(Protocol):
         """Tell where the layer is."""
         ...
 
-    def rows(self, start: int, stop: int) -> Rows:
-        """Give some of them, counted from the first of this pass."""
+    def rows(self, start: int, stop: int, real: Bool[Tensor, "batch row"] | None = None) -> Rows:
+        """Give some of them, counted from the first of this pass; `real` are the rows that sums over rows take in."""
         ...
 
     def cuts(self) -> Iterator[tuple[int, int]]:
@@ -71,7 +72,7 @@ class StoredPattern:
         """Tell where the layer is."""
         return self.values.device
 
-    def rows(self, start: int, stop: int) -> PatternRows:
+    def rows(self, start: int, stop: int, real: Bool[Tensor, "batch row"] | None = None) -> PatternRows:
         """Give some rows, and the keys up to the last of them."""
         return PatternRows(self.values[:, :, start:stop, : self.start + stop if self.causal else None])
 
@@ -117,7 +118,7 @@ class Scores:
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
     key_mask: Bool[Tensor, "batch position"] | None = None
-    scratch: Scratch = field(default_factory=lambda: Scratch())
+    scratch: tuple[Scratch, Scratch] = field(default_factory=lambda: (Scratch(), Scratch()))
 
     @property
     def n(self) -> int:
@@ -134,9 +135,14 @@ class Scores:
         """Tell whether the log-sum-exps are good to float32: CUDA's kernels multiply in parts, 1e-5 off for large scores."""
         return not self.q.is_cuda
 
-    def rows(self, start: int, stop: int) -> ScoredRows:
+    def queries_of(self, heads: slice) -> slice:
+        """Give the query heads of some key heads."""
+        each = self.q.shape[1] // self.k.shape[1]
+        return slice(heads.start * each, heads.stop * each)
+
+    def rows(self, start: int, stop: int, real: Bool[Tensor, "batch row"] | None = None) -> ScoredRows:
         """Give some rows; nothing is computed before it is asked for."""
-        return ScoredRows(self, start, stop)
+        return ScoredRows(self, start, stop, real)
 
     def cuts(self) -> Iterator[tuple[int, int]]:
         """Cut into blocks of about `BYTES`, and at most `ROWS` rows: fewer, where rows are long; larger ones on a GPU."""
@@ -158,11 +164,12 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Rows `start` to `stop` of :class:`Scores`."""
+    """Rows `start` to `stop` of :class:`Scores`; of `real`, all rows of the pass, those are summed over; None for all."""
 
     of: Scores
     start: int
     stop: int
+    real: Bool[Tensor, "batch row"] | None = None
 
     def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
         """Give the attention to one key per sequence: one thin matrix product, whatever the number of rows."""
@@ -182,12 +189,16 @@ class ScoredRows:
 
     def pattern(self) -> Float[Tensor, "batch head query key"]:
         """Give the whole rows, keys up to the last row; a window's other keys are zeros."""
-        band, first = self._whole[0], self._reach.start
+        band, first = self._whole, self._reach.start
         return torch.nn.functional.pad(band, (first, 0)) if first else band
 
     def entropy(self) -> Float[Tensor, "batch head query"]:
-        """Give the entropy of each row, -sum A log A: the logarithms were at hand."""
-        return self._whole[1]
+        """Give the entropy of each row, -sum A log A: the logarithms are at hand."""
+        return self._sums[0]
+
+    def columns(self) -> Float[Tensor, "batch head key"]:
+        """Give what each key gets from the real rows."""
+        return self._sums[1]
 
     @property
     def _reach(self) -> slice:
@@ -203,63 +214,56 @@ class ScoredRows:
         return seen if self.of.window is None else seen & (gap < self.of.window)
 
     @cached_property
-    def _whole(self) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch head query"]]:
-        """The keys in reach, and the entropy: its logarithms live in memory that the next block takes over."""
-        of, reach, rows = self.of, self._reach, slice(self.start, self.stop)
-        logs = scores_of(of.q[:, :, rows], of.k[:, :, reach], of.scale, of.softcap, of.scratch)
-        band = logs.sub_(of.lse[:, :, rows, None]).exp()
-        n = self.stop - self.start
-        if of.causal:
-            band[..., -n:].tril_()  # keys of the block itself: all earlier ones are seen
-        if of.window is not None:
-            band[..., :n].triu_(self.start - of.window + 1 - reach.start)  # of the oldest keys, each row sees one less
+    def _whole(self) -> Float[Tensor, "batch head query key"]:
+        """The keys in reach."""
+        return self._tile(slice(None), slice(0, self.of.k.shape[1]), self._reach, Scratch())[1]
+
+    @cached_property
+    def _sums(self) -> tuple[Float[Tensor, "batch head query"], Float[Tensor, "batch head key"]]:
+        """Entropies and columns, from tiles that stay in a processor's cache: whole rows never exist."""
+        of, n = self.of, self.stop - self.start
+        entropy = of.lse.new_zeros(*of.q.shape[:2], n)
+        columns = of.lse.new_zeros(*of.q.shape[:2], self.stop if of.causal else of.n)
+        real = entropy.new_ones(len(of.q), n) if self.real is None else self.real[:, self.start : self.stop].to(entropy.dtype)
+        for batch, heads, keys in self._tiles():
+            logs, band = self._tile(batch, heads, keys, of.scratch[1])
+            at = batch, of.queries_of(heads)
+            entropy[at] -= torch.linalg.vecdot(logs, band)  # no product is written
+            columns[*at, keys] += (real[batch, None, None] @ band)[:, :, 0]
+        return entropy, columns
+
+    def _tiles(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Cut texts, key heads and keys in reach."""
+        of, reach = self.of, self._reach
+        size, most = (TILE, KEYS) if of.exact else (GPU_BYTES, reach.stop)
+        kv, width = of.k.shape[1], min(reach.stop - reach.start, most)
+        blocks = max(1, size // (4 * (of.q.shape[1] // kv) * (self.stop - self.start) * width))
+        texts, heads = max(1, blocks // kv), min(blocks, kv)
+        for text in range(0, len(of.q), texts):
+            for head in range(0, kv, heads):
+                for key in range(reach.start, reach.stop, width):
+                    yield (
+                        slice(text, text + texts),
+                        slice(head, min(head + heads, kv)),
+                        slice(key, min(key + width, reach.stop)),
+                    )
+
+    def _tile(self, batch: slice, heads: slice, keys: slice, memory: Scratch) -> tuple[Tensor, Tensor]:
+        """Give logarithms and weights of some key heads' queries; the next tile takes the logarithms' memory over."""
+        of, rows, own = self.of, slice(self.start, self.stop), self.of.queries_of(heads)
+        logs = scores_of(of.q[batch, own, rows], of.k[batch, heads, keys], of.scale, of.softcap, of.scratch[0])
+        logs.sub_(of.lse[batch, own, rows, None])
+        band = torch.exp(logs, out=memory(logs, *logs.shape))
+        if of.causal:  # all keys before the block are seen
+            first = max(0, self.start - keys.start)
+            band[..., first:].tril_(self.start - keys.start - first)
+        if of.window is not None:  # of the oldest keys, each row sees one less
+            band[..., : max(0, self.stop - of.window - keys.start)].triu_(self.start - of.window + 1 - keys.start)
         if of.key_mask is not None:
-            band.masked_fill_(~of.key_mask[:, None, None, reach], 0)
-        products = logs.mul_(band)
-        ones = products.new_ones(products.shape[-1])
-        entropy = -(products @ ones)  # a third of the time of sum(-1)
+            band.masked_fill_(~of.key_mask[batch, None, None, keys], 0)
         if not of.exact:
-            entropy = _renormalised(band, entropy, self.row_sum())
-        return band, entropy
-
-
-def _renormalised(band: Tensor, entropy: Tensor, target: Tensor) -> Tensor:
-    """Make rows sum to what they must, in place; give their entropy, from that of the rows as they were."""
-    factor = (target / (band @ band.new_ones(band.shape[-1]))).nan_to_num_(1.0, 1.0, 1.0)  # a row that is all pads stays
-    band.mul_(factor[..., None])
-    return entropy * factor - target * factor.log()
-
-
-@dataclass(frozen=True, eq=False)
-class MassAlone:
-    """Rows for metrics that did not ask for whole ones, which then need not exist."""
-
-    of: Rows
-
-    def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
-        """Give the attention to one key per sequence."""
-        return self.of.mass(keys)
-
-    def row_sum(self) -> Float[Tensor, "batch head query"]:
-        """Give the sums."""
-        return self.of.row_sum()
-
-    def pattern(self) -> Float[Tensor, "batch head query key"]:
-        """Refuse."""
-        raise SinkscopeError("the metric declares needs='mass': declare needs='pattern' to look at whole rows")
-
-
-class NoRows:
-    """Stands where a metric did not ask for attention."""
-
-    def pattern(self, need: str = "pattern") -> Float[Tensor, "batch head query key"]:
-        """Refuse."""
-        raise SinkscopeError(f"the block has no attention: declare it, @metric(needs=({need!r}, ...))")
-
-    def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
-        """Refuse."""
-        return self.pattern("mass")
-
-    def row_sum(self) -> Float[Tensor, "batch head query"]:
-        """Refuse."""
-        return self.pattern("mass")
+            total = band @ band.new_ones(band.shape[-1])
+            factor = (self.row_sum()[batch, own] / total).nan_to_num_(1.0, 1.0, 1.0)[..., None]  # a row of pads stays
+            band.mul_(factor)
+            logs.add_(factor.log())
+        return logs, band

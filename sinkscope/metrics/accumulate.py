@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sinkscope.block import Block
+from sinkscope.block import Block, SummedRows
 from sinkscope.errors import MetricError, SinkscopeError
 from sinkscope.metrics.base import Array, Metric
 
@@ -45,9 +45,12 @@ class RowMean:
         Raises:
             SinkscopeError: the metric raised, or returned the wrong shape; names it and the layer.
         """
-        kept, chosen = self.chosen(block, counted)
-        sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32)).double().cpu().numpy()
-        self.add(sums, chosen.sum(-1).double().cpu().numpy(), place)
+        if self.metric.summed and counted is None and isinstance(block.rows, SummedRows):
+            sums, chosen = block.rows.columns(), block.valid
+        else:
+            kept, chosen = self.chosen(block, counted)
+            sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32))
+        self.add(sums.double().cpu().numpy(), chosen.sum(-1).double().cpu().numpy(), place)
 
     def chosen(self, block: Block, counted: Tensor | None, absent: float = 0.0) -> tuple[Tensor, Tensor]:
         """Apply the metric; give its values, with something else in the rows that do not enter, and which do."""
