@@ -26,6 +26,8 @@ TEXTS = {
     f"of {length}": [1, *torch.randint(4, 60, (length - 1,), generator=torch.Generator().manual_seed(length)).tolist()]
     for length in (13, 26)
 }
+#: What an encoder-decoder reads; the texts are then its targets.
+SOURCE = [*range(5, 25), 2]
 METRICS = ["sink_mass", "row_entropy", "received_profile"]
 TOLERANCE = 1e-5
 RIGHT, REFUSED, WRONG, FOREIGN = "right", "refused", "**wrong**", "**an error**"
@@ -38,10 +40,11 @@ HEAD = """## Every architecture of the registry
 
 A tiny random model of each architecture that TransformerLens lists is saved, loaded with `ss.load_model` and measured with
 nothing said. *Right*: sink mass, row entropy and received profile of two texts of unequal length are those of Hugging Face's
-eager `output_attentions`, of each text alone, to 1e-5. *Refused*: with a `SinkscopeError` that says what works instead.
-*Remote code*: the architecture's code lies in its repository, and is not run. Models are those that the registry lists. Of
-models with images or sound, it is the text model that is right, on text; of `GlmMoeDsaForCausalLM`, texts of up to as many
-tokens as its indexer chooses keys, longer ones are refused.
+eager `output_attentions`, of each text alone, to 1e-5 (of an encoder-decoder, the decoder's own). *Refused*: with a
+`SinkscopeError` that says what works instead. *Remote code*: the architecture's code lies in its repository, and is not run.
+Models are those that the registry lists. Of models with images or sound, it is the text model that is right, on text; of
+`GlmMoeDsaForCausalLM`, texts of up to as many tokens as its indexer chooses keys, longer ones are refused.
+`python docs/compatibility.py NAME ...` tries some architectures anew and keeps the other rows.
 
 | by default | architectures | models | share |
 | --- | --- | --- | --- |
@@ -80,8 +83,9 @@ def tried(architecture: str, models: int) -> Verdict:
         plain = tiny_hf_model(name)
         plain.save_pretrained(place)
         tiny_tokenizer(name).save_pretrained(place)
+        pairs = {label: (SOURCE, ids) for label, ids in TEXTS.items()}
         try:
-            report = ss.measure(ss.load_model(place), TEXTS, METRICS)
+            report = ss.measure(ss.load_model(place), pairs if plain.config.is_encoder_decoder else TEXTS, METRICS)
         except ss.SinkscopeError as error:
             return Verdict(architecture, models, REFUSED, said(error))
         except Exception as error:  # what must not be
@@ -131,8 +135,11 @@ def said(error: Exception) -> str:
 
 def attentions(plain: Any, ids: list[int]) -> list[torch.Tensor]:
     """Give what Hugging Face says of one text, `[head, query, key]` for each layer that attends."""
+    given, name = {"input_ids": torch.tensor([ids])}, "attentions"
+    if plain.config.is_encoder_decoder:
+        given, name = {"input_ids": torch.tensor([SOURCE]), "decoder_input_ids": given["input_ids"]}, "decoder_attentions"
     with torch.no_grad():
-        found = plain(input_ids=torch.tensor([ids]), output_attentions=True).attentions
+        found = plain(**given, output_attentions=True)[name]
     return [layer[0] for layer in found if isinstance(layer, torch.Tensor)]
 
 
