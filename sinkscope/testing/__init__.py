@@ -36,6 +36,10 @@ SCORES = ((0.0, 1.0, 2.0, 3.0), (4.0, 5.0, 6.0, 7.0))
 def tiny_model(family: str = "llama", seed: int = 0) -> Any:
     """Build a TransformerBridge on a tiny random model, offline, with a tokenizer of one token per character.
 
+    Args:
+        family: one of `FAMILIES`, or an architecture of TransformerLens's registry, such as `"Qwen3VLForConditionalGeneration"`.
+        seed: of the weights.
+
     Raises:
         SinkscopeError: there is no such family; the message lists them.
     """
