@@ -90,6 +90,7 @@ def tried(architecture: str, models: int) -> Verdict:
             return Verdict(architecture, models, REFUSED, said(error))
         except Exception as error:  # what must not be
             return Verdict(architecture, models, FOREIGN, f"{type(error).__name__}: {said(error)}")
+        plain = type(plain).from_pretrained(place, attn_implementation="eager")  # some weights are not saved, but made
         expected = {label: attentions(plain, ids) for label, ids in TEXTS.items()}
     causal = all(not weights.triu(1).any() for layers in expected.values() for weights in layers)
     if report.about["causal"] != causal:

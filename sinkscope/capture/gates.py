@@ -1,7 +1,7 @@
 """Output gates: what a layer's heads have to say is let through by so much (Qwen3-Next, Qwen3.5).
 
-There the projection of queries is twice as wide: of each head's numbers, the second half, through a sigmoid, is what the head's
-output is multiplied by before the output projection.
+There the projection of queries is twice as wide: of each head's numbers, the second half, through a sigmoid, is what the
+head's output is multiplied by before the output projection.
 """
 
 from __future__ import annotations

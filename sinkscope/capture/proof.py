@@ -58,8 +58,9 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
         return str(error)[:200]
     except FOREIGN as error:
         raise SinkscopeError(
-            f"{adapter.name} does not run as it is, on the first {batch.ids.shape[1]} tokens of a text ({type(error).__name__}: "
-            f"{str(error)[:200]}). If a bridge was made by other means than ss.load_model(name), try that"
+            f"{adapter.name} does not run as it is, on the first {batch.ids.shape[1]} tokens of a text "
+            f"({type(error).__name__}: {str(error)[:200]}). If a bridge was made by other means than ss.load_model(name), "
+            "try that"
         ) from error
     try:
         with surely(flash(adapter, groups | {WHOLE}, "proof")) as capture:

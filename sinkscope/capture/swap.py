@@ -111,7 +111,7 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def attention_bridges(adapter: Adapter) -> dict[int, tuple[int, Any]]:
-    """Give the modules that a bridge has put around attention, by their `id`, with their layers; none in a plain model, or one without patterns."""
+    """Give the modules that a bridge has put around attention, by their `id`, with their layers; none without patterns."""
     if adapter.kind != "bridge" or not adapter.shows_patterns:
         return {}
     layers = {id(adapter.hook_point(layer, "attn.hook_pattern")): layer for layer in adapter.layers}

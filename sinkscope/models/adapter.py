@@ -41,8 +41,8 @@ class Adapter(Heads):
                 )
             if chosen is not None and len(s) > chosen:
                 raise SinkscopeError(
-                    f"{s.label!r} has {len(s)} tokens, and queries of {self.name} attend to the {chosen} keys that an indexer "
-                    f"chooses for each, which is not covered: up to {chosen} tokens they see all. Shorten it with "
+                    f"{s.label!r} has {len(s)} tokens, and queries of {self.name} attend to the {chosen} keys that an "
+                    f"indexer chooses for each, which is not covered: up to {chosen} tokens they see all. Shorten it with "
                     f"max_tokens={chosen} (--max-tokens {chosen})"
                 )
             if vocabulary > 0 and int(s.ids.max()) >= vocabulary:

@@ -180,8 +180,8 @@ def _check_layers(config: Any, name: str) -> None:
     heads = sorted(set(getattr(config, "num_attention_heads_per_layer", None) or ()))
     if len(heads) > 1:
         raise SinkscopeError(
-            f"the layers of {name} have {' or '.join(map(str, heads))} heads, and a report is a grid of layers by heads: reduce "
-            "them one by one, ss.metrics.of_pattern([weights]), from output_attentions=True"
+            f"the layers of {name} have {' or '.join(map(str, heads))} heads, and a report is a grid of layers by heads: "
+            "reduce them one by one, ss.metrics.of_pattern([weights]), from output_attentions=True"
         )
 
 

@@ -37,7 +37,7 @@ def tiny_model(family: str = "llama", seed: int = 0) -> Any:
     """Build a TransformerBridge on a tiny random model, offline, with a tokenizer of one token per character.
 
     Args:
-        family: one of `FAMILIES`, or an architecture of TransformerLens's registry, such as `"Qwen3VLForConditionalGeneration"`.
+        family: one of `FAMILIES`, or an architecture of TransformerLens's registry, such as `"Qwen2ForCausalLM"`.
         seed: of the weights.
 
     Raises:

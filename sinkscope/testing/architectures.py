@@ -85,13 +85,13 @@ def _holding(text: Part, eye: Part | None = None, ear: Part | None = None, **opt
 
 
 #: Decoders that need no more than sizes.
-_PLAIN = (
-    "Llama Qwen2 Qwen3 Qwen3Moe Gemma Granite Olmo Olmo2 Phi Phi3 Bloom Cohere StableLm Apertus HunYuanDenseV1 Nemotron Glm "
-    "Glm4 Arcee SeedOss Starcoder2 Olmoe FlexOlmo GraniteMoe Ernie4_5 Ernie4_5_Moe Jais2 BitNet NanoChat JetMoe MiniMaxM2 "
-    "Ministral3 GPTBigCode CodeGen XGLM Mamba FalconMamba GPTJ Qwen2Moe Glm4Moe Phimoe FalconH1"
-).split()
+_PLAIN = """
+Llama Qwen2 Qwen3 Qwen3Moe Gemma Granite Olmo Olmo2 Phi Phi3 Bloom Cohere StableLm Apertus HunYuanDenseV1 Nemotron Glm
+Glm4 Arcee SeedOss Starcoder2 Olmoe FlexOlmo GraniteMoe Ernie4_5 Ernie4_5_Moe Jais2 BitNet NanoChat JetMoe MiniMaxM2
+Ministral3 GPTBigCode CodeGen XGLM Mamba FalconMamba GPTJ Qwen2Moe Glm4Moe Phimoe FalconH1
+"""
 _DECODERS: dict[str, dict[str, Any]] = {
-    **{name: {} for name in _PLAIN},
+    **{name: {} for name in _PLAIN.split()},
     "OPT": {"word_embed_proj_dim": 32},
     "Mistral": {"sliding_window": WINDOW},
     "Mixtral": {"sliding_window": None},

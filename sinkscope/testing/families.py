@@ -113,8 +113,8 @@ def tiny_config(family: str) -> PretrainedConfig:
 def tiny_hf_model(family: str, seed: int = 0) -> PreTrainedModel:
     """Build a tiny random model of a family, or of an architecture, on the CPU: float32, eager, in eval mode.
 
-    It is the same for a seed. Neither the hub nor torch's global generator is touched. Learned sink logits (gpt_oss) come from a unit normal, so
-    that they take a visible share of each row.
+    It is the same for a seed. Neither the hub nor torch's global generator is touched. Learned sink logits (gpt_oss) come
+    from a unit normal, so that they take a visible share of each row.
 
     Raises:
         SinkscopeError: there is no such family; the message lists them.

@@ -1,4 +1,4 @@
-"""The text model inside a vision-language or audio-language model, read with text alone: it is its text model, in every way."""
+"""The text model inside a vision-language or audio-language model, read with text alone: it is that model, in every way."""
 
 from __future__ import annotations
 
@@ -129,6 +129,6 @@ def test_no_process_is_started_and_no_connection_opened(name, ears, tmp_path):
         ss.measure(model, IDS, ["sink_mass"])
         ss.evaluate(model, IDS, EDITS[:1])
     assert HEARD == []
-    with pytest.raises(OSError, match="refused|unreachable|Errno"), socket.socket() as s:
+    with pytest.raises(OSError, match="refused"), socket.socket() as s:
         s.connect(("127.0.0.1", 9))
     assert HEARD == ["socket.connect"]

@@ -256,5 +256,5 @@ def test_gates_are_what_outputs_are_multiplied_by(make, name):
 
 @pytest.mark.skipif(not TL4, reason="these models are new in TransformerLens 4")
 def test_gates_are_read_by_flash_alone():
-    with pytest.raises(ss.SinkscopeError, match="output gates of .* are read by engine flash alone"):
+    with pytest.raises(ss.SinkscopeError, match=r"output gates of .* are read by engine flash alone"):
         ss.measure(tiny_model(GATED[0]), [IDS["text 0"]], ["gate_mean"], engine="hooks")
