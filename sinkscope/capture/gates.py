@@ -29,5 +29,5 @@ def gated(adapter: Adapter, take: Take) -> Iterator[None]:
 
 
 def _hand(heads: int, layer: int, take: Take, projection: Any, args: Any, output: Tensor) -> None:
-    halves = output.detach().unflatten(-1, (heads, 2, -1))
+    halves = output.detach().view(*output.shape[:-1], heads, 2, -1)
     take(layer, "gate", halves[..., 1, :].float().sigmoid())
