@@ -139,16 +139,19 @@ class _Look:
 
 
 def _look(capture: Capture, batch: Batch) -> _Look:
-    mass, gaps = [], []
+    mass: dict[int, Tensor] = {}
+    gaps = []
 
     def keep(block: Block, group: frozenset[str]) -> None:
         if group == WHOLE:
-            real = batch.valid.to(block.lengths.device)
-            mass.append(block.mass.transpose(1, 2)[real])
+            rows = slice(block.start, block.start + block.n_queries)
+            real, found = batch.valid[:, rows].to(block.lengths.device), block.mass.transpose(1, 2)
+            whole = mass.setdefault(block.layer, found.new_zeros(len(found), batch.ids.shape[1], found.shape[2]))
+            whole[:, rows] = found
             gaps.append(float((block.pattern.sum(-1) - block.row_sum).transpose(1, 2)[real].abs().max()))
 
     hidden = capture.run(batch, keep, lambda: None)
-    return _Look(hidden[batch.valid].float(), mass, max(gaps))
+    return _Look(hidden[batch.valid].float(), [m[batch.valid.to(m.device)] for m in mass.values()], max(gaps))
 
 
 def _reference(adapter: Adapter, batch: Batch) -> _Look:
