@@ -26,7 +26,6 @@ MORE = {
     "Emu3ForConditionalGeneration": ("Emu3ForCausalLM", "model.text_model."),
     "Gemma4ForConditionalGeneration": ("Gemma4ForCausalLM", "model.language_model."),
     "Idefics3ForConditionalGeneration": ("LlamaForCausalLM", "model.text_model."),
-    "Llama4ForConditionalGeneration": ("Llama4ForCausalLM", "language_model.model."),
     "LlavaForConditionalGeneration": ("LlamaForCausalLM", "model.language_model."),
     "LlavaOnevisionForConditionalGeneration": ("Qwen2ForCausalLM", "model.language_model."),
     "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "model.language_model."),
