@@ -12,7 +12,7 @@ import pandas as pd
 from sinkscope.block import Block
 from sinkscope.capture import choose
 from sinkscope.errors import SinkscopeError
-from sinkscope.models import Adapter, adapt
+from sinkscope.models import Adapter, adapt_side
 from sinkscope.runs.undo import surely
 from sinkscope.tokens import TextTokens, Tokens, at_most
 
@@ -28,6 +28,7 @@ def attention_map(
     *,
     layer: int | None = None,
     head: int | None = None,
+    side: str | None = None,
     bos: bool | None = None,
     max_tokens: int = LONGEST,
 ) -> pd.DataFrame:
@@ -38,6 +39,7 @@ def attention_map(
         text: one text, path or row of ids.
         layer: one layer; None averages over all.
         head: one head; None averages over all.
+        side: as for :func:`sinkscope.measure`.
         bos: as for :func:`sinkscope.measure`.
         max_tokens: the text is cut to this many tokens.
 
@@ -47,15 +49,15 @@ def attention_map(
     Raises:
         SinkscopeError: no such layer or head, or more than one text.
     """
-    adapter = adapt(model)
+    adapter = adapt_side(model, side)
     tokens = adapter.tokenize(text, bos=bos, max_tokens=max_tokens)
     sequence = _only(tokens)
     if layer is not None and layer not in adapter.layers:
         raise SinkscopeError(f"layer={layer}: the layers with attention are {adapter.layers[0]} to {adapter.layers[-1]}")
     if head is not None and not 0 <= head < adapter.n_heads:
         raise SinkscopeError(f"head={head}: the heads are 0 to {adapter.n_heads - 1}")
-    t = len(sequence)
-    total = np.zeros((t, t))
+    shape = (len(sequence), len(sequence.keyed))
+    total = np.zeros(shape)
     count = 0
 
     def add(block: Block, group: frozenset[str]) -> None:
@@ -66,14 +68,14 @@ def attention_map(
             count += block.start == 0
 
     _run(adapter, tokens, add)
-    query, key = (axis.reshape(-1) for axis in np.indices((t, t)))
-    words = np.array(sequence.strings, dtype=object)
+    query, key = (axis.reshape(-1) for axis in np.indices(shape))
+    words, key_words = (np.array(s.strings, dtype=object) for s in (sequence, sequence.keyed))
     shown = pd.DataFrame(
         {
             "query": query,
             "key": key,
             "query_token": words[query],
-            "key_token": words[key],
+            "key_token": key_words[key],
             "value": (total / max(count, 1)).reshape(-1),
         }
     )
@@ -81,12 +83,15 @@ def attention_map(
     return shown
 
 
-def attention_patterns(model: Any, text: Any, *, bos: bool | None = None, max_tokens: int | None = None) -> pd.DataFrame:
+def attention_patterns(
+    model: Any, text: Any, *, side: str | None = None, bos: bool | None = None, max_tokens: int | None = None
+) -> pd.DataFrame:
     """Every head's whole attention pattern of one short text.
 
     Args:
         model: as for :func:`sinkscope.measure`.
         text: one text, path or row of ids.
+        side: as for :func:`sinkscope.measure`, but not `"cross"`.
         bos: as for :func:`sinkscope.measure`.
         max_tokens: the text is cut to this many tokens; None: 64, or fewer where that is over a million numbers in all heads.
 
@@ -95,9 +100,11 @@ def attention_patterns(model: Any, text: Any, *, bos: bool | None = None, max_to
         keys up to the query. A :class:`SinkReport` that has it as `patterns` shows it on its page.
 
     Raises:
-        SinkscopeError: more than one text.
+        SinkscopeError: more than one text, or cross-attention.
     """
-    adapter = adapt(model)
+    adapter = adapt_side(model, side)
+    if adapter.side == "cross":
+        raise SinkscopeError("side='cross': the explorer shows a text's attention to itself: take ss.attention_map")
     most = at_most(max_tokens) or _longest(adapter)
     tokens = adapter.tokenize(text, bos=bos, max_tokens=most)
     sequence = _only(tokens)

@@ -117,6 +117,8 @@ class Block:
         window: size of the layer's sliding window (query i sees key k iff i - k < window), a :class:`Chunk`, or None.
         tokens: token ids, `[batch, position]`.
         activations: other hook points that the metric asked for, by the name it used.
+        key_lengths: real tokens on the side of the keys, `[batch]`, where that is another text: in cross-attention, whose
+            queries see all of the source. None where keys are the positions of the queries.
     """
 
     layer: int
@@ -129,6 +131,7 @@ class Block:
     window: int | None = None
     tokens: Int[Tensor, "batch position"] | None = None
     activations: Mapping[str, Tensor] = field(default_factory=dict)
+    key_lengths: Int[Tensor, " batch"] | None = None
 
     def at(self, keys: Int[Tensor, " batch"]) -> Block:
         """Look at other key positions, one per sequence."""
@@ -149,6 +152,8 @@ class Block:
         """How many keys a row has: those up to the block's last row, or all of an encoder's."""
         if self.causal:
             return self.start + self.n_queries
+        if self.key_lengths is not None:
+            return int(self.key_lengths.max())
         return int(self.lengths.max()) if self.tokens is None else self.tokens.shape[1]
 
     def rows_version(self) -> int:
@@ -206,7 +211,9 @@ class Block:
 
     @cached_property
     def distance(self) -> Int[Tensor, "query key"]:
-        """Distance in tokens between each query and each key, abs(i - k)."""
+        """Distance in tokens between each query and each key, abs(i - k); in cross-attention there is none."""
+        if self.key_lengths is not None:
+            raise SinkscopeError("in cross-attention keys are positions of another text: there is no distance to them")
         keys = torch.arange(self.pattern.shape[-1], device=self.lengths.device)
         return (self.queries[:, None] - keys[None, :]).abs()
 
@@ -217,10 +224,15 @@ class Block:
 
     @cached_property
     def n_visible(self) -> Int[Tensor, "batch query"]:
-        """How many keys a query sees when nothing but causality hides any: i + 1, or T in an encoder."""
+        """How many keys a query sees when nothing but causality hides any: i + 1; T in an encoder, S in cross-attention."""
         if self.causal:
             return (self.queries + 1).expand(len(self.lengths), -1)
-        return self.lengths[:, None].expand(-1, self.n_queries)
+        return self.real_keys[:, None].expand(-1, self.n_queries)
+
+    @property
+    def real_keys(self) -> Int[Tensor, " batch"]:
+        """Real tokens on the side of the keys."""
+        return self.lengths if self.key_lengths is None else self.key_lengths
 
     @cached_property
     def sees_key(self) -> Bool[Tensor, "batch query"]:

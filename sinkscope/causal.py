@@ -20,7 +20,7 @@ from sinkscope.edit import NOTHING
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention
 from sinkscope.interventions.asked import named, placebo_of, with_placebos
-from sinkscope.models import Adapter, adapt
+from sinkscope.models import Adapter, adapt_side
 from sinkscope.reports.effect import EffectReport
 from sinkscope.results import NONE, Effects, Run
 from sinkscope.runs.fingerprint import fingerprint
@@ -52,7 +52,7 @@ def evaluate(
 
     Args:
         model: a TransformerBridge, a HookedTransformer, or a plain Hugging Face decoder whose attention asks Hugging Face's
-            attention interface. It is left exactly as it was.
+            attention interface; of an encoder-decoder, its decoder's own attention is edited. It is left exactly as it was.
         texts: as for :func:`sinkscope.measure`.
         interventions: one or several, as objects or in text form, such as `"sink_window(size=256, sinks=4)"`.
         score_from: score the predictions of tokens at this position (0-based) and later ones.
@@ -74,7 +74,7 @@ def evaluate(
         SinkscopeError: bad input; keys outside a text; positions that a streaming window can't be defined for.
         InertHookError: an edit that would do nothing on this model; names what works.
     """
-    adapter, share = adapt(model), Share.of(distributed)
+    adapter, share = adapt_side(model), Share.of(distributed)
     asked = named(interventions)
     edits, placebos = with_placebos(asked, placebo)
     score_from, most = whole_number(score_from, "score_from"), at_most(max_tokens)
@@ -209,7 +209,7 @@ class _One:
 
     def _settled(self, ready: _Ready, sequence: TextTokens, other: TextTokens | None) -> Routes:
         """Locate in a text what edits leave open."""
-        way, look = ready.ways[len(sequence)], Looks(self.adapter, ready.capture, other)
+        way, look = ready.ways[len(sequence)], Looks(self.adapter.beside(sequence), ready.capture, other)
         return Routes(way.clean, tuple(r.settled(r.edit.settle(sequence.ids, look)) for r in way.edited))
 
     def _run(self, capture: Edited, sequence: TextTokens, way: Routes, tick: Callable[[int], None]) -> Found:

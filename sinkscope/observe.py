@@ -17,7 +17,7 @@ from sinkscope.metrics import base_of, resolve
 from sinkscope.metrics.base import AnyMetric
 from sinkscope.metrics.catalogue import Asked
 from sinkscope.metrics.observer import Finish, Key, Observer, countable, keys_of
-from sinkscope.models import adapt
+from sinkscope.models import adapt_side
 from sinkscope.observing import PER_TEXT, Observing
 from sinkscope.reports.sink import SinkReport
 from sinkscope.results import TextResult
@@ -35,6 +35,7 @@ def measure(
     metrics: Asked | Iterable[Asked] | None = None,
     *,
     key: SupportsIndex | str | Iterable[SupportsIndex | str] = 0,
+    side: str | None = None,
     where: Any = None,
     compare: bool = False,
     bos: bool | None = None,
@@ -56,10 +57,14 @@ def measure(
             ActivationCache that `model.run_with_cache(ids)` gave, with the same ids as `texts`: then nothing is run.
         texts: a string, a `Path`, token ids (also as a Hugging Face tokenizer gives them), a list of these, or a mapping from
             label to one of these; or a stream, which is never whole in memory: an iterator or a dataset (its rows' field
-            `text`), the `Path` of a directory (its `.txt` files) or of a `.jsonl` file (the field `text` of its lines).
+            `text`), the `Path` of a directory (its `.txt` files) or of a `.jsonl` file (the field `text` of its lines). Of an
+            encoder-decoder: a (source, target) pair (a tuple of two), `input_ids` with `decoder_input_ids`, a row with
+            `source` and `target`, or a source alone, for which the model then writes a target, greedily.
         metrics: names (see `sinkscope metrics`), metrics, or functions of a block, one or several; None for all built-in
             ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
+        side: of an encoder-decoder (T5, BART, Marian), which attention: `"decoder"` (its own; None is that), `"encoder"`, or
+            `"cross"`: the target's to the source, where a key is a position of the source and chance is 1 / S.
         where: which queries count: a rule of :mod:`sinkscope.where` (`next_loss(above=2.0)`, `tokens(".")`,
             `positions(16, None)`), a function of a block that gives `[batch, query]` of bool, or a boolean per token: a
             padded tensor, a list with a row per text, or a mapping from label to row. Means, nulls and thresholds are
@@ -89,7 +94,9 @@ def measure(
         SinkscopeError: bad input (see each argument), a metric that fails, NaN in the activations.
     """
     cache = model if is_cache(model) else None
-    adapter = adapt(model if cache is None else cache.model)
+    adapter = adapt_side(model if cache is None else cache.model, side)
+    if cache is not None and adapter.side is not None:
+        raise SinkscopeError("the ActivationCache of an encoder-decoder is not read: give the model itself, and pairs")
     asked = resolve(metrics) if where is None else countable(resolve(metrics), metrics is not None)
     base, keys, most = base_of(asked), keys_of(key), at_most(max_tokens)
     share = Share.of(distributed)

@@ -74,7 +74,8 @@ class Group:
 class Tally:
     """What is kept of texts whose numbers are not: groups by (metric, tag), model-level numbers by text, and the texts.
 
-    `totals` are (label, metric, value, null), `texts` (label, tokens): a few numbers per text; nothing else grows.
+    `totals` are (label, metric, value, null), `texts` (label, tokens: in cross-attention the source's): a few numbers per
+    text; nothing else grows.
     """
 
     groups: dict[tuple[str, str], Group] = field(default_factory=dict)
@@ -84,7 +85,7 @@ class Tally:
     def add(self, result: TextResult) -> None:
         """Add a text."""
         label = result.sequence.label
-        self.texts.append((label, len(result.sequence)))
+        self.texts.append((label, len(result.sequence.keyed)))
         for v in result.values:
             self._add((v.name, v.tag), Group.of(v))
             if v.total is not None and v.total_null is not None:

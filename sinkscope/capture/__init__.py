@@ -105,6 +105,8 @@ def choose(
             f"output gates of {adapter.name}, which a metric needs, are read by engine flash alone: {why}. Leave out what "
             "asks for another engine, or gate_mean, gate_closed, sink_output_share and nop_rate"
         )
+    if adapter.side is not None:
+        proof.check_patterns(adapter, tokens)
     hooks = chunks.plan(adapter, groups, chunk, tokens)
     if engine == "auto":
         hooks.why += f"; not flash: {why}"

@@ -40,7 +40,7 @@ def attend(
         value: theirs.
         at: the text's positions of the keys, ascending, on the CPU; the last of them are the queries'.
         length: tokens in the text.
-        given: `scale, softcap, sinks, window` of the layer.
+        given: `scale, softcap, sinks, window` of the layer, and a `bias` of positions where it has one.
         rotation: needed by an edit that moves positions into a cache.
         look: is shown (positions of some queries, positions of the keys in their reach, weights), block by block.
 
@@ -75,9 +75,9 @@ def attend(
                 turned = turn(q, by.to(q.device), rotation.frequencies)
                 scores = torch.cat([keys_held.scores(turned, index[:kept], rows, given), scores[..., kept:]], -1)
         queries, keys = rows[:, None].to(q.device), reach[None].to(q.device)
-        bias = edit.biases(layer, keys[0], heads, length)
-        if bias is not None:
-            scores = scores + bias
+        own = given.get("bias")
+        scores = _plus(scores, None if own is None else own[:, :, start:stop][..., index.to(q.device)])
+        scores = _plus(scores, edit.biases(layer, keys[0], heads, length))
         gap = queries - keys
         hidden = gap < 0 if window is None else (gap < 0) | (gap >= window)
         also = edit.hides(layer, queries, keys, heads, length)
@@ -95,3 +95,7 @@ def attend(
         received[index] += weights.detach().sum((0, 1, 2)).double().cpu()
         out[:, :, start:stop] = values_held.mixed(weights, pick, rows).to(out.dtype)
     return edit.outputs(layer, out, at[held - n :]), received
+
+
+def _plus(scores: Tensor, bias: Tensor | None) -> Tensor:
+    return scores if bias is None else scores + bias

@@ -94,7 +94,8 @@ class Pass:
     def _check_shape(self, need: str, value: Tensor) -> None:
         """Refuse an activation whose axes are not those that metrics are promised."""
         axis, batch = query_axis(need), len(self.batch.sequences)
-        rows = self.batch.ids.shape[1] - self.start
+        crossed = self.batch.crossed
+        rows = max(self.batch.ids.shape[1] - self.start, 0 if crossed is None else crossed.ids.shape[1])
         if value.ndim <= axis or value.shape[0] != batch or value.shape[axis] > rows:
             expected = "[batch, head, query, key]" if axis == 2 else "[batch, position, ...]"
             raise SinkscopeError(
@@ -115,7 +116,11 @@ class Pass:
         """Cut a layer's rows where a metric looks at whole ones and nothing else; otherwise give them all at once."""
         source: Source | None = next((self.held[name] for name in group & ATTENTION), None)
         rest = {name: self.held[name] for name in group - ATTENTION}
-        n = source.n if source is not None else min(value.shape[query_axis(name)] for name, value in rest.items())
+        n, crossed = self.batch.ids.shape[1] - self.start, self.batch.crossed
+        if source is not None:
+            n = source.n
+        elif crossed is None:
+            n = min(value.shape[query_axis(name)] for name, value in rest.items())
         device = next(iter(rest.values())).device if source is None else source.device
         lengths = self.batch.lengths.to(device)
         real = self.batch.valid[:, self.start : self.start + n].to(device)
@@ -132,6 +137,7 @@ class Pass:
                 window=self.adapter.windows.get(self.layer),
                 tokens=self.batch.ids.to(device),
                 activations=rest,
+                key_lengths=None if crossed is None else crossed.lengths.to(device),
             )
 
 

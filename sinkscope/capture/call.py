@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sinkscope.block import Chunk
 from sinkscope.capture.masks import OtherwiseError
+from sinkscope.capture.op import attention_with_lse
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 
@@ -62,8 +63,15 @@ class Calls:
         """
         if not self.live and threading.get_ident() != self._thread:
             raise SinkscopeError("this model is being measured in another thread: wait until that is done, or run a copy")
-        layer = self._layer(module)
-        window, softcap, sinks = (extra.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
+        side = self.adapter.side_of(module)
+        looked = side == self.adapter.side  # of an encoder-decoder, the other sides just attend
+        must = self.adapter.causal if looked else side == "decoder"
+        layer = self._layer(module) if looked else -1
+        window, softcap, sinks, bias = (
+            extra.pop(name, None) for name in ("sliding_window", "softcap", "s_aux", "position_bias")
+        )
+        if window is not None and not must:
+            window += 1  # on both sides, Hugging Face's counts the keys before the query's own
         causal = extra.pop("is_causal", None)
         causal = getattr(module, "is_causal", None) if causal is None else causal
         for name, given in extra.items():
@@ -73,24 +81,26 @@ class Calls:
             raise SinkscopeError(f"its attention drops out ({dropout}) in eval mode")
         if dropout:
             raise SinkscopeError(f"its attention drops out ({dropout}), which an edit does not: model.eval() first")
-        if causal is not None and bool(causal) != self.adapter.causal:
+        if causal is not None and bool(causal) != must:
             raise OtherwiseError(f"layer {layer} is {'causal' if causal else 'not causal'}, the model is not so")
         ours = self.adapter.windows.get(layer)
         ours = None if isinstance(ours, Chunk) and key.shape[2] <= ours else ours  # within the first one, all keys are seen
-        if window != ours:
+        if looked and window != ours:
             raise OtherwiseError(f"layer {layer} has a sliding window of {window}, its configuration says {ours}")
-        if query.shape[2] != key.shape[2] and not self.live:
+        if query.shape[2] != key.shape[2] and not self.live and side != "cross":
             raise SinkscopeError(f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys")
         given = {
             "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-            "causal": self.adapter.causal,
+            "causal": must,
             "window": window,
             "softcap": softcap,
             "sinks": sinks,
-            "key_mask": self._key_mask(attention_mask),
+            "key_mask": _key_mask(attention_mask, must),
+            "bias": bias if bias is not None and bool(bias.any()) else None,  # of layers that have none, T5 passes zeros
         }
+        compute = self.compute if looked else _plainly
         with torch.autocast(query.device.type, enabled=False):  # it would lower the products of any statistic
-            out = self.compute(layer, query, key.to(query.dtype), value.to(query.dtype), given)
+            out = compute(layer, query, key.to(query.dtype), value.to(query.dtype), given)
         return out.transpose(1, 2).contiguous(), None
 
     def _layer(self, module: nn.Module) -> int:
@@ -110,10 +120,23 @@ class Calls:
             raise SinkscopeError(f"layer {says} came where layer {layer} was expected")
         return layer
 
-    def _key_mask(self, mask: Tensor | None) -> Tensor | None:
-        """Read which keys are real off the mask that `Masks` gave; a mask of the model's own is refused."""
-        if mask is None:
-            return None
-        if self.adapter.causal or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
-            raise SinkscopeError("its attention mask is its own, not causal or key padding")
-        return mask[:, 0, 0]
+
+def _key_mask(mask: Tensor | None, causal: bool) -> Tensor | None:
+    """Read which keys are real off the mask that `Masks` gave, or an encoder made itself; any other is refused."""
+    if mask is None:
+        return None
+    own = SinkscopeError("its attention mask is its own, not causal or key padding")
+    if causal or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+        raise own
+    keys = mask[:, 0, 0]
+    if keys.dtype == torch.bool:
+        return keys
+    real = keys == 0
+    if not bool((real | (keys == torch.finfo(keys.dtype).min)).all()):
+        raise own
+    return None if bool(real.all()) else real
+
+
+def _plainly(layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
+    """Attend where nobody looks."""
+    return attention_with_lse(query, key, value, **given)[0]

@@ -83,6 +83,8 @@ class InsideCapture:
     _calls: Calls = field(init=False, repr=False)
     _undo: ExitStack = field(default_factory=Undo, repr=False)
     _edit: Edit = field(default=NOTHING, repr=False)
+    #: The model, beside the source of the text that it runs.
+    _beside: Adapter = field(init=False, repr=False)
     _at: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
     _length: int = field(default=0, repr=False)
     _tick: Tick = field(default=lambda: None, repr=False)
@@ -96,7 +98,7 @@ class InsideCapture:
         self._calls = Calls(self.adapter, self._attend)
         with Undo() as undo:
             undo.enter_context(self.adapter.quiet())
-            undo.enter_context(swapped(self.adapter, self._calls, Masks(self.adapter.causal)))
+            undo.enter_context(swapped(self.adapter, self._calls, Masks.of(self.adapter)))
             undo.enter_context(editing_residuals(self.adapter, self._residual))
             undo.enter_context(editing_neurons(self.adapter, self.neurons, lambda: self._edit))
             self._undo = undo.pop_all()
@@ -139,7 +141,7 @@ class InsideCapture:
 
     def _begin(self, edit: Edit, batch: Batch, tick: Tick, first: int = 0, counts: bool = True) -> None:
         self._edit, self._tick, self._stream, self._length = edit, tick, None, batch.ids.shape[1]
-        self._first, self._counts = first, counts
+        self._first, self._counts, self._beside = first, counts, self.adapter.beside(batch.sequences[0])
         self.received = torch.zeros(self._length, dtype=torch.float64)
 
     def _finite(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -157,7 +159,7 @@ class InsideCapture:
         self._calls.made = sum(layer < self._first for layer in self.adapter.layers)
         self._at = torch.arange(start, start + ids.shape[1])
         first = start if self._stream is None else self._stream.base
-        hidden = self.adapter.body(ids, torch.ones_like(ids, dtype=torch.bool), first=first)
+        hidden = self._beside.body(ids, torch.ones_like(ids, dtype=torch.bool), first=first)
         if self._calls.made != len(self.adapter.layers):
             layer = self.adapter.layers[self._calls.made]
             raise InertHookError(f"layer {layer} of {self.adapter.name} asked for no attention, so nothing was edited")

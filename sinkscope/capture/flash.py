@@ -54,7 +54,7 @@ class Fused:
                 undo.enter_context(gated(self.adapter, take))
             if others:
                 undo.enter_context(observed(self.adapter, others, take))
-            undo.enter_context(swapped(self.adapter, self._calls, Masks(self.adapter.causal)))
+            undo.enter_context(swapped(self.adapter, self._calls, Masks.of(self.adapter)))
             yield
 
     def begin(self) -> None:
@@ -102,5 +102,5 @@ def first_bad_module(adapter: Adapter, batch: Batch) -> str:
         with uninterrupted():
             for name, m in modules:
                 undo.callback(m.register_forward_hook(lambda _, __, output, name=name: look(name, output)).remove)
-        adapter.body(batch.ids, batch.valid)
+        adapter.body(batch.ids, batch.valid, sources=batch.sources)
     return bad[0] if bad else "after the last layer"

@@ -83,7 +83,7 @@ def _attention(adapter: Adapter, edit: Edit, listeners: list[Any]) -> Callable[[
     if not isinstance(capture, InsideCapture):
         return lambda place: editing_points(adapter, edit.touches, lambda: edit, lambda: ENDLESS, where=place)
     op = _Op(edit, None if capture.frequencies is None else Rotation(capture.frequencies), listeners)
-    return lambda place: swapped(adapter, Calls(adapter, op, live=True), Masks(adapter.causal, op.told))
+    return lambda place: swapped(adapter, Calls(adapter, op, live=True), Masks.of(adapter, op.told))
 
 
 @dataclass

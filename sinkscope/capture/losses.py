@@ -23,9 +23,9 @@ def check_logits(adapter: Adapter, tokens: Tokens) -> int:
     Raises:
         SinkscopeError: it does not, or the model predicts no next token.
     """
-    if not adapter.causal:
+    if not adapter.causal and adapter.side != "cross":
         raise SinkscopeError(f"{adapter.name} is an encoder, which predicts no next token whose loss could be taken")
-    ids = tokens.sequences[0].ids[None, :8].to(adapter.device)
+    ids, adapter = tokens.sequences[0].ids[None, :8].to(adapter.device), adapter.beside(tokens.sequences[0])
     with adapter.quiet(), dropping_patterns(adapter):
         own = adapter.own_logits(ids)
         hidden = adapter.body(ids, torch.ones_like(ids, dtype=torch.bool))[0]
@@ -57,7 +57,7 @@ def next_losses(adapter: Adapter, batch: Batch, chunk: int | None = None) -> Flo
         cache = adapter.new_cache(len(batch.sequences)) if chunk else None
         for start in range(0, length, step):
             stop = min(start + step, length)
-            hidden = adapter.body(batch.ids[:, start:stop], batch.valid[:, start:stop], cache)
+            hidden = adapter.body(batch.ids[:, start:stop], batch.valid[:, start:stop], cache, sources=batch.sources)
             for row, text in enumerate(batch.lengths.tolist()):
                 here = torch.arange(start, max(start, min(stop, text - 1)))  # none, where the text has ended before
                 size = 1

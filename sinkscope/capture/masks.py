@@ -1,4 +1,4 @@
-"""What Hugging Face's modules are told of who sees whom: causal, a sliding window, or an encoder's padding; nothing else."""
+"""What Hugging Face's modules are told of who sees whom: causal, a sliding window, or the padding of keys; nothing else."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
+from sinkscope.models import Adapter
 
 #: Said of a mask.
 NEITHER = "its attention mask is neither causal, nor a sliding window, nor the padding of an encoder"
+#: Told (keys before the first, keys, the layers' window) at every call.
+Told = Callable[[int, int, int | None], None]
 
 
 class OtherwiseError(SinkscopeError):
@@ -24,11 +27,19 @@ class OtherwiseError(SinkscopeError):
 
 @dataclass(frozen=True)
 class Masks:
-    """Stands for Hugging Face's mask function: causal masks need no tensor, an encoder's needs one row of keys."""
+    """Stands for Hugging Face's mask function: causal masks need no tensor, an encoder's needs one row of keys.
+
+    An encoder-decoder asks for both (`either`), and for its cross-attention, where there may be fewer keys or more.
+    """
 
     causal: bool
-    #: Told (keys before the first, keys, the layers' window) at every call.
-    told: Callable[[int, int, int | None], None] | None = None
+    told: Told | None = None
+    either: bool = False
+
+    @classmethod
+    def of(cls, adapter: Adapter, told: Told | None = None) -> Masks:
+        """Give those of a model."""
+        return cls(adapter.causal, told, adapter.side is not None)
 
     def __call__(
         self,
@@ -50,19 +61,23 @@ class Masks:
             SinkscopeError: it can't be told.
         """
         whole = q_length == kv_length if self.told is None else q_offset + q_length == kv_offset + kv_length
+        whole = whole or (self.either and self.told is None)
         if not args and not use_vmap and mask_function is not None and whole:
             rows = torch.tensor(sorted({0, q_length // 2, q_length - 1}))[:, None] + int(q_offset)
             keys = torch.arange(kv_length) + kv_offset
             nothing = torch.zeros((), dtype=torch.long)
             seen = torch.as_tensor(mask_function(nothing, nothing, rows, keys)).expand(len(rows), kv_length)
-            expected = (keys <= rows) if self.causal else torch.ones_like(seen)
+            later = kv_length > 1 and bool(seen[0, 1])  # the first query sees a later key
+            causal = self.causal if not self.either else q_length == kv_length and not later
+            expected = (keys <= rows) if causal else torch.ones_like(seen)
             if local_size is not None:
-                expected = expected & (rows - keys < local_size)
-            if not torch.equal(seen, expected) or not (self.causal or local_size is None):
+                gap = rows - keys
+                expected = expected & ((gap < local_size) if causal else (gap.abs() <= local_size))
+            if not torch.equal(seen, expected) or not (causal or self.either or local_size is None):
                 raise OtherwiseError(NEITHER)
             if self.told is not None:
                 self.told(kv_offset, kv_length, local_size)
-            if self.causal or attention_mask is None or bool(attention_mask.all()):
+            if causal or attention_mask is None or bool(attention_mask.all()):
                 return None
             return attention_mask[:, None, None, :].bool()
         raise SinkscopeError(NEITHER)

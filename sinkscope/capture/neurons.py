@@ -81,7 +81,8 @@ def last_matrix(adapter: Adapter, layer: int) -> nn.Module:
     Raises:
         SinkscopeError: there is none, or there are several.
     """
-    names = [(name, m) for name, m in adapter.blocks[layer].named_modules() if "attn" not in name and "attention" not in name]
+    inside = [(name.lower(), m) for name, m in adapter.blocks[layer].named_modules()]
+    names = [(name, m) for name, m in inside if "attn" not in name and "attention" not in name]
     experts = any(p.ndim > 2 for _, module in names for p in module.parameters(recurse=False))
     found: list[nn.Module] = [m for _, m in names if _sizes(m)[1] == adapter.width != _sizes(m)[0]]
     if len(found) != 1 or experts:

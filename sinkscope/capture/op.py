@@ -26,28 +26,31 @@ ROWS = 256
 
 def attention_with_lse(
     q: Float[Tensor, "batch head position d_head"],
-    k: Float[Tensor, "batch kv_head position d_head"],
-    v: Float[Tensor, "batch kv_head position d_value"],
+    k: Float[Tensor, "batch kv_head key d_head"],
+    v: Float[Tensor, "batch kv_head key d_value"],
     *,
     scale: float,
     causal: bool,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
-    key_mask: Bool[Tensor, "batch position"] | None = None,
+    key_mask: Bool[Tensor, "batch key"] | None = None,
+    bias: Float[Tensor, "#batch head position key"] | None = None,
 ) -> tuple[Float[Tensor, "batch head position d_value"], Float[Tensor, "batch head position"]]:
     """Attend, exactly.
 
     Args:
         q: queries, rotated and normed.
-        k: keys; `head` is a multiple of `kv_head`, and query head h reads key head h // (head / kv_head).
+        k: keys, as many as queries where attention is causal; `head` is a multiple of `kv_head`, and query head h reads key
+            head h // (head / kv_head).
         v: values.
         scale: factor on q.k.
         causal: query i sees no key after i.
-        window: of a causal layer: query i sees key k iff also i - k < window.
+        window: query i sees key k iff also abs(i - k) < window.
         softcap: c in score = c tanh(scale q.k / c).
         sinks: a learned logit per head that takes its share of each row and gives nothing.
         key_mask: which keys are real; every query must have one.
+        bias: added to scores after the scale: relative positions (T5).
 
     Returns:
         The output in q's dtype, and the log-sum-exp of each row (a sink's logit included), at least float32.
@@ -57,17 +60,23 @@ def attention_with_lse(
     tensor([[[1., 2., 3.]]])
     """
     t = q.shape[2]
-    bias = None if key_mask is None else _additive(key_mask[:, None, None, :], q.dtype)
+    real = None if key_mask is None else _additive(key_mask[:, None, None, :], q.dtype)
     banded = window is not None and window < t
-    if softcap is None and not banded and not (causal and key_mask is not None) and _has_kernel(q):
-        out, lse = _kernel(q, k, v, scale, causal, bias)
+    added = (causal, real is not None, bias is not None)
+    if softcap is None and not banded and sum(added) < 2 and _has_kernel(q):
+        out, lse = _kernel(q, k, v, scale, causal, real if bias is None else bias)
     else:
         out = q.new_empty(q.shape[0], t, q.shape[1], v.shape[3]).transpose(1, 2)  # Hugging Face wants it so
         lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        for rows, keys, seen in _blocks(q, causal, window if banded else None):
-            here = None if bias is None else bias[..., keys]
-            if seen is not None:
-                here = _additive(seen, q.dtype) if here is None else _additive(seen, q.dtype) + here
+        for rows, keys, seen in _blocks(q, k.shape[2], causal, window if banded else None):
+            here: Tensor | None
+            if key_mask is not None and seen is not None:  # a pad's row may see no key at all, and must stay a number
+                here = _additive(seen & key_mask[:, None, None, keys], q.dtype, torch.finfo(q.dtype).min)
+            else:
+                masked = None if real is None else real[..., keys]
+                here = masked if seen is None else _additive(seen, q.dtype)
+            if bias is not None:
+                here = bias[:, :, rows, keys] if here is None else bias[:, :, rows, keys] + here
             part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
             if softcap is None and _has_kernel(q):
                 out[:, :, rows], lse[:, :, rows] = _kernel(*part, scale, False, here)
@@ -80,22 +89,23 @@ def attention_with_lse(
     return out, lse
 
 
-def _blocks(q: Tensor, causal: bool, window: int | None) -> Iterator[tuple[slice, slice, Tensor | None]]:
+def _blocks(q: Tensor, n_keys: int, causal: bool, window: int | None) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Cut the rows; give, with each block, the keys in its reach and which of them each row sees (None: all)."""
     t = q.shape[2]
     for start in range(0, t, ROWS):
         stop = min(start + ROWS, t)
         first = 0 if window is None else max(0, start - window + 1)
-        keys = slice(first, stop if causal else t)
+        last = stop if causal else n_keys if window is None else min(n_keys, stop + window - 1)
         seen = None
-        if causal:
-            gap = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
-            seen = (gap >= 0) if window is None else (gap >= 0) & (gap < window)
-        yield slice(start, stop), keys, seen
+        if causal or window is not None:
+            gap = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
+            seen = gap >= 0 if causal else torch.ones_like(gap, dtype=torch.bool)
+            seen = seen if window is None else seen & (gap.abs() < window)
+        yield slice(start, stop), slice(first, last), seen
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+def _additive(seen: Tensor, dtype: torch.dtype, hidden: float = float("-inf")) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, hidden)
 
 
 def _has_kernel(q: Tensor) -> bool:

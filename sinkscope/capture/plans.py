@@ -10,7 +10,7 @@ from sinkscope.capture.neurons import neurons_of
 from sinkscope.capture.routes import way
 from sinkscope.capture.stream import frequencies
 from sinkscope.edit import Edit
-from sinkscope.errors import InertHookError
+from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.tokens import Tokens
 
@@ -32,9 +32,14 @@ def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
         longest = max(len(s) for s in tokens.sequences)
         turns = any(way(adapter, e, longest) == "streamed" or any(map(e.cache, adapter.layers)) for e in edits)
         before = adapter.rotary and any(e.unrotated(layer) for e in edits for layer in adapter.layers)
+        if adapter.side is not None and (turns or before or any(e.borrows for e in edits)):
+            raise SinkscopeError(
+                f"{adapter.name} is an encoder-decoder, whose decoder takes no positions inside a cache and no values of "
+                "another text: take sink_window, mask_keys, scale_attention, zero_head, or values replaced by 'zero'"
+            )
         found = frequencies(adapter, STREAMS if turns else BEFORE) if turns or before else None
-        return InsideCapture(adapter, found, neurons_of(adapter, edits))
-    if adapter.causal and adapter.shows_patterns:
+        return InsideCapture(adapter, found, neurons_of(adapter.beside(tokens.sequences[0]), edits))
+    if adapter.causal and adapter.shows_patterns and adapter.side is None:
         return points.plan(adapter, edits, why_not)
     raise InertHookError(
         f"interventions can't run inside the attention of {adapter.name}: {why_not}. They are made inside Hugging Face's "

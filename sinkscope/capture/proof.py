@@ -19,7 +19,7 @@ from sinkscope.models import Adapter
 from sinkscope.models.adapter import hooks_on
 from sinkscope.runs.owner import alone
 from sinkscope.runs.undo import surely
-from sinkscope.tokens import Batch, TextTokens, Tokens
+from sinkscope.tokens import Batch, Tokens
 
 #: Tokens of the proof: enough to pass a short sliding window, where a model has one.
 TOKENS, PAST_A_WINDOW = 16, 48
@@ -42,6 +42,30 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) ->
         why = _refused(adapter, groups, max(map(len, tokens.sequences)))
     why = why or _prove(adapter, groups, tokens)
     return why if why is not None else flash(adapter, groups, WHY)
+
+
+def check_patterns(adapter: Adapter, tokens: Tokens) -> None:
+    """See to it that a bridge's hook points give attention: those of some encoder-decoders give something else (Switch).
+
+    Raises:
+        SinkscopeError: they do not; says what works.
+    """
+    way = (
+        "leave engine out"
+        if adapter.asks_interface
+        else "its sliding attention can't be measured; side='decoder' and 'cross' can"
+    )
+    batch = _first_tokens(adapter, tokens)
+    one = next(Tokens(batch.sequences[-1:], "").batches(1, adapter.device))
+    try:
+        with surely(hooks(adapter, frozenset({WHOLE}), "patterns")) as capture:
+            off = _look(capture, one).off
+    except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        raise SinkscopeError(f"the hook points of {adapter.name} give no whole rows of attention: {way}") from error
+    if not off < tolerance(adapter):
+        raise SinkscopeError(
+            f"the hook points of {adapter.name} give no attention (rows miss a sum of 1 by {off:.2g}): {way}"
+        )
 
 
 def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) -> str | None:
@@ -100,13 +124,15 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]], longest: int) 
     """Say what is known to rule the engine out before anything is run."""
     if adapter.kind not in ("bridge", "hugging_face"):
         return f"a {type(adapter.model).__name__} computes attention itself"
+    if adapter.side is not None and not adapter.asks_interface:
+        return "its attention does not ask Hugging Face's attention interface"
     others = sorted(frozenset().union(*groups) - ATTENTION - SUPPLIED)
     if adapter.kind == "hugging_face" and others:
         return f"a metric needs {others[0]!r}, and a plain Hugging Face model has no hook points"
     own = registered_by_others(adapter.network) if adapter.kind == "hugging_face" else None
     if own is not None:
         return f"its attention is {own!r}, a function that somebody registered, whose place engine 'flash' would take"
-    if adapter.windows and not adapter.causal:
+    if adapter.windows and not adapter.causal and adapter.side is None:
         return "it is an encoder with sliding windows"
     chunk = min((size for size in adapter.windows.values() if isinstance(size, Chunk)), default=longest)
     if chunk < longest:
@@ -120,27 +146,27 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]], longest: int) 
 
 
 def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:
-    """Take the start of the longest text; for an encoder, half of it too, so that there are pads."""
+    """Take the start of the longest text; where pads are masked (an encoder's), half of it too, so that there are some."""
     longest = max(tokens.sequences, key=len)
     short_window = min(adapter.windows.values(), default=PAST_A_WINDOW) < PAST_A_WINDOW
     n = min(len(longest), PAST_A_WINDOW if short_window else TOKENS)
-    sizes = [n] if adapter.causal else [n, (n + 1) // 2]
-    parts = (TextTokens(longest.label, longest.ids[:m], longest.strings[:m]) for m in sizes)
-    return next(Tokens(tuple(parts), tokens.bos).batches(2, adapter.device))
+    sizes = [n] if adapter.causal and longest.source is None else [n, (n + 1) // 2]
+    return next(Tokens(tuple(map(longest.first, sizes)), tokens.bos).batches(2, adapter.device))
 
 
 @dataclass
 class _Look:
-    """What an engine says of the real rows: last hidden state, mass on key 0 by layer, how far rows miss their sums."""
+    """What an engine says of real rows: last hidden state, mass on key 0 by layer, how far rows miss their sums, and 1."""
 
     hidden: Tensor
     mass: list[Tensor]
     gap: float = 0.0
+    off: float = 0.0
 
 
 def _look(capture: Capture, batch: Batch) -> _Look:
     mass: dict[int, Tensor] = {}
-    gaps = []
+    gaps, off = [], []
 
     def keep(block: Block, group: frozenset[str]) -> None:
         if group == WHOLE:
@@ -149,9 +175,11 @@ def _look(capture: Capture, batch: Batch) -> _Look:
             whole = mass.setdefault(block.layer, found.new_zeros(len(found), batch.ids.shape[1], found.shape[2]))
             whole[:, rows] = found
             gaps.append(float((block.pattern.sum(-1) - block.row_sum).transpose(1, 2)[real].abs().max()))
+            off.append(float((block.pattern.sum(-1) - 1).transpose(1, 2)[real].abs().max()))
 
     hidden = capture.run(batch, keep, lambda: None)
-    return _Look(hidden[batch.valid].float(), [m[batch.valid.to(m.device)] for m in mass.values()], max(gaps))
+    found = [m[batch.valid.to(m.device)] for m in mass.values()]
+    return _Look(hidden[batch.valid].float(), found, max(gaps), max(off))
 
 
 def _reference(adapter: Adapter, batch: Batch) -> _Look:
@@ -163,7 +191,9 @@ def _reference(adapter: Adapter, batch: Batch) -> _Look:
     if adapter.shows_patterns:
         with surely(hooks(adapter, frozenset({WHOLE}), "reference")) as capture:
             looks = [_look(capture, one) for one in alone]
+        if adapter.side is not None and any(look.off > tolerance(adapter) for look in looks):
+            return _Look(torch.cat([look.hidden for look in looks]), [])  # no attention comes from there
         mass = [torch.cat(layer) for layer in zip(*(look.mass for look in looks), strict=True)]
         return _Look(torch.cat([look.hidden for look in looks]), mass)
     with adapter.quiet():
-        return _Look(torch.cat([adapter.body(one.ids, one.valid)[0] for one in alone]).float(), [])
+        return _Look(torch.cat([adapter.body(one.ids, one.valid, sources=one.sources)[0] for one in alone]).float(), [])

@@ -25,6 +25,8 @@ GPU_ROWS, GPU_BYTES = 512, 256 << 20
 TILE, KEYS = 4 << 20, 2048
 #: The same of rows that are stored, and only looked at.
 STORED = 8 << 20
+#: The logarithm of no attention: exp gives 0, and 0 times it is 0, which infinity's would not be.
+NEVER = -1e30
 
 
 @runtime_checkable
@@ -110,14 +112,15 @@ class Scores:
     """
 
     q: Float[Tensor, "batch head position d_head"]
-    k: Float[Tensor, "batch kv_head position d_head"]
+    k: Float[Tensor, "batch kv_head key d_head"]
     lse: Float[Tensor, "batch head position"]
     scale: float
     causal: bool
     window: int | None = None
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
-    key_mask: Bool[Tensor, "batch position"] | None = None
+    key_mask: Bool[Tensor, "batch key"] | None = None
+    bias: Float[Tensor, "#batch head position key"] | None = None
     scratch: tuple[Scratch, Scratch] = field(default_factory=lambda: (Scratch(), Scratch()))
 
     @property
@@ -152,7 +155,7 @@ class Scores:
         while start < self.n:
             before = min(start, self.window or start)
             # rows x keys = area, where the keys of a causal block are those before it and its own
-            rows = (math.sqrt(before**2 + 4 * area) - before) / 2 if self.causal else area / self.n
+            rows = (math.sqrt(before**2 + 4 * area) - before) / 2 if self.causal else area / self.k.shape[2]
             stop = min(start + min(max(FEWEST, int(rows)), most), self.n)
             yield start, stop
             start = stop
@@ -174,8 +177,11 @@ class ScoredRows:
     def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
         """Give the attention to one key per sequence: one thin matrix product, whatever the number of rows."""
         of = self.of
-        key = of.k[torch.arange(len(keys), device=keys.device), :, keys][:, :, None]
+        texts = torch.arange(len(keys), device=keys.device)
+        key = of.k[texts, :, keys][:, :, None]
         logs = scores_of(of.q[:, :, self.start : self.stop], key, of.scale, of.softcap)[..., 0]
+        if of.bias is not None:
+            logs = logs + of.bias.expand(len(keys), -1, -1, -1)[texts, :, self.start : self.stop, keys]
         seen = self._seen(keys[:, None])[:, None]
         shares = (logs - of.lse[:, :, self.start : self.stop]).clamp(max=0).exp()  # rounding must not give more than all
         return torch.where(seen, shares, 0)
@@ -189,8 +195,9 @@ class ScoredRows:
 
     def pattern(self) -> Float[Tensor, "batch head query key"]:
         """Give the whole rows, keys up to the last row; a window's other keys are zeros."""
-        band, first = self._whole, self._reach.start
-        return torch.nn.functional.pad(band, (first, 0)) if first else band
+        band, reach = self._whole, self._reach
+        beyond = 0 if self.of.causal else self.of.k.shape[2] - reach.stop
+        return torch.nn.functional.pad(band, (reach.start, beyond)) if reach.start or beyond else band
 
     def entropy(self) -> Float[Tensor, "batch head query"]:
         """Give the entropy of each row, -sum A log A: the logarithms are at hand."""
@@ -204,14 +211,15 @@ class ScoredRows:
     def _reach(self) -> slice:
         of = self.of
         first = 0 if of.window is None else max(0, self.start - of.window + 1)
-        return slice(first, self.stop if of.causal else of.n)
+        last = of.k.shape[2] if of.window is None else min(of.k.shape[2], self.stop + of.window - 1)
+        return slice(first, self.stop if of.causal else last)
 
     def _seen(self, keys: Int[Tensor, "*batch key"]) -> Bool[Tensor, "*batch query"]:
         """Tell which rows see a key."""
         queries = torch.arange(self.start, self.stop, device=self.of.q.device)
         gap = queries - keys
         seen = gap >= 0 if self.of.causal else torch.ones_like(gap, dtype=torch.bool)
-        return seen if self.of.window is None else seen & (gap < self.of.window)
+        return seen if self.of.window is None else seen & (gap.abs() < self.of.window)
 
     @cached_property
     def _whole(self) -> Float[Tensor, "batch head query key"]:
@@ -223,7 +231,7 @@ class ScoredRows:
         """Entropies and columns, from tiles that stay in a processor's cache: whole rows never exist."""
         of, n = self.of, self.stop - self.start
         entropy = of.lse.new_zeros(*of.q.shape[:2], n)
-        columns = of.lse.new_zeros(*of.q.shape[:2], self.stop if of.causal else of.n)
+        columns = of.lse.new_zeros(*of.q.shape[:2], self.stop if of.causal else of.k.shape[2])
         real = entropy.new_ones(len(of.q), n) if self.real is None else self.real[:, self.start : self.stop].to(entropy.dtype)
         for batch, heads, keys in self._tiles():
             logs, band = self._tile(batch, heads, keys, of.scratch[1])
@@ -248,19 +256,27 @@ class ScoredRows:
                         slice(key, min(key + width, reach.stop)),
                     )
 
+    def _hide(self, logs: Tensor, keys: slice, some: slice) -> None:
+        """Hide some of the keys from the rows that don't see them."""
+        seen = self._seen(torch.arange(some.start, some.stop, device=logs.device)[:, None])
+        logs[..., some.start - keys.start : some.stop - keys.start].masked_fill_(~seen.mT, NEVER)
+
     def _tile(self, batch: slice, heads: slice, keys: slice, memory: Scratch) -> tuple[Tensor, Tensor]:
         """Give logarithms and weights of some key heads' queries; the next tile takes the logarithms' memory over."""
         of, rows, own = self.of, slice(self.start, self.stop), self.of.queries_of(heads)
         logs = scores_of(of.q[batch, own, rows], of.k[batch, heads, keys], of.scale, of.softcap, of.scratch[0])
+        if of.bias is not None:
+            logs.add_(of.bias.expand(len(of.q), -1, -1, -1)[batch, own, rows, keys])
         logs.sub_(of.lse[batch, own, rows, None])
-        band = torch.exp(logs, out=memory(logs, *logs.shape))
-        if of.causal:  # all keys before the block are seen
-            first = max(0, self.start - keys.start)
-            band[..., first:].tril_(self.start - keys.start - first)
-        if of.window is not None:  # of the oldest keys, each row sees one less
-            band[..., : max(0, self.stop - of.window - keys.start)].triu_(self.start - of.window + 1 - keys.start)
+        if of.causal and keys.stop > self.start:  # all keys before the block are seen
+            self._hide(logs, keys, slice(max(keys.start, self.start), keys.stop))
+        if of.window is not None and not of.causal:
+            self._hide(logs, keys, keys)
+        elif of.window is not None and keys.start < self.stop - of.window:  # of the oldest keys, each row sees one less
+            self._hide(logs, keys, slice(keys.start, min(keys.stop, self.stop - of.window)))
         if of.key_mask is not None:
-            band.masked_fill_(~of.key_mask[batch, None, None, keys], 0)
+            logs.masked_fill_(~of.key_mask[batch, None, None, keys], NEVER)
+        band = torch.exp(logs, out=memory(logs, *logs.shape))
         if not of.exact:
             total = band @ band.new_ones(band.shape[-1])
             factor = (self.row_sum()[batch, own] / total).nan_to_num_(1.0, 1.0, 1.0)[..., None]  # a row of pads stays

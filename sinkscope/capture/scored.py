@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ def passed(
     """Run once. `at_once(first position, hidden)` takes pieces that then are not kept."""
     ids, origin = route.edit.input(sequence.ids)
     strings = tuple(sequence.strings[int(i)] for i in origin)
-    (batch,) = Tokens((TextTokens(sequence.label, ids, strings),), "").batches(1, adapter.device)
+    (batch,) = Tokens((replace(sequence, ids=ids, strings=strings),), "").batches(1, adapter.device)
     pieces, done = [], 0
     for piece in capture.pieces(batch, route, tick):
         if at_once is None:

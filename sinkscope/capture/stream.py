@@ -96,6 +96,6 @@ def _queries(adapter: Adapter, ids: Tensor, start: int) -> list[Tensor]:
         seen.append(query.float())
         return attention_with_lse(query, key, value, **given)[0]
 
-    with adapter.quiet(), swapped(adapter, Calls(adapter, look), Masks(adapter.causal)):
+    with adapter.quiet(), swapped(adapter, Calls(adapter, look), Masks.of(adapter)):
         adapter.body(ids, torch.ones_like(ids, dtype=torch.bool), first=start)
     return seen

@@ -114,7 +114,7 @@ def attention_bridges(adapter: Adapter) -> dict[int, tuple[int, Any]]:
     """Give the modules that a bridge has put around attention, by their `id`, with their layers; none without patterns."""
     if adapter.kind != "bridge" or not adapter.shows_patterns:
         return {}
-    layers = {id(adapter.hook_point(layer, "attn.hook_pattern")): layer for layer in adapter.layers}
+    layers = {id(point): layer for layer, point in adapter.attention_points}
     return {
         id(module): (layers[id(child)], module)
         for module in adapter.model.modules()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sinkscope.cli.inputs import errors, texts
+from sinkscope.cli.inputs import errors, paired, texts
 from sinkscope.cli.options import (
     AsJson,
     Bos,
@@ -18,6 +18,7 @@ from sinkscope.cli.options import (
     Model,
     Out,
     PerText,
+    Targets,
     Texts,
     intervention_names,
 )
@@ -34,6 +35,7 @@ def evaluate(
     model: Model,
     text: Texts = None,
     file: Files = None,
+    target: Targets = None,
     intervention: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,7 +61,7 @@ def evaluate(
         from sinkscope.interventions import parse
 
         edits = [parse(i) for i in intervention or ["window(size=256)", "sink_window(size=256, sinks=4)"]]
-        given = texts(text or [], file or [])
+        given = paired(texts(text or [], file or []), target or [])
         how: dict[str, Any] = {"score_from": score_from, "placebo": placebo, "bos": bos, "max_tokens": max_tokens}
         how |= {"per_text": per_text, "progress": True, "resume": out}
         report = carried_out(

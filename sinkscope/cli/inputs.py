@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -61,6 +62,24 @@ def texts(texts: list[str], files: list[Path]) -> dict[str, str] | Path:
         if not text.strip():
             raise SinkscopeError(f"text {index} ({label!r}) is empty: give it at least two tokens of text, or leave it out")
     return found
+
+
+def paired(texts: dict[str, str] | Path, targets: list[str]) -> dict[str, Any] | Path:
+    """Put targets beside their sources.
+
+    Raises:
+        SinkscopeError: there are more or fewer of them.
+    """
+    from sinkscope.errors import SinkscopeError
+
+    if not targets:
+        return texts
+    if isinstance(texts, Path) or len(texts) != len(targets):
+        raise SinkscopeError(
+            f"{len(targets)} --target and {'a corpus' if isinstance(texts, Path) else f'{len(texts)} text(s)'}: give one for "
+            "each --text, in their order; of a corpus, a .jsonl file whose lines have 'source' and 'target'"
+        )
+    return {label: (text, target) for (label, text), target in zip(texts.items(), targets, strict=True)}
 
 
 def key_of(text: str) -> int | str:

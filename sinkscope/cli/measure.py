@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinkscope.cli.inputs import chunk_of, errors, key_of, texts
+from sinkscope.cli.inputs import chunk_of, errors, key_of, paired, texts
 from sinkscope.cli.options import (
     AsJson,
     Bos,
@@ -20,6 +20,8 @@ from sinkscope.cli.options import (
     Model,
     Out,
     PerText,
+    Side,
+    Targets,
     Texts,
     metric_names,
 )
@@ -37,6 +39,8 @@ def measure(
     model: Model,
     text: Texts = None,
     file: Files = None,
+    target: Targets = None,
+    side: Side = None,
     metric: Annotated[
         list[str] | None,
         typer.Option("--metric", help="Such as sink_mass or sink_rate@0.5; default: all.", autocompletion=metric_names),
@@ -59,7 +63,7 @@ def measure(
 ) -> None:
     """Measure the attention sink of a model on texts."""
     with errors(debug):
-        given = texts(text or [], file or [])
+        given = paired(texts(text or [], file or []), target or [])
         report = measured(
             model,
             given,
@@ -68,6 +72,7 @@ def measure(
             {"backend": backend, "device": device, "device_map": device_map},
             quiet=as_json,
             key=[key_of(k) for k in key] if key else 0,
+            side=side,
             bos=bos,
             max_tokens=max_tokens,
             engine=engine,
@@ -82,7 +87,7 @@ def measure(
 
 def measured(
     name: str,
-    texts: dict[str, str] | Path,
+    texts: dict[str, Any] | Path,
     metric: list[str] | None,
     out: Path | None,
     load: dict[str, Any],
@@ -102,16 +107,16 @@ def measured(
         report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)
         if share.rank > 0 or out is None or not isinstance(texts, dict):
             return report
-        short, bos = _short(texts, report), how.get("bos")
-        return replace(
-            report, attention=attention_map(model, short, bos=bos), patterns=attention_patterns(model, short, bos=bos)
-        )
+        shown: dict[str, Any]
+        short, shown = _short(texts, report), {name: how.get(name) for name in ("bos", "side")}
+        report = replace(report, attention=attention_map(model, short, **shown))
+        return report if shown["side"] == "cross" else replace(report, patterns=attention_patterns(model, short, **shown))
 
     resolve(metric)
     return carried_out(name, out, work, quiet=quiet, **load)
 
 
-def _short(texts: dict[str, str], report: SinkReport) -> str:
+def _short(texts: dict[str, Any], report: SinkReport) -> Any:
     """Choose the text that is shown whole: the longest of those that need no cut, else the shortest."""
     from sinkscope.attention import LONGEST
 

@@ -49,6 +49,13 @@ PerText = Annotated[
 ]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Keep this many tokens, BOS included.")]
 Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="BOS first? Default: the model's convention.")]
+Side = Annotated[
+    str | None, typer.Option("--side", help="Of an encoder-decoder: decoder (if nothing is said), encoder or cross.")
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="An encoder-decoder's target of each --text, in their order. Default: it writes them."),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Directory for tables, pictures and report.html.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps; default: the GPU when there is one.")]

@@ -21,9 +21,9 @@ def _at_key(block: Block, per_position: Tensor) -> Tensor:
     return per_position[torch.arange(len(keys), device=keys.device), keys]
 
 
-def _real(block: Block, per_position: Tensor) -> Tensor:
+def _real(per_position: Tensor, lengths: Tensor) -> Tensor:
     """Mark with NaN what stands at pads, `[batch, position, ...]`."""
-    real = torch.arange(per_position.shape[1], device=per_position.device) < block.lengths[:, None].to(per_position.device)
+    real = torch.arange(per_position.shape[1], device=per_position.device) < lengths[:, None].to(per_position.device)
     return per_position.masked_fill(~real.reshape(*real.shape, *[1] * (per_position.ndim - 2)), torch.nan)
 
 
@@ -45,7 +45,7 @@ def _for_queries(per_kv_head: Tensor, heads: int) -> Tensor:
 def _drain(block: Block, vectors: Tensor) -> Tensor:
     """Norm of the sink key's vector over the median norm of a text's vectors, `[batch, kv_head]`."""
     norms = vectors.float().norm(dim=-1)
-    return _at_key(block, norms) / median(_real(block, norms), dim=1)
+    return _at_key(block, norms) / median(_real(norms, block.real_keys), dim=1)
 
 
 @metric(needs="value", at_key=True, unit="times the median")
@@ -127,7 +127,7 @@ def head_output_norm(block: Block) -> Tensor:
 
     mean over i of |z_i| / mean over i and heads. Source: the best of the head scores of arXiv 2504.03889.
     """
-    norms = _real(block, block["output"].float().norm(dim=-1))
+    norms = _real(block["output"].float().norm(dim=-1), block.lengths)
     return (norms / norms.nanmean(dim=(1, 2), keepdim=True)).nan_to_num(0.0).transpose(1, 2)
 
 
@@ -153,7 +153,7 @@ def nop_rate(received: Array, sink_output_share: Array, tokens: int, causal: boo
 
 def _magnitudes(block: Block) -> Tensor:
     """Magnitudes of the residual stream after the layer, `[batch, position * d_model]`; NaN at pads."""
-    return _real(block, block.residual.float().abs()).flatten(1)
+    return _real(block.residual.float().abs(), block.lengths).flatten(1)
 
 
 def _largest(size: Tensor) -> tuple[Tensor, Tensor]:

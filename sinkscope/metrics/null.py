@@ -69,6 +69,7 @@ def uniform_mean(
     window: int | None,
     tokens: Int[Tensor, " position"] | None = None,
     counted: Bool[Tensor, " position"] | None = None,
+    n_keys: int | None = None,
 ) -> Array:
     """Apply a metric to uniform attention over one text.
 
@@ -80,6 +81,7 @@ def uniform_mean(
         window: the layer's sliding window, or None.
         tokens: the text's ids, for metrics that look at them.
         counted: which queries may enter the mean; None for those that the metric chooses.
+        n_keys: number of keys S in cross-attention, all of which every query sees; None where keys are the text's own.
 
     Returns:
         A number, or one per key `[key]` or query `[query]`; NaN where the metric has no null.
@@ -94,7 +96,7 @@ def uniform_mean(
     mean = accumulator(metric)
     for start in range(0, length, ROWS):
         stop = min(start + ROWS, length)
-        rows = UniformRows(start, stop, length, causal, window)
+        rows = UniformRows(start, stop, n_keys or length, causal, window)
         mean.update(
             Block(
                 layer=0,
@@ -106,6 +108,7 @@ def uniform_mean(
                 causal=causal,
                 window=window,
                 tokens=None if tokens is None else tokens[None],
+                key_lengths=None if n_keys is None else torch.tensor([n_keys]),
             ),
             counted=None if counted is None else counted[None, start:stop],
         )

@@ -157,13 +157,13 @@ class Finish:
         for m in self.base:
             means[m.name] = observer.value(m.name, index if m.at_key else 0, row, side)
             if means[m.name].ndim == 3:
-                means[m.name] = means[m.name][..., : len(sequence)]
+                means[m.name] = means[m.name][..., : len(sequence if m.per_query else sequence.keyed)]
             nulls[m.name] = self._null(m, sequence, position, means[m.name], counted)
         for reported in self.asked:
             at_key = getattr(reported, "at_key", False)
             if at_key or index == 0:
                 at, mark = (position, tag) if at_key else (None, "")
-                values += values_of(reported, means, nulls, at, mark, len(sequence), self.causal)
+                values += values_of(reported, means, nulls, at, mark, len(sequence.keyed), self.causal)
         return values
 
     def _null(self, m: Metric, sequence: TextTokens, position: int, like: Array, counted: np.ndarray | None) -> Array:
@@ -172,15 +172,22 @@ class Finish:
             return np.full(like.shape, np.nan)
         # Of the built-in metrics none looks at the text, only at its length; another one may.
         text = "" if m.name in BUILT_IN else sequence.label
-        rows = []
+        rows, n_keys = [], len(sequence.keyed) if sequence.crossed else None
         for place, layer in enumerate(self.layers):
             window = self.windows.get(layer) if m.null == "visible" else None
             only = None if counted is None else torch.from_numpy(counted[place])
             mark = None if counted is None else hashlib.sha256(counted[place].tobytes()).digest()
-            at = (m.name, text, len(sequence), position, window, mark)
+            at = (m.name, text, len(sequence), n_keys, position, window, mark)
             if at not in self._nulls:
                 null = uniform_mean(
-                    m, len(sequence), position, causal=self.causal, window=window, tokens=sequence.ids, counted=only
+                    m,
+                    len(sequence),
+                    position,
+                    causal=self.causal,
+                    window=window,
+                    tokens=sequence.ids,
+                    counted=only,
+                    n_keys=n_keys,
                 )
                 self._room -= null.size
                 if self._room < 0:

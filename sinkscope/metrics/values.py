@@ -49,7 +49,7 @@ def values_of(
     tokens: int,
     causal: bool,
 ) -> list[Value]:
-    """Finish one metric for one sequence."""
+    """Finish one metric for one sequence; `tokens` counts its keys."""
     if isinstance(m, AcrossTexts):
         return []
     if isinstance(m, Metric):

@@ -16,7 +16,7 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.models.digest import digest
 from sinkscope.models.heads import Heads
 from sinkscope.runs.fingerprint import fingerprint
-from sinkscope.tokens import Tokens, tokenize
+from sinkscope.tokens import TextTokens, Tokens, tokenize
 
 
 class Adapter(Heads):
@@ -32,21 +32,28 @@ class Adapter(Heads):
         Raises:
             SinkscopeError: a text longer than the context (if that bounds what will be run), or an id outside the vocabulary.
         """
-        vocabulary, chosen = self.vocabulary, self.chosen
+        chosen = self.chosen
         for s in tokens.sequences:
-            if bounded and self.n_ctx is not None and len(s) > self.n_ctx:
-                raise SinkscopeError(
-                    f"{s.label!r} has {len(s)} tokens, but {self.name} takes at most {self.n_ctx}. Shorten it with "
-                    f"max_tokens={self.n_ctx} (--max-tokens {self.n_ctx}), or take a windowed intervention that streams"
-                )
+            self._check_text(s, self.n_ctx if bounded else None, self.vocabulary)
             if chosen is not None and len(s) > chosen:
                 raise SinkscopeError(
                     f"{s.label!r} has {len(s)} tokens, and queries of {self.name} attend to the {chosen} keys that an "
                     f"indexer chooses for each, which is not covered: up to {chosen} tokens they see all. Shorten it with "
                     f"max_tokens={chosen} (--max-tokens {chosen})"
                 )
-            if vocabulary > 0 and int(s.ids.max()) >= vocabulary:
-                raise SinkscopeError(f"{s.label!r} has token id {int(s.ids.max())}; {self.name} has 0 to {vocabulary - 1}")
+
+    def _check_text(self, s: TextTokens, longest: int | None, vocabulary: int) -> None:
+        if longest is not None and len(s) > longest:
+            raise SinkscopeError(
+                f"{s.label!r} has {len(s)} tokens, but {self.name} takes at most {longest}. Shorten it with "
+                f"max_tokens={longest} (--max-tokens {longest}), or take a windowed intervention that streams"
+            )
+        if vocabulary > 0 and int(s.ids.max()) >= vocabulary:
+            raise SinkscopeError(f"{s.label!r} has token id {int(s.ids.max())}; {self.name} has 0 to {vocabulary - 1}")
+
+    def beside(self, text: TextTokens) -> Adapter:
+        """Give the model as it runs this text's ids: an encoder-decoder, beside its source."""
+        return self
 
     def state(self) -> dict[str, Any]:
         """Give what numbers depend on besides the texts: weights, buffers, configuration, switches, hooks, patched code.
@@ -78,6 +85,7 @@ class Adapter(Heads):
             "layers": list(self.layers),
             "windows": {str(layer): size for layer, size in self.windows.items()},
             "causal": self.causal,
+            **({} if self.side is None else {"side": self.side}),
             "dtype": self.dtype,
             "device": ", ".join(sorted({str(p.device) for p in self.network.parameters() if not p.is_meta})),
             "transformer_lens": importlib.metadata.version("transformer-lens"),

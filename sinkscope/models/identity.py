@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,8 @@ from sinkscope.errors import SinkscopeError, unknown
 #: How the types of models begin whose heads' outputs are gated by the second half of a wider projection of queries.
 GATED = ("qwen3_next", "qwen3_5")
 Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
+#: The attentions of an encoder-decoder.
+Side = Literal["decoder", "encoder", "cross"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class Identity:
         n_ctx: longest input, or None where nothing bounds it.
         causal: False for encoders.
         points: hook points by their TransformerLens name; none in a plain Hugging Face model.
+        side: which attention of an encoder-decoder is looked at; None of any other model.
     """
 
     model: Any
@@ -44,6 +48,16 @@ class Identity:
     n_ctx: int | None
     causal: bool
     points: dict[str, Any] = field(repr=False)
+    side: Side | None = None
+
+    def side_of(self, module: nn.Module) -> Side | None:
+        """Tell which attention of an encoder-decoder a module computes; None in any other model."""
+        return None
+
+    @property
+    def asks_interface(self) -> bool:
+        """Whether Hugging Face's code of this model looks its attention function up, where another can stand."""
+        return hasattr(sys.modules[type(self.network).__module__], "ALL_ATTENTION_FUNCTIONS")
 
     @cached_property
     def shows_patterns(self) -> bool:
@@ -125,6 +139,11 @@ class Identity:
         if prefix + name not in self.points:
             raise unknown("hook point", name, [p.removeprefix(prefix) for p in self.points if p.startswith(prefix)])
         return self.points[prefix + name]
+
+    @property
+    def attention_points(self) -> list[tuple[int, Any]]:
+        """The hook points of patterns, with their layers; of an encoder-decoder those of all its attentions."""
+        return [(layer, self.hook_point(layer, "attn.hook_pattern")) for layer in self.layers]
 
     def attention_modules(self) -> Iterator[nn.Module]:
         """Give the modules that may keep their last pattern."""

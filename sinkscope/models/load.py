@@ -189,6 +189,8 @@ def _class_for(config: Any) -> Any:
     own = getattr(transformers, named, None)
     if named.endswith(PREDICT) and getattr(own, "config_class", None) is type(config):
         return own
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
     if not named.endswith("BertModel") and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SinkscopeError(
             f"a {named or type(config).__name__} predicts no tokens. Models that read text are covered (gpt2, "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sinkscope.models.identity import Identity, text_model
 from sinkscope.runs.owner import alone
 from sinkscope.runs.undo import Undo
+from sinkscope.tokens import Batch
 
 
 class Running(Identity):
@@ -39,12 +40,17 @@ class Running(Identity):
         return None
 
     def body(
-        self, ids: Int[Tensor, "batch position"], valid: Bool[Tensor, "batch position"], cache: Any = None, first: int = 0
+        self,
+        ids: Int[Tensor, "batch position"],
+        valid: Bool[Tensor, "batch position"],
+        cache: Any = None,
+        first: int = 0,
+        sources: Batch | None = None,
     ) -> Float[Tensor, "batch position d_model"]:
         """Run the model up to its last hidden state: no logits, no attentions kept.
 
         Right padding needs no mask in a causal model (real rows never see it); an encoder gets one. `first` is the position
-        of the first token, for a decoder that Hugging Face runs.
+        of the first token, for a decoder that Hugging Face runs; `sources` are what an encoder-decoder's encoder reads.
         """
         if self.kind in ("bridge", "hugging_face"):
             extra: dict[str, Any] = {} if self.causal else {"attention_mask": valid.long()}

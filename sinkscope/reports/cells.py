@@ -27,6 +27,7 @@ from sinkscope.reports.drawing import (
     rows_of,
     short,
     title_of,
+    tokens_of,
 )
 
 
@@ -77,18 +78,25 @@ def attention(attention_frame: DataFrame, tokens: Sequence[str] | None = None, *
     Raises:
         SinkscopeError: a position lies outside `tokens`.
     """
-    last = int(attention_frame[["query", "key"]].to_numpy().max())
+    of_queries = tokens
     if tokens is None:
-        tokens = attention_frame.sort_values("key").drop_duplicates("key")["key_token"].tolist()
-    if last >= len(tokens):
-        raise SinkscopeError(f"attention reaches position {last}, but there are {len(tokens)} tokens")
+        tokens, of_queries = (tokens_of(attention_frame, axis) for axis in ("key", "query"))
+    of_queries = of_queries or tokens
+    for axis, known in (("key", tokens), ("query", of_queries)):
+        last = int(attention_frame[axis].max())
+        if last >= len(known):
+            raise SinkscopeError(f"attention reaches position {last}, but there are {len(known)} tokens")
     ax = plt.figure(**SIZE).add_subplot() if ax is None else ax
-    _cells(ax, query_by_key(attention_frame, len(tokens)), "share of attention", None)
-    ticks = every(len(tokens), 20)
-    labels = [short(tokens[i].replace(" ", "·")) for i in ticks]
-    ax.set_xticks(ticks, labels=labels, rotation=90, **PLAIN)
-    ax.set_yticks(ticks, labels=labels, **PLAIN)
+    _cells(ax, query_by_key(attention_frame, len(of_queries), len(tokens)), "share of attention", None)
+    ax.set_xticks(*_named(tokens), rotation=90, **PLAIN)
+    ax.set_yticks(*_named(of_queries), **PLAIN)
     return finish(ax, _of_layer_and_head(attention_frame.attrs), "key", "query")
+
+
+def _named(tokens: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Choose the tokens that are named, and give their names."""
+    ticks = list(every(len(tokens), 20))
+    return ticks, [short(tokens[i].replace(" ", "·")) for i in ticks]
 
 
 def _of_layer_and_head(of: Mapping[Any, Any]) -> str:

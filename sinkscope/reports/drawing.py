@@ -54,10 +54,16 @@ def first_key(rows: DataFrame) -> DataFrame:
     return rows.sort_values("key").drop_duplicates(["text", "metric", "layer", "head"]).sort_index()
 
 
-def query_by_key(attention_frame: DataFrame, count: int) -> DataFrame:
-    """The first `count` queries and keys as a square; blank where nothing goes to a later key: it is not seen."""
+def tokens_of(attention_frame: DataFrame, axis: str) -> list[str]:
+    """The tokens of an attention map's queries or keys; none where it does not name them."""
+    name = f"{axis}_token"
+    return attention_frame.sort_values(axis).drop_duplicates(axis)[name].tolist() if name in attention_frame else []
+
+
+def query_by_key(attention_frame: DataFrame, queries: int, keys: int) -> DataFrame:
+    """The first queries and keys; blank where nothing goes to a later key: it is not seen."""
     seen = attention_frame[(attention_frame["key"] <= attention_frame["query"]) | (attention_frame["value"] > 0)]
-    return seen.pivot(index="query", columns="key", values="value").reindex(range(count), columns=range(count))
+    return seen.pivot(index="query", columns="key", values="value").reindex(range(queries), columns=range(keys))
 
 
 def layer_series(frame: DataFrame, metric: str) -> tuple[DataFrame, int]:

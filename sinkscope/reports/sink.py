@@ -66,7 +66,9 @@ class SinkReport(Paged):
         frame, summary = tables(tally, asked, about, results)
         texts: list[dict[str, Any]] = [{"label": label, "n_tokens": n} for label, n in tally.texts]
         for text, r in zip(texts, results, strict=False):
-            text["tokens"] = list(r.sequence.strings)
+            text["tokens"] = list(r.sequence.keyed.strings)
+            if r.sequence.crossed:
+                text["queries"] = list(r.sequence.strings)
         said = sentences(summary[summary["text"] == ALL], about["arguments"]["key"])
         units = {m.name: m.unit for m in asked if m.name not in BUILT_IN and not isinstance(m, AcrossTexts) and m.unit}
         about = about | {"texts": texts, "sentences": said} | ({"units": units} if units else {})

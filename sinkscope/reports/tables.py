@@ -28,7 +28,7 @@ def tables(
     rows = Rows(list(about["layers"]))
     for r in results:
         for v in _once(r.values):
-            rows.add(v, r.sequence.label, len(r.sequence))
+            rows.add(v, r.sequence.label, len(r.sequence.keyed))
     totals = [(label, name, value, np.nan, null) for label, name, value, null in tally.totals]
     tokens = sum(n for _, n in tally.texts)
     for g in _once(tally.groups.values()):

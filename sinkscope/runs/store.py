@@ -104,6 +104,8 @@ class Store:
         digest = hashlib.sha256(self.run.encode())
         for s in sequences:
             digest.update(s.label.encode() + b"\0" + s.ids.numpy().tobytes() + b"\0")
+            if s.source is not None:
+                digest.update(s.source.ids.numpy().tobytes() + b"\0\0")
         return digest.hexdigest()[:32]
 
     def read(self, name: str) -> tuple[Any, Arrays] | None:

@@ -16,9 +16,10 @@ from sinkscope.metrics.accumulate import accumulator
 from sinkscope.metrics.base import AnyMetric, Array, Metric
 from sinkscope.models import bridge
 from sinkscope.testing.cache import CacheCheck, check_cache
-from sinkscope.testing.families import FAMILIES, tiny_hf_model, tiny_tokenizer
+from sinkscope.testing.families import ENCODER_DECODERS, FAMILIES, tiny_hf_model, tiny_tokenizer
 
 __all__ = [
+    "ENCODER_DECODERS",
     "FAMILIES",
     "CacheCheck",
     "check_cache",

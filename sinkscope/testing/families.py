@@ -75,6 +75,38 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_SEQUENCES = {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": HEADS}
+_SEQUENCES |= {"decoder_attention_heads": HEADS, "encoder_ffn_dim": MLP, "decoder_ffn_dim": MLP}
+_RELATIVE = {"d_model": HIDDEN, "d_kv": HEAD_DIM, "d_ff": MLP, "num_layers": 2, "num_decoder_layers": 3}
+_MODULE = {
+    **_GEMMA,
+    "attn_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "head_dim": HEAD_DIM,
+}
+_MODULE |= {"hidden_size": HIDDEN, "intermediate_size": MLP, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+_MODULE |= {"max_position_embeddings": CONTEXT, "vocab_size": VOCAB}
+
+#: Models with an encoder of two layers and a decoder of two or three, with `side=` for each of their attentions.
+ENCODER_DECODERS: dict[str, Family] = {
+    "t5": Family("T5ForConditionalGeneration", _RELATIVE),
+    "mt5": Family("MT5ForConditionalGeneration", _RELATIVE),
+    "switch": Family("SwitchTransformersForConditionalGeneration", {**_RELATIVE, "num_experts": 2, "expert_capacity": 64}),
+    "marian": Family("MarianMTModel", {**_SEQUENCES, "decoder_vocab_size": VOCAB}),
+    "bart": Family("BartForConditionalGeneration", _SEQUENCES),
+    "mbart": Family("MBartForConditionalGeneration", _SEQUENCES),
+    "pegasus": Family("PegasusForConditionalGeneration", _SEQUENCES),
+    "m2m_100": Family("M2M100ForConditionalGeneration", _SEQUENCES),
+    "blenderbot": Family("BlenderbotForConditionalGeneration", _SEQUENCES),
+    "t5gemma": Family("T5GemmaForConditionalGeneration", {"encoder": _MODULE, "decoder": _MODULE}),
+    "led": Family(
+        "LEDForConditionalGeneration",
+        {**_SEQUENCES, "attention_window": WINDOW}
+        | dict.fromkeys(("max_encoder_position_embeddings", "max_decoder_position_embeddings"), CONTEXT),
+    ),
+}
+
+
 def tiny_config(family: str) -> PretrainedConfig:
     """Build the config of a family, or of an architecture by its class's name in `transformers`.
 
@@ -90,9 +122,7 @@ def tiny_config(family: str) -> PretrainedConfig:
 
     if family in ARCHITECTURES:
         return cast("PretrainedConfig", tiny_architecture(family))
-    if family not in FAMILIES:
-        raise unknown("family", family, [*FAMILIES, *ARCHITECTURES])
-    recipe = FAMILIES[family]
+    recipe = _recipe(family)
     make = getattr(transformers, recipe.model).config_class
     sizes = {
         **dict.fromkeys(("num_layers", "num_hidden_layers"), len(recipe.local)),
@@ -106,8 +136,20 @@ def tiny_config(family: str) -> PretrainedConfig:
     known = set(make.attribute_map) | set(make.__dataclass_fields__)
     options = {name: value for name, value in sizes.items() if name in known} | dict(recipe.options)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    if family in ENCODER_DECODERS:
+        options = {name: options[name] for name in ("num_heads", "max_position_embeddings") if name in options} | dict(
+            recipe.options
+        )
+        special |= {"pad_token_id": 0, "decoder_start_token_id": 1}
     config = make(vocab_size=VOCAB, architectures=[recipe.model], attn_implementation="eager", **special, **options)
     return cast("PretrainedConfig", config)
+
+
+def _recipe(family: str) -> Family:
+    known = FAMILIES | ENCODER_DECODERS
+    if family not in known:
+        raise unknown("family", family, [*known, *ARCHITECTURES])
+    return known[family]
 
 
 def tiny_hf_model(family: str, seed: int = 0) -> PreTrainedModel:
@@ -142,7 +184,8 @@ def tiny_hf_model(family: str, seed: int = 0) -> PreTrainedModel:
 def tiny_tokenizer(family: str = "llama") -> PreTrainedTokenizerFast:
     """Build a tokenizer of one token per character, which fits every tiny model: lower case, digits, punctuation.
 
-    Id 0 pads. Decoders get BOS (id 1) in front, as Llama's does; bert gets [CLS] (1) and [SEP] (2) around the text.
+    Id 0 pads. Decoders get BOS (id 1) in front, as Llama's does; bert gets [CLS] (1) and [SEP] (2) around the text, and
+    encoder-decoders EOS (2) behind it, as T5's do.
     The arguments `name_or_path` and `add_bos_token` keep TransformerBridge from loading it again by name.
 
     >>> tiny_tokenizer()("a b").input_ids, tiny_tokenizer("bert")("a b").input_ids
@@ -153,6 +196,8 @@ def tiny_tokenizer(family: str = "llama") -> PreTrainedTokenizerFast:
 
     encoder = family == "bert" or family.endswith("MaskedLM")
     roles = ("pad", "cls", "sep", "unk") if encoder else ("pad", "bos", "eos", "unk")
+    if family in ENCODER_DECODERS:
+        roles = ("pad", "cls", "eos", "unk")  # without a BOS, which TransformerBridge would want in front
     special = {f"{role}_token": f"[{role.upper()}]" if encoder else f"<{role}>" for role in roles}
     symbols = [*special.values(), *string.ascii_lowercase, *string.digits, *" .,;:!?'\"-()\n"]
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
@@ -164,6 +209,8 @@ def tiny_tokenizer(family: str = "llama") -> PreTrainedTokenizerFast:
         around = [("[CLS]", 1), ("[SEP]", 2)]
         characters.post_processor = tk.processors.TemplateProcessing("[CLS] $A [SEP]", None, around)
         arguments["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # HookedEncoder asks for all
+    elif family in ENCODER_DECODERS:
+        characters.post_processor = tk.processors.TemplateProcessing("$A <eos>", None, [("<eos>", 2)])
     else:
         arguments["add_bos_token"] = True
     make = cast("Any", PreTrainedTokenizerFast)  # its constructor has no annotations

@@ -4,11 +4,13 @@ from sinkscope.tokens.batches import Batch, TextTokens, Tokens, key_positions
 from sinkscope.tokens.corpora import Corpus, as_stream, portions, read_text
 from sinkscope.tokens.encodings import columns_of
 from sinkscope.tokens.numbers import at_most, whole_number
+from sinkscope.tokens.pairs import Targets, resided, tokenize_pairs
 from sinkscope.tokens.texts import tokenize
 
 __all__ = [
     "Batch",
     "Corpus",
+    "Targets",
     "TextTokens",
     "Tokens",
     "as_stream",
@@ -17,6 +19,8 @@ __all__ = [
     "key_positions",
     "portions",
     "read_text",
+    "resided",
     "tokenize",
+    "tokenize_pairs",
     "whole_number",
 ]

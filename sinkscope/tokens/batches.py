@@ -7,7 +7,7 @@ not tell a pad from BOS or EOS.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,29 +18,51 @@ from sinkscope.errors import SinkscopeError
 
 @dataclass(frozen=True, eq=False)
 class TextTokens:
-    """One text: its label, its ids `[position]`, and its tokens as strings."""
+    """One text: its label, its ids `[position]`, and its tokens as strings.
+
+    What the decoder of an encoder-decoder is given has a `source`, which the encoder reads; where its cross-attention is
+    looked at, `crossed` says that keys are the source's positions.
+    """
 
     label: str
     ids: Int[Tensor, " position"]
     strings: tuple[str, ...]
+    source: TextTokens | None = None
+    crossed: bool = False
 
     def __len__(self) -> int:
         """Count its tokens, BOS included."""
         return len(self.ids)
 
+    @property
+    def keyed(self) -> TextTokens:
+        """The text whose positions are the keys: this one, or in cross-attention its source."""
+        return self.source if self.crossed and self.source is not None else self
+
+    def first(self, n: int) -> TextTokens:
+        """Give the first tokens, and as many of the source's."""
+        source = None if self.source is None else self.source.first(n)
+        return replace(self, ids=self.ids[:n], strings=self.strings[:n], source=source)
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Right-padded ids of a few sequences and which of them are real."""
+    """Right-padded ids of a few sequences and which of them are real; their sources, where they have any."""
 
     sequences: tuple[TextTokens, ...]
     ids: Int[Tensor, "batch position"]
     valid: Bool[Tensor, "batch position"]
+    sources: Batch | None = None
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
         """Real tokens of each sequence."""
         return self.valid.sum(-1)
+
+    @property
+    def crossed(self) -> Batch | None:
+        """The sources, where keys are their positions."""
+        return self.sources if self.sequences[0].crossed else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +101,12 @@ def _pad(group: Sequence[TextTokens], device: torch.device | str) -> Batch:
     ids = torch.nn.utils.rnn.pad_sequence([s.ids for s in group], batch_first=True, padding_value=0)
     lengths = torch.tensor([len(s) for s in group])
     valid = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
-    return Batch(tuple(group), ids.to(device), valid.to(device))
+    sources = [s.source for s in group if s.source is not None]
+    return Batch(tuple(group), ids.to(device), valid.to(device), _pad(sources, device) if sources else None)
 
 
 def key_positions(key: int | str, sequences: Sequence[TextTokens]) -> Int[Tensor, " batch"]:
-    """Find the position that `key` names in each sequence.
+    """Find the position that `key` names in each sequence; in cross-attention, of its source.
 
     Args:
         key: a 0-based position; negative counts from the end (-1 is the last token); or a token's text, such as
@@ -94,7 +117,7 @@ def key_positions(key: int | str, sequences: Sequence[TextTokens]) -> Int[Tensor
         SinkscopeError: a position outside a sequence, or a token that does not occur in it.
     """
     found = []
-    for s in sequences:
+    for s in (sequence.keyed for sequence in sequences):
         if isinstance(key, str):
             if key not in s.strings:
                 raise SinkscopeError(f"key={key!r} does not occur in {s.label!r}; its first tokens are {s.strings[:8]}")

@@ -15,6 +15,8 @@ from sinkscope.errors import SinkscopeError
 
 #: What holds the ids: a Hugging Face tokenizer's name for it, and that of TransformerLens's `tokenize_and_concatenate`.
 IDS, COLUMN = "input_ids", "tokens"
+#: What an encoder-decoder's decoder is given.
+DECODER, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 #: Keys that are looked at.
 USED = frozenset({"attention_mask", "token_type_ids", "position_ids"})
 #: Keys that can't change what a model computes on these ids: targets, marks and numbers of rows.
@@ -91,12 +93,23 @@ def separate(entries: Iterable[Any], first: int = 0) -> Iterator[Any]:
     number = first
     for entry in entries:
         rows = [entry]
-        if is_encoding(entry):
+        if is_encoding(entry) and entry.get(DECODER) is not None:
+            rows = _pairs(entry, f"text {number}")
+        elif is_encoding(entry):
             rows = rows_of(entry, f"text {number}")
         elif isinstance(entry, Tensor | np.ndarray) and entry.ndim == 2:
             rows = list(entry)
         number += len(rows)
         yield from rows
+
+
+def _pairs(encoding: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
+    """Give the (source, target) pairs of an encoding with `decoder_input_ids`."""
+    sources = rows_of({k: v for k, v in encoding.items() if k not in (DECODER, DECODER_MASK)}, where)
+    targets = rows_of({IDS: encoding[DECODER], "attention_mask": encoding.get(DECODER_MASK)}, f"the target of {where}")
+    if len(sources) != len(targets):
+        raise SinkscopeError(f"{where} has {len(sources)} sources and {len(targets)} targets")
+    return list(zip(sources, targets, strict=True))
 
 
 def ids_of(item: Any, where: str) -> Int[Tensor, " position"]:

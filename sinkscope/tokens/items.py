@@ -39,7 +39,7 @@ def items_of(texts: Any, attention_mask: Tensor | None, first: int = 0) -> list[
         return [pair for label, text in texts.items() for pair in _named(label_of(label), text)]
     if isinstance(texts, Tensor):
         texts = list(texts) if texts.ndim == 2 else [texts]
-    elif isinstance(texts, str | Path) or _chat(texts) is not None or _is_row(texts):
+    elif isinstance(texts, str | Path) or _chat(texts) is not None or is_row(texts):
         texts = [texts]
     if not isinstance(texts, Iterable):
         raise SinkscopeError(f"texts is a {type(texts).__name__}: expected a string, a path, token ids, or several of these")
@@ -115,7 +115,7 @@ def _field(row: Mapping[str, Any], where: str) -> Any:
     )
 
 
-def _is_row(texts: Any) -> bool:
+def is_row(texts: Any) -> bool:
     """Tell one row of ids, of any type of integers."""
     if not isinstance(texts, Sequence) or not texts or isinstance(texts[0], str | bytes):
         return False

@@ -70,7 +70,7 @@ def tokenize(
         ids = ids[:most]
         if len(ids) < 2:
             raise SinkscopeError(f"{where} has {len(ids)} token(s); attention needs at least 2. Give a longer text.")
-        strings = tuple(_strings(tokenizer, ids))
+        strings = tuple(strings_of(tokenizer, ids))
         sequences.append(TextTokens(label, ids, strings))
     wrong = [label for label, n in Counter(s.label for s in sequences).items() if n > 1 or label == "all"]
     if wrong:
@@ -167,7 +167,8 @@ def _refused(text: str, where: str, error: Exception) -> SinkscopeError:
     return SinkscopeError(f"the tokenizer refuses {where}: {type(error).__name__}: {first}. Give token ids, or mend the text")
 
 
-def _strings(tokenizer: Any, ids: Int[Tensor, " position"]) -> list[str]:
+def strings_of(tokenizer: Any, ids: Int[Tensor, " position"]) -> list[str]:
+    """Decode ids one by one."""
     return [_string(tokenizer, int(i)) for i in ids]
 
 

@@ -16,7 +16,16 @@ from pandas import DataFrame
 
 from sinkscope.metrics.across import t_interval
 from sinkscope.reports.costs import norm_of
-from sinkscope.reports.drawing import COLOUR_MAP, first_key, labelled, layer_series, query_by_key, visible, without_queries
+from sinkscope.reports.drawing import (
+    COLOUR_MAP,
+    first_key,
+    labelled,
+    layer_series,
+    query_by_key,
+    tokens_of,
+    visible,
+    without_queries,
+)
 from sinkscope.reports.page.glance import glance
 from sinkscope.reports.page.kinds import KINDS, QUIET, base, definition, kind, quiet
 from sinkscope.reports.page.pack import pack
@@ -152,10 +161,12 @@ def _text(text: Mapping[str, Any], rows: DataFrame, layers: list[int]) -> dict[s
 
 
 def _pairs(attention: DataFrame) -> dict[str, Any]:
-    tokens = attention.drop_duplicates("key").sort_values("key")["key_token"].tolist() if "key_token" in attention else []
-    count = min(MOST_PAIRS, int(attention["key"].max()) + 1)
-    names = [visible(tokens[key]) if key < len(tokens) else str(key) for key in range(count)]
-    return {"tokens": names, "value": _table(query_by_key(attention, count))}
+    names = {}
+    for axis in ("query", "key"):
+        tokens, count = tokens_of(attention, axis), min(MOST_PAIRS, int(attention[axis].max()) + 1)
+        names[axis] = [visible(tokens[at]) if at < len(tokens) else str(at) for at in range(count)]
+    square = query_by_key(attention, len(names["query"]), len(names["key"]))
+    return {"tokens": names["key"], "queries": names["query"], "value": _table(square)}
 
 
 def _patterns(patterns: DataFrame, keys: Sequence[int | str]) -> dict[str, Any]:

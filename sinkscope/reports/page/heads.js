@@ -78,11 +78,11 @@ const strongest = (page, value) => {
 };
 
 export const drawPairs = ({data, $, colours}) => {
-  const {tokens, value} = data.attention, label = i => tokens[i].length > 10 ? `${tokens[i].slice(0, 9)}…` : tokens[i];
+  const {tokens, queries, value} = data.attention, label = i => queries[i].length > 10 ? `${queries[i].slice(0, 9)}…` : queries[i];
   grid($("pairs"), {
-    rows: tokens.map((_, i) => i), columns: tokens.map((_, i) => i), value, rowLabel: label, left: 88, bottom: 88, mark: null,
+    rows: queries.map((_, i) => i), columns: tokens.map((_, i) => i), value, rowLabel: label, left: 88, bottom: 88, mark: null,
     label: "attention from each query to each key",
     cellName: (r, c) => `query ${r}, key ${c}`,
-    say: (r, c) => { $("pairs-readout").textContent = `Query ${r} “${tokens[r]}” → key ${c} “${tokens[c]}”: ${number(value[r][c])}`; },
+    say: (r, c) => { $("pairs-readout").textContent = `Query ${r} “${queries[r]}” → key ${c} “${tokens[c]}”: ${number(value[r][c])}`; },
   }, colours);
 };

@@ -1,0 +1,285 @@
+"""Encoder-decoders: one of their three attentions at a time, as layers like those of any other model.
+
+The encoder's and the decoder's own attention are those of two models, of which the second is given what the first has made of
+the source. In cross-attention queries are the target's tokens and keys the source's. Encoder and decoder are called by
+themselves, one after the other, so that no logits are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.models.adapter import Adapter
+from sinkscope.models.adapting import EDITED, adapt, is_encoder_decoder, short_name
+from sinkscope.models.identity import Side
+from sinkscope.tokens import Batch, Targets, TextTokens, Tokens, resided, tokenize_pairs
+from sinkscope.tokens.pairs import PAIRS
+
+SIDES: tuple[Side, ...] = ("decoder", "encoder", "cross")
+#: What modules of cross-attention are called in Hugging Face's decoders.
+CROSS = frozenset({"encoder_attn", "EncDecAttention", "cross_attn"})
+#: Where a bridge keeps each side's attention of a layer.
+POINTS: dict[Side, str] = {"encoder": "encoder_blocks.{}.attn", "decoder": "decoder_blocks.{}.self_attn", "cross": ""}
+POINTS["cross"] = "decoder_blocks.{}.cross_attn"
+#: Tokens of a target that is generated, at most, where nothing else is said.
+GENERATED = 64
+
+
+def adapt_side(model: Any, side: str | None = None) -> Adapter:
+    """Look at any model; of an encoder-decoder, at one of its attentions: the decoder's own if nothing is said.
+
+    Raises:
+        SinkscopeError: no such side, or none of this model; see :func:`sinkscope.models.adapt`.
+    """
+    if side is not None and side not in SIDES:
+        raise unknown("side", side, SIDES)
+    if is_encoder_decoder(model):
+        return _sided(model, next((known for known in SIDES if known == side), "decoder"))
+    adapter = adapt(model)
+    own = "decoder" if adapter.causal else "encoder"
+    if side not in (None, own):
+        raise SinkscopeError(
+            f"side={side!r}, but {adapter.name} is {'a decoder' if adapter.causal else 'an encoder'} alone, with one "
+            "attention: leave side out, or take an encoder-decoder such as T5, BART or Marian"
+        )
+    return adapter
+
+
+def _sided(model: Any, side: Side) -> Sided:
+    """Look at one side.
+
+    Raises:
+        SinkscopeError: the model is edited, or is the inside of a bridge.
+    """
+    plain = not hasattr(model, "original_model")
+    network = getattr(model, "original_model", model)
+    if id(network) in EDITED:
+        raise SinkscopeError("this model is inside `with intervention.on(model)`: leave the block first")
+    if plain and any(hasattr(module, "original_component") for module in model.modules()):
+        raise SinkscopeError(
+            f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
+        )
+    half: Side = "encoder" if side == "encoder" else "decoder"
+    config, n_layers = _stack(network, half).config, len(_layers(_stack(network, half)))
+    named = getattr(getattr(model, "cfg", None), "model_name", None) or getattr(network.config, "_name_or_path", "")
+    heads = getattr(config, f"{half}_attention_heads", None) or config.num_attention_heads
+    return Sided(
+        model=model,
+        kind="hugging_face" if plain else "bridge",
+        name=f"{short_name(str(named or type(network).__name__))} ({side})",
+        layers=tuple(range(n_layers)),
+        windows={} if side == "cross" else _windows(config, n_layers, half),
+        n_layers=n_layers,
+        n_heads=int(heads),
+        n_ctx=_longest(config, half),
+        causal=side == "decoder",
+        points={} if plain else model.hook_dict,
+        side=side,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Sided(Adapter):
+    """One attention of an encoder-decoder; positions are the source's in the encoder, else the target's.
+
+    Attributes:
+        source: what the encoder reads where nothing else is said.
+    """
+
+    source: TextTokens | None = None
+
+    @cached_property
+    def _sides(self) -> dict[int, Side]:
+        """Which attention each module belongs to, by its `id`."""
+        found: dict[int, Side] = {id(module): "encoder" for module in _stack(self.network, "encoder").modules()}
+        for name, module in _stack(self.network, "decoder").named_modules():
+            found[id(module)] = "cross" if CROSS & set(name.split(".")) else "decoder"
+        return found
+
+    def side_of(self, module: nn.Module) -> Side | None:
+        """Tell which attention a module computes."""
+        return self._sides.get(id(module))
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The stack that gives the last hidden state."""
+        stack: nn.Module = _stack(self.network, "encoder" if self.side == "encoder" else "decoder")
+        return stack
+
+    @property
+    def config(self) -> Any:
+        """The configuration of that stack."""
+        stack: Any = self.trunk
+        return stack.config
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids that stack takes; 0 where it does not say."""
+        return _vocabulary(self.trunk)
+
+    def body(
+        self,
+        ids: Int[Tensor, "batch position"],
+        valid: Bool[Tensor, "batch position"],
+        cache: Any = None,
+        first: int = 0,
+        sources: Batch | None = None,
+    ) -> Float[Tensor, "batch position d_model"]:
+        """Run the encoder, and unless it is what is looked at, the decoder on what it gives.
+
+        Targets need no mask of their pads: real rows never see them. But their mask is given, of ones, since some decoders
+        would take tokens for pads by their id.
+
+        Raises:
+            SinkscopeError: a target without a source.
+        """
+        encoder, decoder = _stack(self.network, "encoder"), _stack(self.network, "decoder")
+        # A bridge's hooks on attention that is not looked up (LED) are fed only where it is asked for.
+        how = {"output_attentions": self.kind == "bridge" and not self.asks_interface, "return_dict": True}
+        if self.side == "encoder":
+            hidden: Tensor = encoder(input_ids=ids, attention_mask=valid.long(), **how).last_hidden_state
+            return hidden
+        if sources is None and self.source is not None:
+            (sources,) = Tokens((self.source,) * len(ids), "").batches(len(ids), ids.device)
+        if sources is None:
+            raise SinkscopeError(f"{self.name} needs a source for its target: give {PAIRS}")
+        real = sources.valid.long()
+        memory = encoder(input_ids=sources.ids, attention_mask=real, **how).last_hidden_state
+        given = {"encoder_hidden_states": memory, "encoder_attention_mask": real, "use_cache": False}
+        hidden = decoder(input_ids=ids, attention_mask=torch.ones_like(ids), **given, **how).last_hidden_state
+        return hidden.to(ids.device)
+
+    def beside(self, text: TextTokens) -> Sided:
+        """Give the model as it runs this text's ids: beside its source."""
+        return self if text.source is None else replace(self, source=text.source)
+
+    def logits(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
+        """Unembed the decoder's last hidden states, as T5 scales them and with BART's bias."""
+        network: Any = self.network
+        scaled = getattr(network.config, "scale_decoder_outputs", False)
+        logits = super().logits(hidden * network.config.d_model**-0.5 if scaled else hidden)
+        bias = getattr(network, "final_logits_bias", None)
+        return logits if bias is None else logits + bias[0].float()
+
+    def own_logits(self, ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position vocabulary"]:
+        """Give the logits as the model itself makes them."""
+        network: Any = self.network
+        if self.source is None or self.head is None:
+            raise SinkscopeError(
+                f"{type(network).__name__} predicts no token here: it needs a source, and a head for its logits"
+            )
+        read = self.source.ids[None].to(ids.device)
+        given = {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+        output = network(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False, return_dict=True, **given)
+        own: Tensor = output.logits[0].float()
+        return own
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The stack's layers."""
+        return list(_layers(self.trunk))
+
+    def why_no_cache(self, length: int) -> str | None:
+        """Say why nothing is run in chunks."""
+        return super().why_no_cache(length) or "an encoder-decoder's target is run in one shot"
+
+    def tokenize(self, texts: Any, **how: Any) -> Tokens:
+        """Tokenise sources and targets by this model's conventions; see :func:`sinkscope.tokens.tokenize_pairs`."""
+        if isinstance(texts, Tokens):
+            return resided(super().tokenize(texts, **how), self.side or "decoder")
+        targets = None if self.side == "encoder" else Targets(self.tokenizer, self._shifted, self._generated)
+        return tokenize_pairs(texts, targets, crossed=self.side == "cross", tokenizer=self.tokenizer, **how)
+
+    def check(self, tokens: Tokens, *, bounded: bool = True) -> None:
+        """Refuse what the model can't take, of targets and of their sources."""
+        super().check(tokens, bounded=bounded)
+        encoder: Any = _stack(self.network, "encoder")
+        longest = _longest(encoder.config, "encoder") if bounded else None
+        for source in (s.source for s in tokens.sequences if s.source is not None):
+            self._check_text(source, longest, _vocabulary(encoder))
+
+    def hook_point(self, layer: int, name: str) -> Any:
+        """Give this side's hook point of a layer: `attn.` is its attention."""
+        place = POINTS[self.side or "decoder"].format(layer)
+        full = name.replace("attn", place, 1) if name.startswith("attn.") else f"{place.rpartition('.')[0]}.{name}"
+        if full not in self.points:
+            raise unknown("hook point", full, [p for p in self.points if p.startswith(place.rpartition(".")[0])])
+        return self.points[full]
+
+    @property
+    def attention_points(self) -> list[tuple[int, Any]]:
+        """The hook points of all three attentions' patterns, with their layers."""
+        return [(int(p.split(".")[1]), at) for p, at in self.points.items() if p.endswith("attn.hook_pattern")]
+
+    def _shifted(self, labels: list[int]) -> list[int]:
+        """Put labels behind the start token, as in training."""
+        network: Any = self.network
+        own = getattr(network, "prepare_decoder_input_ids_from_labels", None)
+        if own is not None:
+            shifted: list[int] = own(torch.tensor([labels], device=self.device))[0].tolist()
+            return shifted
+        start = getattr(network.config, "decoder_start_token_id", None)
+        if start is None:
+            raise SinkscopeError(f"{self.name} says no decoder_start_token_id: give targets as token ids")
+        return [int(start), *labels[:-1]]
+
+    def _generated(self, source: Int[Tensor, " position"], most: int | None) -> Int[Tensor, " target"]:
+        """Generate a target greedily; its last token was never given to the decoder, and is left out.
+
+        Raises:
+            SinkscopeError: the model generates nothing.
+        """
+        network: Any = self.network
+        if not hasattr(network, "generate") or network.get_output_embeddings() is None:
+            raise SinkscopeError(
+                f"{type(network).__name__} has no language-model head to generate a target with, which side={self.side!r} "
+                f"needs: give {PAIRS}; or look at side='encoder'"
+            )
+        ids = source[None].to(self.device)
+        room = min(GENERATED if most is None else most, self.n_ctx or GENERATED)
+        with self.quiet():
+            made = network.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False, num_beams=1
+            )
+        return torch.as_tensor(made[0, :-1]).cpu()
+
+
+def _stack(network: Any, half: str) -> Any:
+    return network.get_encoder() if half == "encoder" else network.get_decoder()
+
+
+def _layers(stack: Any) -> nn.ModuleList:
+    """Find the list of a stack's layers."""
+    found = next((child for child in stack.children() if isinstance(child, nn.ModuleList)), None)
+    if found is None:
+        raise SinkscopeError(f"the layers of {type(stack).__name__} were not found")
+    return found
+
+
+def _longest(config: Any, half: str) -> int | None:
+    """Read the longest input of a stack; relative positions bound none."""
+    if getattr(config, "relative_attention_num_buckets", None):
+        return None
+    names = (f"max_{half}_position_embeddings", "max_target_positions", "max_position_embeddings", "n_positions")
+    return next((int(size) for name in names if (size := getattr(config, name, None))), None)
+
+
+def _windows(config: Any, n_layers: int, half: str) -> dict[int, int]:
+    """Read sliding windows; an encoder's reach as far on both sides, the query's own key not counted."""
+    size, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not size or types is None:
+        return {}
+    reach = int(size) + (half == "encoder")
+    return {layer: reach for layer in range(n_layers) if types[layer] == "sliding_attention"}
+
+
+def _vocabulary(stack: Any) -> int:
+    weight = getattr(stack.get_input_embeddings(), "weight", None)
+    return 0 if weight is None else int(weight.shape[0])
