@@ -172,13 +172,15 @@ def _look(capture: Capture, batch: Batch) -> _Look:
         if group == WHOLE:
             rows = slice(block.start, block.start + block.n_queries)
             real, found = batch.valid[:, rows].to(block.lengths.device), block.mass.transpose(1, 2)
-            whole = mass.setdefault(block.layer, found.new_zeros(len(found), batch.ids.shape[1], found.shape[2]))
+            whole = mass.setdefault(block.layer, found.new_full((len(found), batch.ids.shape[1], found.shape[2]), torch.nan))
             whole[:, rows] = found
             gaps.append(float((block.pattern.sum(-1) - block.row_sum).transpose(1, 2)[real].abs().max()))
             off.append(float((block.pattern.sum(-1) - 1).transpose(1, 2)[real].abs().max()))
 
     hidden = capture.run(batch, keep, lambda: None)
     found = [m[batch.valid.to(m.device)] for m in mass.values()]
+    if any(bool(m.isnan().any()) for m in found):
+        raise SinkscopeError("there are not as many rows as tokens")
     return _Look(hidden[batch.valid].float(), found, max(gaps), max(off))
 
 
