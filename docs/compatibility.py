@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def row(family: str) -> list[str]:
     return found
 
 
-def page() -> str:
-    """Write the page."""
+def families() -> str:
+    """Write the table of families."""
     names = ["family", "flash", "hooks", "chunks", "plain", *EDITS]
     table = [names, ["---"] * len(names)]
     for family in FAMILIES:
@@ -72,6 +73,15 @@ def page() -> str:
     return f"{HEAD}{lines}\n\nWith {versions}. State-space models (Mamba) have no attention and are refused by name.\n"
 
 
+def page(only: Sequence[str] = ()) -> str:
+    """Write the page; of architectures, try some alone."""
+    import architectures  # beside this file
+
+    before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    return f"{families()}\n{architectures.section(architectures.everything(before, only))}"
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(page())
+    made = page(sys.argv[1:])  # names of architectures, to try them alone
+    PAGE.write_text(made, encoding="utf-8")
+    print(made)

@@ -93,6 +93,15 @@ class PatternRows:
         return self.values.sum(-1, dtype=torch.promote_types(self.values.dtype, torch.float32))
 
 
+class Chunk(int):
+    """A window that does not slide: a query sees the keys of its own chunk, `i // size == k // size` (Llama 4)."""
+
+
+def in_reach(queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Tell which keys lie in a layer's window around each query; the arguments broadcast."""
+    return queries // window == keys // window if isinstance(window, Chunk) else (queries - keys).abs() < window
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """Consecutive query rows of one layer's attention pattern, for a batch of sequences.
@@ -105,7 +114,7 @@ class Block:
         lengths: real tokens of each sequence, `[batch]`.
         keys: the sink position looked at in each sequence, `[batch]`.
         causal: False for encoders, whose queries see every key.
-        window: size of the layer's sliding window (query i sees key k iff i - k < window), or None.
+        window: size of the layer's sliding window (query i sees key k iff i - k < window), a :class:`Chunk`, or None.
         tokens: token ids, `[batch, position]`.
         activations: other hook points that the metric asked for, by the name it used.
         key_lengths: real tokens on the side of the keys, `[batch]`, where that is another text: in cross-attention, whose
@@ -230,4 +239,4 @@ class Block:
         """Which queries can see the sink key (causality and sliding window respected)."""
         gap = self.queries[None, :] - self.keys[:, None]
         seen = gap >= 0 if self.causal else torch.ones_like(gap, dtype=torch.bool)
-        return seen if self.window is None else seen & (gap.abs() < self.window)
+        return seen if self.window is None else seen & in_reach(self.queries[None, :], self.keys[:, None], self.window)

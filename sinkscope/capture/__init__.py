@@ -75,11 +75,13 @@ def choose(
     """
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
-    plain = adapter.kind == "hugging_face"
+    plain = not adapter.shows_patterns
     if engine == "hooks" and plain:
         raise SinkscopeError(
             f"{adapter.name} is a plain Hugging Face model, which has no hooks on attention: leave engine out (flash), or "
             f"wrap it, {WRAP}"
+            if adapter.kind == "hugging_face"
+            else f"TransformerLens has no hook on the attention pattern of {adapter.name}: leave engine out (flash)"
         )
     if engine == "flash" and chunk not in ("auto", None):
         raise SinkscopeError(f"chunk={chunk!r} belongs to engine='hooks'; flash forms no pattern to cut: leave it out")
@@ -90,12 +92,19 @@ def choose(
             return capture
         why = capture
         if engine == "flash" or plain:
-            out = (
-                f" If TransformerLens knows its class, wrap it: {WRAP}"
-                if plain
-                else " Leave engine out, or pass engine='hooks'."
-            )
-            raise SinkscopeError(f"engine 'flash' can't run this on {adapter.name}: {why}.{out}")
+            out = "Leave engine out, or pass engine='hooks'."
+            if plain:
+                wrap = f"If TransformerLens knows its class, wrap it, {WRAP}; or r"
+                own = (
+                    "educe what Hugging Face's own model gives with output_attentions=True: ss.metrics.of_pattern(attentions)"
+                )
+                out = f"{wrap if adapter.kind == 'hugging_face' else 'R'}{own}"
+            raise SinkscopeError(f"engine 'flash' can't run this on {adapter.name}: {why}. {out}")
+    if adapter.gates and any("gate" in group for group in groups):
+        raise SinkscopeError(
+            f"output gates of {adapter.name}, which a metric needs, are read by engine flash alone: {why}. Leave out what "
+            "asks for another engine, or gate_mean, gate_closed, sink_output_share and nop_rate"
+        )
     if adapter.side is not None:
         proof.check_patterns(adapter, tokens)
     hooks = chunks.plan(adapter, groups, chunk, tokens)

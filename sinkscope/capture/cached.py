@@ -46,10 +46,11 @@ class CachedCapture:
             SinkscopeError: it lacks something, or holds NaN or infinity.
         """
         rows = [self.rows[s.label] for s in batch.sequences]
+        needs = {"pattern" if n in ATTENTION else n for group in self.groups for n in group if n != "gate"}
         one = Pass(self.adapter, self.groups, batch, 0, on_block, tick)
         try:
             for layer in self.adapter.layers:
-                for need in sorted({"pattern" if n in ATTENTION else n for group in self.groups for n in group}):
+                for need in sorted(needs or {"pattern"}):
                     one.take(layer, need, self._held(layer, need, rows, batch.ids.shape[1]))
         except NotFiniteError:
             raise SinkscopeError(f"the cache holds NaN or infinity in layer {one.layer}. Nothing was reported") from None
@@ -89,6 +90,8 @@ def plan(
     Raises:
         SinkscopeError: it has another number of texts, or another length.
     """
+    if adapter.gates and any("gate" in group for group in groups):
+        raise SinkscopeError(f"a cache does not hold the output gates of {adapter.name}: pass the model and the texts")
     patterns = (v for k, v in cache.cache_dict.items() if k.endswith("attn.hook_pattern"))
     shape = next((tuple(v.shape) if cache.has_batch_dim else (1, *v.shape) for v in patterns), None)
     longest = max(column + len(s) for column, s in zip(columns, tokens.sequences, strict=True))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sinkscope.block import Chunk
 from sinkscope.capture.masks import OtherwiseError
 from sinkscope.capture.op import attention_with_lse
 from sinkscope.errors import SinkscopeError
@@ -82,8 +83,9 @@ class Calls:
             raise SinkscopeError(f"its attention drops out ({dropout}), which an edit does not: model.eval() first")
         if causal is not None and bool(causal) != must:
             raise OtherwiseError(f"layer {layer} is {'causal' if causal else 'not causal'}, the model is not so")
-        if looked and window != self.adapter.windows.get(layer):
-            ours = self.adapter.windows.get(layer)
+        ours = self.adapter.windows.get(layer)
+        ours = None if isinstance(ours, Chunk) and key.shape[2] <= ours else ours  # within the first one, all keys are seen
+        if looked and window != ours:
             raise OtherwiseError(f"layer {layer} has a sliding window of {window}, its configuration says {ours}")
         if query.shape[2] != key.shape[2] and not self.live and side != "cross":
             raise SinkscopeError(f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys")
@@ -104,6 +106,7 @@ class Calls:
     def _layer(self, module: nn.Module) -> int:
         """Tell the layer by the order of calls, and ask the module where it knows."""
         says = getattr(module, "layer_idx", None)
+        says = None if says == -1 else says  # a module that several layers share
         if self.live:
             if says is None:
                 raise SinkscopeError(f"{type(module).__name__} does not say which layer it is")

@@ -221,4 +221,4 @@ class InsideCapture:
 
     def _first_bad(self, batch: Batch) -> str:
         self._calls.made = 0
-        return (first_bad_layer if self.adapter.points else first_bad_module)(self.adapter, batch)
+        return (first_bad_layer if self.adapter.shows_patterns else first_bad_module)(self.adapter, batch)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sinkscope.capture.blocks import ATTENTION
 from sinkscope.capture.call import Calls
 from sinkscope.capture.engine import Capture, Take
+from sinkscope.capture.gates import gated
 from sinkscope.capture.hooks import first_bad_layer, observed
 from sinkscope.capture.masks import Masks
 from sinkscope.capture.op import attention_with_lse
@@ -29,7 +30,7 @@ from sinkscope.runs.undo import Undo, uninterrupted
 from sinkscope.tokens import Batch
 
 #: What the attention op is given or gives, `[batch, position, head, d_head]` to metrics: no hook is needed for it.
-SUPPLIED = frozenset({"rotated_query", "rotated_key", "value", "output"})
+SUPPLIED = frozenset({"rotated_query", "rotated_key", "value", "output", "gate"})
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Fused:
         self._take, self._calls = take, Calls(self.adapter, self.attend)
         others = self.needs - ATTENTION - SUPPLIED
         with Undo() as undo:
+            if "gate" in self.needs:
+                undo.enter_context(gated(self.adapter, take))
             if others:
                 undo.enter_context(observed(self.adapter, others, take))
             undo.enter_context(swapped(self.adapter, self._calls, Masks.of(self.adapter)))
@@ -62,7 +65,7 @@ class Fused:
         """Attend, and hand the layer's rows over."""
         out, lse = attention_with_lse(query, key, value, **given)
         supplied = {"rotated_query": query, "rotated_key": key, "value": value, "output": out}
-        for name in sorted(SUPPLIED & self.needs):
+        for name in sorted(supplied.keys() & self.needs):
             self._take(layer, name, supplied[name].transpose(1, 2))
         self._take(layer, "pattern", Scores(query, key, lse, scratch=self._scratch, **given))
         return out
@@ -77,7 +80,7 @@ class Fused:
 
     def first_bad(self, batch: Batch) -> str:
         """Look at layers, or, in a model without hook points, at modules."""
-        return (first_bad_layer if self.adapter.points else first_bad_module)(self.adapter, batch)
+        return (first_bad_layer if self.adapter.shows_patterns else first_bad_module)(self.adapter, batch)
 
 
 def flash(adapter: Adapter, groups: frozenset[frozenset[str]], why: str) -> Capture:

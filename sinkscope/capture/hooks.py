@@ -60,7 +60,8 @@ class Hooks:
 
 def hooks(adapter: Adapter, groups: frozenset[frozenset[str]], why: str, chunk: int | None = None) -> Capture:
     """Give the engine."""
-    return Capture(adapter, groups, Hooks(adapter, frozenset().union(*groups)), why, chunk)
+    needs = frozenset().union(*groups) - {"gate"}  # which is open, where there is none
+    return Capture(adapter, groups, Hooks(adapter, needs or frozenset({"pattern"})), why, chunk)
 
 
 def first_bad_layer(adapter: Adapter, batch: Batch) -> str:

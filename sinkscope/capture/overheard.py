@@ -80,7 +80,7 @@ class Overheard:
                     EDITED[mark].append(self._edited)
                 undo.callback(_listen, self, False)
                 _listen(self, True)
-                if self.adapter.points:
+                if self.adapter.shows_patterns:
                     make = partial(partial, self._shown)
                     undo.enter_context(hooked(self.adapter, {"pattern": "attn.hook_pattern"}, lambda layer, _: make(layer)))
             yield
@@ -142,6 +142,9 @@ class Overheard:
         self._look(partial(self._pattern, layer, value.detach()))
 
     def _pattern(self, layer: int, value: Tensor, layout: Layout) -> None:
+        chosen = self.adapter.chosen
+        if chosen is not None and value.shape[3] > chosen:
+            raise SinkscopeError(f"a bridge does not show which {chosen} keys an indexer chooses for each query")
         if self._first(layer):
             self.take(layer, 0, value.shape[2], Pattern(value, max(0, layout.total - value.shape[3])))
 

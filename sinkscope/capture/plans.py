@@ -39,7 +39,7 @@ def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
             )
         found = frequencies(adapter, STREAMS if turns else BEFORE) if turns or before else None
         return InsideCapture(adapter, found, neurons_of(adapter.beside(tokens.sequences[0]), edits))
-    if adapter.causal and adapter.points and adapter.side is None:
+    if adapter.causal and adapter.shows_patterns and adapter.side is None:
         return points.plan(adapter, edits, why_not)
     raise InertHookError(
         f"interventions can't run inside the attention of {adapter.name}: {why_not}. They are made inside Hugging Face's "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sinkscope.block import Block
+from sinkscope.block import Block, Chunk
 from sinkscope.capture.blocks import ATTENTION
 from sinkscope.capture.engine import Capture
 from sinkscope.capture.flash import SUPPLIED, flash
@@ -26,6 +26,8 @@ TOKENS, PAST_A_WINDOW = 16, 48
 #: A wrong swap misses by 0.1 and more; rounding by 1e-5 in float32, by 1e-2 in half precision (hidden: relative).
 WRONG = {"float32": 1e-3, "float64": 1e-3}
 WRONG_IN_HALF = 5e-2
+#: What somebody else's code raises where it is not made for what is asked.
+FOREIGN = (TypeError, RuntimeError, AttributeError, IndexError, KeyError, ValueError)
 WHOLE = frozenset({"pattern"})
 WHY = "fused attention and its log-sum-exps, no pattern formed (proved equal on this model's first tokens)"
 
@@ -37,7 +39,7 @@ def plan(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) ->
     autocast) is in the proof, and it costs a few tokens.
     """
     with alone(adapter.network):
-        why = _refused(adapter, groups)
+        why = _refused(adapter, groups, max(map(len, tokens.sequences)))
     why = why or _prove(adapter, groups, tokens)
     return why if why is not None else flash(adapter, groups, WHY)
 
@@ -71,17 +73,28 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
 
     Raises:
         OtherwiseError: the model does not attend as its configuration says, whatever runs it.
+        SinkscopeError: it does not run at all.
     """
     batch = _first_tokens(adapter, tokens)
     try:
         expected = _reference(adapter, batch)
+    except SinkscopeError as error:
+        return str(error)[:200]
+    except FOREIGN as error:
+        raise SinkscopeError(
+            f"{adapter.name} does not run as it is, on the first {batch.ids.shape[1]} tokens of a text "
+            f"({type(error).__name__}: {str(error)[:200]}). If a bridge was made by other means than ss.load_model(name), "
+            "try that"
+        ) from error
+    try:
         with surely(flash(adapter, groups | {WHOLE}, "proof")) as capture:
             found = _look(capture, batch)
     except OtherwiseError:
         raise
-    except (SinkscopeError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        kind = "" if isinstance(error, SinkscopeError) else f"{type(error).__name__}: "
-        return f"{kind}{str(error)[:200]}"
+    except SinkscopeError as error:
+        return str(error)[:200]
+    except FOREIGN as error:
+        return f"its code does not run once its attention has been replaced ({type(error).__name__}: {str(error)[:200]})"
     wrong = tolerance(adapter)
     for layer, ours, theirs in zip(adapter.layers, found.mass, expected.mass or found.mass, strict=True):
         gap = float((ours - theirs).abs().max())
@@ -107,7 +120,7 @@ def in_tf32() -> bool:
     return bool(products.allow_tf32) if precision is None else bool(precision == "tf32")
 
 
-def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
+def _refused(adapter: Adapter, groups: frozenset[frozenset[str]], longest: int) -> str | None:
     """Say what is known to rule the engine out before anything is run."""
     if adapter.kind not in ("bridge", "hugging_face"):
         return f"a {type(adapter.model).__name__} computes attention itself"
@@ -121,6 +134,9 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]]) -> str | None:
         return f"its attention is {own!r}, a function that somebody registered, whose place engine 'flash' would take"
     if adapter.windows and not adapter.causal and adapter.side is None:
         return "it is an encoder with sliding windows"
+    chunk = min((size for size in adapter.windows.values() if isinstance(size, Chunk)), default=longest)
+    if chunk < longest:
+        return f"its layers attend in chunks of {chunk} tokens"
     for layer, bridge in attention_bridges(adapter).values():
         inside = set(bridge.original_component.modules())
         for module in bridge.modules():
@@ -149,26 +165,32 @@ class _Look:
 
 
 def _look(capture: Capture, batch: Batch) -> _Look:
-    mass, gaps, off = [], [], []
+    mass: dict[int, Tensor] = {}
+    gaps, off = [], []
 
     def keep(block: Block, group: frozenset[str]) -> None:
         if group == WHOLE:
-            real = batch.valid.to(block.lengths.device)
-            mass.append(block.mass.transpose(1, 2)[real])
+            rows = slice(block.start, block.start + block.n_queries)
+            real, found = batch.valid[:, rows].to(block.lengths.device), block.mass.transpose(1, 2)
+            whole = mass.setdefault(block.layer, found.new_full((len(found), batch.ids.shape[1], found.shape[2]), torch.nan))
+            whole[:, rows] = found
             gaps.append(float((block.pattern.sum(-1) - block.row_sum).transpose(1, 2)[real].abs().max()))
             off.append(float((block.pattern.sum(-1) - 1).transpose(1, 2)[real].abs().max()))
 
     hidden = capture.run(batch, keep, lambda: None)
-    return _Look(hidden[batch.valid].float(), mass, max(gaps), max(off))
+    found = [m[batch.valid.to(m.device)] for m in mass.values()]
+    if any(bool(m.isnan().any()) for m in found):
+        raise SinkscopeError("there are not as many rows as tokens")
+    return _Look(hidden[batch.valid].float(), found, max(gaps), max(off))
 
 
 def _reference(adapter: Adapter, batch: Batch) -> _Look:
-    """Give the same by the `hooks` engine, text by text; of a plain model, only the last hidden state, as it is.
+    """Give the same by the `hooks` engine, text by text; of a model without patterns, only the last hidden state, as it is.
 
     (Asked for attentions, Hugging Face would put hooks of its own on the model, and leave them there.)
     """
     alone = [next(Tokens((s,), "").batches(1, adapter.device)) for s in batch.sequences]
-    if adapter.kind == "bridge":
+    if adapter.shows_patterns:
         with surely(hooks(adapter, frozenset({WHOLE}), "reference")) as capture:
             looks = [_look(capture, one) for one in alone]
         if adapter.side is not None and any(look.off > tolerance(adapter) for look in looks):

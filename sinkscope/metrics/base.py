@@ -182,8 +182,8 @@ def metric(
     Args:
         fn: the function; `@metric` alone means that it needs the pattern.
         needs: `"mass"`, `"pattern"`, `"value"`, `"key"`, `"query"`, `"output"`, `"residual"`, `"rotated_query"`,
-            `"rotated_key"` (as scores see them), or any hook point of a block by its TransformerLens name, such as
-            `"mlp.hook_post"`; one or several.
+            `"rotated_key"` (as scores see them), `"gate"` (of a head's output; 1 without one), or any hook point of a block
+            by its TransformerLens name, such as `"mlp.hook_post"`; one or several.
         name: defaults to the function's name.
         over: which rows are averaged; all by default.
         null: see :class:`Metric`; a metric that needs other activations has none.

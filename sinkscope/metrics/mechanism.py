@@ -86,18 +86,39 @@ def query_key_cosine(block: Block) -> Tensor:
     return torch.nn.functional.cosine_similarity(queries, keys[:, None], dim=-1).transpose(1, 2)
 
 
-@metric(needs=("mass", "value", "output"), over=with_a_choice, unit="share of the output's norm")
+@metric(needs=("mass", "value", "output", "gate"), over=with_a_choice, unit="share of the output's norm")
 def sink_output_share(block: Block) -> Tensor:
     """Norm of what the sink key adds to a head's output, over that output's norm; 0 and up.
 
-    Above 1, the other keys cancel it.
+    Above 1, the other keys cancel it. Where outputs are gated, both as the gate lets them through.
 
-    mean over i of |A[i, k] v_k| / |z_i|, over queries with a choice. Source: NOP and broadcast sinks, arXiv 2606.08105.
+    mean over i of |g_i A[i, k] v_k| / |g_i z_i|, over queries with a choice; g_i is 1 where there is no gate. Source: NOP and
+    broadcast sinks, arXiv 2606.08105.
     """
-    z = block["output"].float().norm(dim=-1).transpose(1, 2)
-    v = _at_key(block, _for_queries(block.value.float().norm(dim=-1), z.shape[1]))
-    shares: Tensor = block.mass * v[..., None] / z.clamp_min(torch.finfo(z.dtype).tiny)
+    gate = block["gate"].float()
+    z = (gate * block["output"].float()).norm(dim=-1)
+    v = _at_key(block, _for_queries(block.value.float(), z.shape[2]))
+    added = (gate * v[:, None]).norm(dim=-1) if gate.shape[-1] > 1 else v.norm(dim=-1)[:, None]
+    shares: Tensor = block.mass * (added / z.clamp_min(torch.finfo(z.dtype).tiny)).transpose(1, 2)
     return shares
+
+
+@metric(needs="gate", unit="share let through")
+def gate_mean(block: Block) -> Tensor:
+    """Mean of the gate on a head's output, over its numbers and the queries; 0 (closed) to 1, which it is without a gate.
+
+    mean over i and d of g[i, d]. Source: gated attention of Qiu et al. 2025, arXiv 2505.06708.
+    """
+    return block["gate"].float().mean(-1).transpose(1, 2)
+
+
+@derived(of=("gate_mean",), axes=("layer", "head"), total=lambda closed: float(closed.mean()), eps=0.1, unit="share of heads")
+def gate_closed(gate_mean: Array, tokens: int, causal: bool, eps: float) -> Array:
+    """Whether a head's gate lets less than eps through on average: 1 (closed) or 0; in the summary, the share of heads.
+
+    Source: this library; what is behind a closed gate is not written, a sink included.
+    """
+    return np.where(np.isnan(gate_mean), np.nan, gate_mean < eps)
 
 
 @metric(needs="output", unit="times the layer's mean")

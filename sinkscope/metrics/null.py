@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.block import Block
+from sinkscope.block import Block, Chunk, in_reach
 from sinkscope.metrics.accumulate import accumulator
 from sinkscope.metrics.base import Array, Metric
 
@@ -31,11 +31,13 @@ class UniformRows:
     def _seen(self, queries: Tensor, keys: Tensor) -> Tensor:
         gap = queries - keys
         seen = gap >= 0 if self.causal else torch.ones_like(gap, dtype=torch.bool)
-        return seen if self.window is None else seen & (gap.abs() < self.window)
+        return seen if self.window is None else seen & in_reach(queries, keys, self.window)
 
     def _share(self) -> Tensor:
         queries = torch.arange(self.start, self.stop)
         last = queries + 1 if self.causal else torch.full_like(queries, self.length)
+        if isinstance(self.window, Chunk):
+            return 1.0 / (queries % self.window + 1).double()
         if self.window is not None:
             first = (queries - self.window + 1).clamp(min=0)
             last = last if self.causal else torch.minimum(last, queries + self.window)

@@ -32,8 +32,15 @@ class Adapter(Heads):
         Raises:
             SinkscopeError: a text longer than the context (if that bounds what will be run), or an id outside the vocabulary.
         """
+        chosen = self.chosen
         for s in tokens.sequences:
             self._check_text(s, self.n_ctx if bounded else None, self.vocabulary)
+            if chosen is not None and len(s) > chosen:
+                raise SinkscopeError(
+                    f"{s.label!r} has {len(s)} tokens, and queries of {self.name} attend to the {chosen} keys that an "
+                    f"indexer chooses for each, which is not covered: up to {chosen} tokens they see all. Shorten it with "
+                    f"max_tokens={chosen} (--max-tokens {chosen})"
+                )
 
     def _check_text(self, s: TextTokens, longest: int | None, vocabulary: int) -> None:
         if longest is not None and len(s) > longest:

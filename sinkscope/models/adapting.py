@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sinkscope.block import Chunk
 from sinkscope.errors import SinkscopeError
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.identity import Kind, text_model
@@ -61,15 +62,15 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
     if not hasattr(model, "original_model"):
         kind = "hooked_encoder" if hasattr(model, "encoder_output") else "hooked_transformer"
     n_layers = int(cfg.n_layers)
-    layers = tuple(layer for layer in range(n_layers) if f"blocks.{layer}.attn.hook_pattern" in points)
     name = short_name(str(getattr(cfg, "model_name", None) or type(model).__name__))
+    layers = tuple(layer for layer in range(n_layers) if f"blocks.{layer}.attn.hook_pattern" in points)
+    if kind == "bridge":
+        _check_input(model.original_model, name)
+        layers = layers or _attending(model.original_model.config)  # where TransformerLens shows none, flash may do without
     if not layers:
-        architecture = getattr(cfg, "architecture", None) or type(model).__name__
-        raise SinkscopeError(
-            f"{name} ({architecture}) has no attention pattern at blocks.*.attn.hook_pattern, so it has no attention sink "
-            "to measure. State-space models are not covered; decoders such as gpt2 or smollm2-135m, BERT-type encoders and "
-            "encoder-decoders such as T5 are."
-        )
+        raise _no_attention(name, getattr(cfg, "architecture", None) or type(model).__name__)
+    if kind == "bridge":
+        _check_layers(model.original_model.config.get_text_config(), name)
     return Adapter(
         model=model,
         kind=kind,
@@ -123,27 +124,79 @@ def _adapt_hugging_face(model: Any) -> Adapter:
     if not brought and any(parameter.is_meta for parameter in model.parameters()):
         raise SinkscopeError(f"this {type(model).__name__} has weights on the meta device, which are none: load them first")
     config = model.config.get_text_config()
-    types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
-    attends = [kind == "hybrid" or (kind.endswith("attention") and "linear" not in kind) for kind in types]
-    layers = tuple(layer for layer, here in enumerate(attends) if here)
     name = short_name(str(getattr(config, "_name_or_path", "") or type(model).__name__))
-    if not layers or not getattr(config, "num_attention_heads", None):
-        raise SinkscopeError(
-            f"{name} ({type(model).__name__}) has no attention sink to measure here: state-space models are not covered; "
-            "decoders such as gpt2 or smollm2-135m, BERT-type encoders and encoder-decoders such as T5 are."
-        )
+    _check_input(model, name)
+    layers = _attending(model.config)
+    if not layers:
+        raise _no_attention(name, type(model).__name__)
+    _check_layers(config, name)
     return Adapter(
         model=model,
         kind="hugging_face",
         name=name,
         layers=layers,
         windows=_windows(model, "hugging_face", layers),
-        n_layers=len(types),
+        n_layers=len(_types(config)),
         n_heads=int(config.num_attention_heads),
         n_ctx=_context(model, "hugging_face"),
         causal=_causal(model, "hugging_face"),
         points={},
     )
+
+
+def _types(config: Any) -> list[str]:
+    """Read what kind each layer is."""
+    return getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
+
+
+def _attending(whole: Any) -> tuple[int, ...]:
+    """Read which layers attend, off the configuration of a decoder or an encoder."""
+    config = whole.get_text_config()
+    if not getattr(config, "num_attention_heads", None):
+        return ()
+    attends = [kind == "hybrid" or (kind.endswith("attention") and "linear" not in kind) for kind in _types(config)]
+    return tuple(layer for layer, here in enumerate(attends) if here)
+
+
+def _no_attention(name: str, architecture: str) -> SinkscopeError:
+    return SinkscopeError(
+        f"{name} ({architecture}) has no attention sink to measure here: there is no attention pattern in any layer. "
+        "State-space models are not covered; decoders such as gpt2 or smollm2-135m, BERT-type encoders and encoder-decoders "
+        "such as T5 are."
+    )
+
+
+def _check_input(network: Any, name: str) -> None:
+    """Refuse a model that reads no text.
+
+    Raises:
+        SinkscopeError: names what it reads.
+    """
+    reads = getattr(network, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise SinkscopeError(
+            f"{name} ({type(network).__name__}) reads {reads}, and images and sound are not covered: of a model that reads "
+            "text beside them, the attention on text alone is measured"
+        )
+
+
+def _check_layers(config: Any, name: str) -> None:
+    """Refuse a model whose layers have unequal numbers of heads, or keys that are no tokens.
+
+    Raises:
+        SinkscopeError: says which.
+    """
+    if any("compressed" in kind for kind in _types(config)):
+        raise SinkscopeError(
+            f"{name} attends to keys that stand for several tokens at once (compressed attention), which is not covered: "
+            "decoders that attend to tokens are, such as deepseek-v3"
+        )
+    heads = sorted(set(getattr(config, "num_attention_heads_per_layer", None) or ()))
+    if len(heads) > 1:
+        raise SinkscopeError(
+            f"the layers of {name} have {' or '.join(map(str, heads))} heads, and a report is a grid of layers by heads: "
+            "reduce them one by one, ss.metrics.of_pattern([weights]), from output_attentions=True"
+        )
 
 
 def _context(model: Any, kind: Kind) -> int | None:
@@ -189,6 +242,9 @@ def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
     config = (model if kind == "hugging_face" else model.original_model).config.get_text_config()
     if getattr(config, "model_type", "") == "gpt_neo":
         return {layer: int(config.window_size) for layer in layers if config.attention_layers[layer] == "local"}
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and "chunked_attention" in _types(config):
+        return {layer: Chunk(chunk) for layer in layers if _types(config)[layer] == "chunked_attention"}
     size = getattr(config, "sliding_window", None)
     if not size or getattr(config, "use_sliding_window", True) is False:
         return {}

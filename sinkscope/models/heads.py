@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -10,10 +10,18 @@ from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.models.running import Running
+from sinkscope.runs.undo import Undo
 
 
 class Heads(Running):
     """A decoder's output layer."""
+
+    #: Whether there is more to logits than an output layer: a transform before it (BERT's), so that all of the head is run.
+    transforms: ClassVar[bool] = False
+
+    def take_whole_head(self) -> None:
+        """Have `logits` run whatever the model does with its last hidden states, from now on."""
+        vars(self)["transforms"] = True  # an adapter is of one call
 
     @property
     def head(self) -> Any:
@@ -28,12 +36,27 @@ class Heads(Running):
             logits: Tensor = self.model.unembed(normed)[0].float()
             cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
             cap = cap if cap and cap > 0 else None
+        elif self.transforms:
+            return self._whole_head(hidden)
         else:
             logits = self.head(hidden[None])[0].float()
             scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
             logits = logits if scale == 1 else logits * scale
-            cap = getattr(self.config, "final_logit_softcapping", None)
+            caps = (getattr(self.config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+            cap = next((cap for cap in caps if cap), None)
         return logits if cap is None else (logits / cap).tanh() * cap
+
+    def _whole_head(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
+        """Run the model while its body gives these hidden states, whatever it is asked."""
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+        inside = vars(self.trunk)
+        with Undo() as undo:
+            before = {"forward": inside["forward"]} if "forward" in inside else {}  # a patch of somebody's
+            undo.callback(inside.update, before)
+            undo.callback(inside.pop, "forward")
+            inside["forward"] = lambda *_, **__: _Given(hidden[None])
+            logits = self.own_logits(ids)
+        return logits
 
     def own_logits(self, ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position vocabulary"]:
         """Give the logits as the model itself makes them: of a few tokens, to compare.
@@ -51,3 +74,16 @@ class Heads(Running):
                 )
             mine = self.network(input_ids=ids, use_cache=False, output_attentions=False, return_dict=True).logits[0]
         return mine.float()
+
+
+class _Given:
+    """What a body gives: a last hidden state, by name or first of all, and nothing else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.last_hidden_state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
 
+#: How the types of models begin whose heads' outputs are gated by the second half of a wider projection of queries.
+GATED = ("qwen3_next", "qwen3_5")
 Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
 #: The attentions of an encoder-decoder.
 Side = Literal["decoder", "encoder", "cross"]
@@ -56,6 +59,14 @@ class Identity:
         """Whether Hugging Face's code of this model looks its attention function up, where another can stand."""
         return hasattr(sys.modules[type(self.network).__module__], "ALL_ATTENTION_FUNCTIONS")
 
+    @cached_property
+    def shows_patterns(self) -> bool:
+        """Whether there is a hook point for the attention pattern of every layer that attends."""
+        try:
+            return bool([self.hook_point(layer, "attn.hook_pattern") for layer in self.layers])
+        except SinkscopeError:
+            return False
+
     @property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer, or None."""
@@ -87,6 +98,15 @@ class Identity:
         """Hugging Face's configuration of the text model."""
         network: Any = self.network
         return network.config.get_text_config()
+
+    @property
+    def chosen(self) -> int | None:
+        """How many keys each query is left with by an indexer that chooses them (GLM's sparse attention), or None."""
+        if self.kind not in ("bridge", "hugging_face"):
+            return None
+        compressed = any("compressed" in kind for kind in getattr(self.config, "layer_types", None) or ())
+        size = getattr(self.config, "index_topk", None)
+        return int(size) if size and not compressed else None
 
     @property
     def takes_pads(self) -> bool:
@@ -128,6 +148,18 @@ class Identity:
     def attention_modules(self) -> Iterator[nn.Module]:
         """Give the modules that may keep their last pattern."""
         return (module for module in self.network.modules() if hasattr(module, "_pattern"))
+
+    @cached_property
+    def gates(self) -> dict[int, nn.Module]:
+        """The projection that gives each layer's output gates beside its queries; none where outputs are not gated."""
+        found: dict[int, nn.Module] = {}
+        if self.kind not in ("bridge", "hugging_face") or not str(self.config.model_type).startswith(GATED):
+            return found
+        for module in text_model(self.network).modules():
+            layer, projection = getattr(module, "layer_idx", None), getattr(module, "q_proj", None)
+            if layer in self.layers and isinstance(projection, nn.Module):
+                found[layer] = projection
+        return found
 
     @property
     def blocks(self) -> list[nn.Module]:

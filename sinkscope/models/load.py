@@ -8,9 +8,6 @@ import importlib.metadata
 import io
 import logging
 import socket
-import subprocess
-import sys
-import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -24,10 +21,15 @@ import torch
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models import converted
 from sinkscope.models.adapting import SMOLLM2
+from sinkscope.models.wrap import bridge
 from sinkscope.runs.progress import saying
 from sinkscope.runs.undo import Undo
 
 Backend = Literal["bridge", "hooked_transformer"]
+#: How the classes end that predict tokens.
+PREDICT = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "MTModel")
+#: What TransformerLens calls a class of transformers, where that is another name.
+CALLED = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 
 
 def load_model(
@@ -91,29 +93,6 @@ def load_model(
             raise SinkscopeError(f"can't load {source.label!r}{how}: {error}") from error
 
 
-def bridge(network: Any, tokenizer: Any, name: str, location: str | None = None) -> Any:
-    """Wrap a Hugging Face model, where it is, in a TransformerBridge; the model is rewritten in place.
-
-    Args:
-        network: the model; its `config.architectures` must name its class.
-        tokenizer: its tokenizer.
-        name: what reports call it.
-        location: a directory with its config; None writes one for the moment.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-
-    network.set_attn_implementation("eager")  # 3.9 leaves sdpa in place, where patterns never fire
-    with tempfile.TemporaryDirectory() as directory, _nothing_installed():
-        if location is None or not (Path(location) / "config.json").exists():
-            network.config.save_pretrained(directory)
-            location = directory
-        model = TransformerBridge.boot_transformers(
-            location, hf_model=network, tokenizer=tokenizer, device=str(network.device), dtype=network.dtype
-        )
-    model.cfg.model_name = name
-    return model
-
-
 @dataclass(frozen=True)
 class _Source:
     label: str
@@ -173,7 +152,7 @@ def _load_converted(source: _Source, dtype: torch.dtype, spread: dict[str, Any])
 
 
 def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     where = {"gguf_file": source.gguf, "revision": source.revision}
     given: dict[str, Any] = {name: value for name, value in where.items() if value}
@@ -183,15 +162,12 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
             if source.is_hub_name and not _hub_can_answer(source.location):
                 raise ConnectionError("no network")
             config = AutoConfig.from_pretrained(source.location, **given)
-            encoder = any(a.endswith(("MaskedLM", "BertModel")) for a in config.architectures or ())
-            auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
-            if config.is_encoder_decoder:
-                auto = AutoModelForSeq2SeqLM
             safe = {} if source.gguf else {"use_safetensors": True}
-            network = auto.from_pretrained(
+            network = _class_for(config).from_pretrained(
                 source.location, config=config, dtype=dtype, attn_implementation="eager", **given, **safe, **spread
             )
-            network.config.architectures = [type(network).__name__]
+            name = type(network).__name__
+            network.config.architectures = [CALLED.get(name, name)]
         except Exception as error:  # whatever the loaders raise, of which there is no list
             raise _load_error(source, error) from error
         try:
@@ -199,6 +175,29 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
         except Exception:  # whatever a damaged file makes it raise
             tokenizer = None  # ids can still be measured; a text then says what is missing
     return network, tokenizer
+
+
+def _class_for(config: Any) -> Any:
+    """Give the class that loads a checkpoint: the one that it names, where that predicts tokens, else what fits its type.
+
+    Raises:
+        SinkscopeError: it predicts no tokens.
+    """
+    import transformers
+
+    named = (config.architectures or [""])[0]
+    own = getattr(transformers, named, None)
+    if named.endswith(PREDICT) and getattr(own, "config_class", None) is type(config):
+        return own
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    if not named.endswith("BertModel") and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SinkscopeError(
+            f"a {named or type(config).__name__} predicts no tokens. Models that read text are covered (gpt2, "
+            "bert-base-uncased), not those that read images or sound alone; a plain Hugging Face encoder of text can be "
+            "passed as it is"
+        )
+    return transformers.AutoModelForMaskedLM if named.endswith("BertModel") else transformers.AutoModelForCausalLM
 
 
 def _load_error(source: _Source, error: Exception) -> SinkscopeError:
@@ -248,24 +247,6 @@ def _device(asked: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise unknown("device", asked, [name for name, here in there.items() if here]) from None
     return device
-
-
-@contextmanager
-def _nothing_installed() -> Iterator[None]:
-    """Keep TransformerLens from running pip, which it does for the image processor of a vision-language model."""
-
-    def refuse(command: Any, *args: Any, **how: Any) -> int:
-        raise OSError(f"not run while a model is loaded: {command}")
-
-    with Undo() as undo:
-        for name in ("run", "check_call"):  # not Popen, a class that others inherit from
-            undo.callback(setattr, subprocess, name, getattr(subprocess, name))
-            setattr(subprocess, name, refuse)
-        helpers: Any = sys.modules.get("transformer_lens.model_bridge.sources.transformers.helpers")
-        if hasattr(helpers, "_ensure_torchvision"):
-            undo.callback(setattr, helpers, "_ensure_torchvision", helpers._ensure_torchvision)
-            helpers._ensure_torchvision = lambda: False  # it would run pip
-        yield
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sinkscope.models.identity import Identity
+from sinkscope.models.identity import Identity, text_model
 from sinkscope.runs.owner import alone
 from sinkscope.runs.undo import Undo
 from sinkscope.tokens import Batch
@@ -76,7 +76,10 @@ class Running(Identity):
     def trunk(self) -> nn.Module:
         """All of Hugging Face's model but its head."""
         inner: nn.Module = getattr(self.network, "base_model", self.network)
-        return inner if inner is not self.network else getattr(inner, "model", inner)
+        if inner is not self.network:
+            return inner
+        inner = text_model(inner)  # of Llama 4, which has no body around both models
+        return getattr(inner, "model", inner)
 
     @property
     def trunks(self) -> list[nn.Module]:

@@ -37,6 +37,10 @@ SCORES = ((0.0, 1.0, 2.0, 3.0), (4.0, 5.0, 6.0, 7.0))
 def tiny_model(family: str = "llama", seed: int = 0) -> Any:
     """Build a TransformerBridge on a tiny random model, offline, with a tokenizer of one token per character.
 
+    Args:
+        family: one of `FAMILIES`, or an architecture of TransformerLens's registry, such as `"Qwen2ForCausalLM"`.
+        seed: of the weights.
+
     Raises:
         SinkscopeError: there is no such family; the message lists them.
     """
@@ -140,7 +144,7 @@ def _means(
     if causal:
         seen = seen & torch.ones(longest, longest, dtype=torch.bool).tril()
     pattern = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    of_heads = ("query", "key", "rotated_query", "rotated_key", "value", "output")
+    of_heads = ("query", "key", "rotated_query", "rotated_key", "value", "output", "gate")
     shapes = dict.fromkeys(of_heads, (longest, heads, 8))
     activations = {
         need: torch.randn(len(lengths), *shapes.get(need, (longest, 16)), generator=generator)

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from sinkscope.errors import unknown
+from sinkscope.testing.architectures import ARCHITECTURES, CONTEXT, VOCAB, WINDOW, tiny_architecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-#: Of every tiny model: ids below VOCAB, at most CONTEXT tokens, and WINDOW keys (the query's own included) on a local layer.
-VOCAB, CONTEXT, WINDOW = 64, 128, 8
 HIDDEN, HEADS, HEAD_DIM, MLP = 32, 4, 8, 64
 #: Standard deviation of matrices; what is added to biases and norms; a gain for norms of queries and keys.
 SPREAD, JITTER, GAIN = 0.25, 0.1, 0.7
@@ -109,7 +108,9 @@ ENCODER_DECODERS: dict[str, Family] = {
 
 
 def tiny_config(family: str) -> PretrainedConfig:
-    """Build the config of a family: eager attention, and `architectures` set (TransformerBridge looks for it).
+    """Build the config of a family, or of an architecture by its class's name in `transformers`.
+
+    Attention is eager, and `architectures` is set (TransformerBridge looks for it).
 
     Raises:
         SinkscopeError: there is no such family; the message lists them.
@@ -119,6 +120,8 @@ def tiny_config(family: str) -> PretrainedConfig:
     """
     import transformers
 
+    if family in ARCHITECTURES:
+        return cast("PretrainedConfig", tiny_architecture(family))
     recipe = _recipe(family)
     make = getattr(transformers, recipe.model).config_class
     sizes = {
@@ -145,15 +148,15 @@ def tiny_config(family: str) -> PretrainedConfig:
 def _recipe(family: str) -> Family:
     known = FAMILIES | ENCODER_DECODERS
     if family not in known:
-        raise unknown("family", family, known)
+        raise unknown("family", family, [*known, *ARCHITECTURES])
     return known[family]
 
 
 def tiny_hf_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Build a tiny random model of a family: float32, on the CPU, in eval mode, eager; the same for a seed.
+    """Build a tiny random model of a family, or of an architecture, on the CPU: float32, eager, in eval mode.
 
-    Neither the hub nor torch's global generator is touched. Learned sink logits (gpt_oss) come from a unit normal, so
-    that they take a visible share of each row.
+    It is the same for a seed. Neither the hub nor torch's global generator is touched. Learned sink logits (gpt_oss) come
+    from a unit normal, so that they take a visible share of each row.
 
     Raises:
         SinkscopeError: there is no such family; the message lists them.
@@ -163,7 +166,7 @@ def tiny_hf_model(family: str, seed: int = 0) -> PreTrainedModel:
     config = tiny_config(family)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
-        model = cast("PreTrainedModel", getattr(transformers, _recipe(family).model)(config))
+        model = cast("PreTrainedModel", getattr(transformers, (config.architectures or [""])[0])(config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -173,7 +176,7 @@ def tiny_hf_model(family: str, seed: int = 0) -> PreTrainedModel:
             elif weight.ndim > 1:
                 weight.copy_(SPREAD * noise)
             else:
-                gain = GAIN if name.endswith(("q_norm.weight", "k_norm.weight")) else 0.0
+                gain = GAIN if family in FAMILIES and name.endswith(("q_norm.weight", "k_norm.weight")) else 0.0
                 weight.add_(JITTER * noise + gain)
     return model.eval()
 
@@ -191,7 +194,7 @@ def tiny_tokenizer(family: str = "llama") -> PreTrainedTokenizerFast:
     import tokenizers as tk
     from transformers import PreTrainedTokenizerFast
 
-    encoder = family == "bert"
+    encoder = family == "bert" or family.endswith("MaskedLM")
     roles = ("pad", "cls", "sep", "unk") if encoder else ("pad", "bos", "eos", "unk")
     if family in ENCODER_DECODERS:
         roles = ("pad", "cls", "eos", "unk")  # without a BOS, which TransformerBridge would want in front

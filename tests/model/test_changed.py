@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import sinkscope as ss
 from sinkscope.interventions import EditActivation, ReplaceToken, ZeroValue
 from sinkscope.models import adapt
-from sinkscope.models.load import _nothing_installed
+from sinkscope.models.wrap import nothing_installed
 from sinkscope.runs.undo import heeded
 from sinkscope.testing import tiny_hf_model, tiny_model
 
@@ -225,7 +225,7 @@ def test_nothing_is_installed_while_a_model_is_wrapped():
     import subprocess
 
     own = subprocess.run
-    with _nothing_installed(), pytest.raises(OSError, match="not run while a model is loaded"):
+    with nothing_installed(), pytest.raises(OSError, match="not run while a model is loaded"):
         subprocess.run(["pip", "install", "torchvision"], check=True)
     assert subprocess.run is own
 

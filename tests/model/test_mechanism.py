@@ -8,9 +8,9 @@ import torch
 
 import sinkscope as ss
 from sinkscope.metrics import BUILT_IN, MECHANISM
-from sinkscope.testing import check_metric, tiny_hf_model
+from sinkscope.testing import check_metric, tiny_hf_model, tiny_model
 from tests.conftest import table, total
-from tests.model.compare import IDS
+from tests.model.compare import IDS, TL4
 
 KEYS = (0, 3)
 #: Value heads are fewer than query heads here; positions are rotary, and absolute.
@@ -86,6 +86,7 @@ def oracle(layer, key):
         found["query_key_cosine"].append(math.fsum(cosines) / len(cosines))
         found["sink_output_share"].append(math.fsum(shares) / len(shares))
     mean_norms = [math.fsum(norm(z[i, h]) for i in range(t)) / t for h in range(heads)]
+    found["gate_mean"] = [1.0] * heads
     found["head_output_norm"] = [m / (math.fsum(mean_norms) / heads) for m in mean_norms]
     size = np.abs(layer["h"])
     at = max((size[i, d], i, d) for i in range(t) for d in range(size.shape[1]))
@@ -120,11 +121,11 @@ def test_every_number_is_the_oracles(tiny, family, engine):
                 got = (rows if at else rows[rows["key"] == key]).pivot(index="layer", columns=axis, values="value")
                 np.testing.assert_allclose(got, [e[name] for e in expected], rtol=2e-5, atol=1e-6, err_msg=f"{name} {label}")
                 compared.add(name)
-    assert compared | {"nop_rate", "massive_rule"} == set(MECHANISM)
+    assert compared | {"nop_rate", "massive_rule", "gate_closed"} == set(MECHANISM)
     assert report.frame["null"].isna().all()
 
 
-@pytest.mark.parametrize("name", [n for n in MECHANISM if n not in ("nop_rate", "massive_rule")])
+@pytest.mark.parametrize("name", [n for n in MECHANISM if n not in ("nop_rate", "massive_rule", "gate_closed")])
 def test_they_keep_the_contract(name):
     check_metric(name)
 
@@ -203,3 +204,57 @@ def test_smollm2_drains_its_first_value(smollm2):
     assert (sink[12:29] == 0).all()
     assert (table(report, "massive_dimension")[12:29] == 507).all()
     assert total(report, "massive_rule") > 0.3
+
+
+GATED = ["Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"]
+
+
+def gates_seen(name, ids):
+    """What Hugging Face's modules do to a head's output between attention and the output projection: by layer, z, g z, v."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    network, seen = tiny_hf_model(name), {}
+
+    def attend(module, query, key, value, *args, **kwargs):
+        out, weights = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+        seen[module.layer_idx] = [out[0].double(), value[0].transpose(0, 1).double()]
+        return out, weights
+
+    for module in network.modules():
+        if hasattr(module, "q_proj"):
+            module.o_proj.register_forward_pre_hook(lambda _, args, at=module.layer_idx: seen[at].append(args[0][0].double()))
+    pattern = tiny_hf_model(name)(input_ids=torch.tensor([ids]), output_attentions=True).attentions
+    AttentionInterface.register("looked-at", attend)
+    network.set_attn_implementation("looked-at")
+    with torch.no_grad():
+        network(input_ids=torch.tensor([ids]))
+    for (z, v, written), weights in zip(seen.values(), (w for w in pattern if w is not None), strict=True):
+        yield z, v, written.unflatten(-1, z.shape[1:]), weights[0].detach().double()
+
+
+@pytest.mark.skipif(not TL4, reason="these models are new in TransformerLens 4")
+@pytest.mark.parametrize("make", [tiny_model, tiny_hf_model])
+@pytest.mark.parametrize("name", GATED)
+def test_gates_are_what_outputs_are_multiplied_by(make, name):
+    ids = IDS["text 0"]
+    report = ss.measure(make(name), [ids], ["gate_mean", "gate_closed@0.5", "sink_output_share"])
+    found = {metric: [] for metric in ("gate_mean", "sink_output_share")}
+    for z, v, written, weights in gates_seen(name, ids):
+        gate, heads = written / z, z.shape[1]
+        found["gate_mean"].append(gate.mean((0, 2)).numpy())
+        v0 = v[0].repeat_interleave(heads // v.shape[1], 0)
+        shares = (gate * v0).norm(dim=-1) * weights[:, :, 0].T / written.norm(dim=-1)
+        found["sink_output_share"].append(shares[1:].mean(0).numpy())
+    for metric, expected in found.items():
+        np.testing.assert_allclose(table(report, metric)[report.about["layers"]], expected, rtol=2e-4, err_msg=metric)
+    closed = table(report, "gate_closed@0.5")[report.about["layers"]]
+    np.testing.assert_array_equal(closed, np.array(found["gate_mean"]) < 0.5)
+    assert 0 < closed.mean() < 1
+    assert np.ptp(found["gate_mean"]) > 0.01
+
+
+@pytest.mark.skipif(not TL4, reason="these models are new in TransformerLens 4")
+def test_gates_are_read_by_flash_alone():
+    with pytest.raises(ss.SinkscopeError, match=r"output gates of .* are read by engine flash alone"):
+        ss.measure(tiny_model(GATED[0]), [IDS["text 0"]], ["gate_mean"], engine="hooks")

@@ -8,7 +8,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.models import bridge
-from sinkscope.testing import tiny_tokenizer
+from sinkscope.testing import tiny_hf_model, tiny_model, tiny_tokenizer
 from tests.conftest import table
 from tests.model.compare import IDS, layers_of, losses, reduced
 
@@ -94,6 +94,19 @@ def test_scaled_logits(make, name, options):
     expected = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
     report = ss.evaluate(make(name, **GROUPED, **options), [ids], "mask_keys(keys=[0])")
     np.testing.assert_allclose(losses(report, "none"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_hf_model, tiny_model])
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "ModernBertDecoderForCausalLM", "RecurrentGemmaForCausalLM"])
+def test_heads_that_are_more_than_an_output_layer(make, name):
+    model, (ids,) = make(name), [IDS["text 2"]]
+    with torch.no_grad():
+        logits = tiny_hf_model(name)(torch.tensor([ids])).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+    before = vars(getattr(model, "original_model", model).base_model).get("forward")
+    report = ss.evaluate(model, [ids], "mask_keys(keys=[0])")
+    np.testing.assert_allclose(losses(report, "none"), expected, atol=1e-5)
+    assert vars(getattr(model, "original_model", model).base_model).get("forward") is before
 
 
 def test_a_model_without_a_head_predicts_nothing():
