@@ -6,6 +6,7 @@ architecture's name and what its configuration must be told beside the sizes tha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -259,6 +260,11 @@ ALSO_CALLED = {
 }
 
 
+def options_of(make: Any) -> set[str]:
+    """Name what a configuration takes: a dataclass since transformers 5, a plain class before."""
+    return {*make.attribute_map, *getattr(make, "__dataclass_fields__", inspect.signature(make.__init__).parameters)}
+
+
 def tiny_architecture(architecture: str) -> Any:
     """Build the configuration of an architecture, eager, with `architectures` set to its name."""
     import transformers
@@ -273,7 +279,7 @@ def _told(make: Any, options: Mapping[str, Any]) -> Any:
     """Tell a configuration the sizes that it knows, each under its own name for it, and the options before them."""
     import transformers
 
-    known, other = set(make.__dataclass_fields__) | set(make.attribute_map), make.attribute_map
+    known, other = options_of(make), make.attribute_map
     told = {other.get(name, name): value for name, value in SIZES.items() if name in known}
     told |= {other.get(name, name): value for name, value in options.items()}
     for name, value in told.items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from sinkscope.errors import unknown
-from sinkscope.testing.architectures import ARCHITECTURES, CONTEXT, VOCAB, WINDOW, tiny_architecture
+from sinkscope.testing.architectures import ARCHITECTURES, CONTEXT, VOCAB, WINDOW, options_of, tiny_architecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -133,7 +133,7 @@ def tiny_config(family: str) -> PretrainedConfig:
         "max_position_embeddings": CONTEXT,
         "layer_types": ["sliding_attention" if local else "full_attention" for local in recipe.local],
     }
-    known = set(make.attribute_map) | set(make.__dataclass_fields__)
+    known = options_of(make)
     options = {name: value for name, value in sizes.items() if name in known} | dict(recipe.options)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     if family in ENCODER_DECODERS:
