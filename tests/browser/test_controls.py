@@ -156,6 +156,18 @@ def test_compared_maps_are_taken_from_each_other(driver, opened):
     assert find("#unlike").is_displayed()
 
 
+def test_maps_of_sweeps_have_colours_of_two_signs(driver, opened):
+    """What costs nothing is grey, what costs most is warm; a colour is never missing."""
+    find = opened("compared sweeps")
+    cells = "[...document.querySelectorAll('#maps [role=gridcell]')].map(cell => cell.getAttribute('fill'))"
+    fills = driver.execute_script(f"return {cells}")
+    assert len(fills) == 2 * 6 * 8 + 9 * 8
+    dearest, free = ([int(fill[at : at + 2], 16) for at in (1, 3, 5)] for fill in fills[:2])
+    assert dearest[0] > dearest[2] + 100
+    assert max(free) - min(free) < 20
+    assert find("#differ").is_displayed()
+
+
 def test_the_fragment_works_and_is_left_alone(driver, opened):
     find = opened("snippet")
     driver.execute_script(CLICK, find("#map [data-row='3'][data-column='2']"))

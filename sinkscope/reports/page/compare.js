@@ -40,8 +40,9 @@ const tableOf = (report, metric) => report.layers.map((_, r) => report.heads.map
 
 const drawMaps = ({data, $, state, colours}) => {
   const tables = data.reports.map(report => tableOf(report, state.metric)), [least, most] = extent(tables.flat(2));
-  const chance = data.of === "sweep" ? "placebo" : "null";
-  const range = [Math.min(0, Number.isFinite(least) ? least : 0), Number.isFinite(most) ? most : 1];
+  const swept = data.of === "sweep", reach = Math.max(1e-9, Math.abs(least), Math.abs(most));  // what edits cost has two signs
+  const chance = swept ? "placebo" : "null";
+  const range = swept ? [-reach, reach] : [Math.min(0, Number.isFinite(least) ? least : 0), Number.isFinite(most) ? most : 1];
   $("maps").replaceChildren(...data.reports.map((report, i) => {
     const figure = html("figure"), host = html("div", {class: "scroll"}), say = html("output", {"aria-live": "polite"});
     figure.append(html("figcaption", {}, `${data.names[i]} (${report.model})`), host, say);
@@ -51,7 +52,7 @@ const drawMaps = ({data, $, state, colours}) => {
         rows: report.layers, columns: report.heads, value, rowName: "layer", columnName: "head", range, mark: Array.isArray(nulls) ? null : nulls, wide: 420,
         label: `${report.names[state.metric]} of ${data.names[i]}`, cellName: (r, c) => `layer ${report.layers[r]}, head ${report.heads[c]}`,
         say: (r, c) => { say.textContent = `Layer ${report.layers[r]}, head ${report.heads[c]}: ${number(value[r][c])}; ${chance} ${number(at(nulls, r, c))}`; },
-      }, colours);
+      }, swept ? diverging() : colours);
     });
     return figure;
   }));
