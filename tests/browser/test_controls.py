@@ -165,7 +165,7 @@ def test_maps_of_sweeps_have_colours_of_two_signs(driver, opened):
     dearest, free = ([int(fill[at : at + 2], 16) for at in (1, 3, 5)] for fill in fills[:2])
     assert dearest[0] > dearest[2] + 100
     assert max(free) - min(free) < 20
-    assert find("#differ").is_displayed()
+    assert find("#difference-figure").is_displayed()
 
 
 def test_the_fragment_works_and_is_left_alone(driver, opened):
