@@ -163,7 +163,8 @@ def _text(text: Mapping[str, Any], rows: DataFrame, layers: list[int]) -> dict[s
 def _pairs(attention: DataFrame) -> dict[str, Any]:
     names = {}
     for axis in ("query", "key"):
-        tokens, count = tokens_of(attention, axis), min(MOST_PAIRS, int(attention[axis].max()) + 1)
+        tokens = tokens_of(attention, axis) or tokens_of(attention, "key")  # reports of old name the keys alone
+        count = min(MOST_PAIRS, int(attention[axis].max()) + 1)
         names[axis] = [visible(tokens[at]) if at < len(tokens) else str(at) for at in range(count)]
     square = query_by_key(attention, len(names["query"]), len(names["key"]))
     return {"tokens": names["key"], "queries": names["query"], "value": _table(square)}
