@@ -187,7 +187,7 @@ def test_a_wrong_value_in_the_last_layer_is_found_out(tiny, monkeypatch):
 
 
 EXTRAS = {
-    "position_bias": (torch.zeros(1), "its attention takes 'position_bias', which engine 'flash' does not know"),
+    "alibi": (torch.zeros(1), "its attention takes 'alibi', which engine 'flash' does not know"),
     "dropout": (0.1, r"its attention drops out \(0.1\) in eval mode"),
     "sliding_window": (4, "layer 0 has a sliding window of 4, its configuration says None"),
     "is_causal": (False, "layer 0 is not causal, the model is not so"),
