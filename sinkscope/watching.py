@@ -226,10 +226,14 @@ class Watch:
         if now.why is None and now.missing:
             some = "its attention" if len(now.missing) == len(self.adapter.layers) else f"layer {now.missing[0]}"
             now.why = f"nothing came from {some} (compiled, or attention of its own?)"
+        if now.why is None:
+            try:
+                now.settle()
+            except UNREADABLE as error:  # never raised into the user's code
+                now.why = str(error)[:200]
         if now.why is not None:
             self._unread[now.why] += 1
             return
-        now.settle()
         with self._lock:
             now.run.add(now)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sinkscope.reports.sink import SinkReport
 
-#: Rows that are printed of edits and places.
+#: Places that are printed.
 SHOWN = 20
 EPILOG = "Example: sinkscope compare gpt2-results smollm2-results --out both"
 
@@ -49,7 +49,8 @@ def compare(
             for note in _notes(both, reports):
                 say(f"note: {note}")
         else:
-            print_table([str(c) for c in both], [[str(x) for x in row] for row in both.head(SHOWN).to_numpy()])
+            rows = both.head(SHOWN) if kind == "sweep" else both
+            print_table([str(c) for c in both], [[str(x) for x in row] for row in rows.to_numpy()])
         if kind == "sweep" and len(both) > SHOWN:
             say(f"the {SHOWN} of {len(both)} places that differ most; --json gives all")
         say_where(out, as_json)

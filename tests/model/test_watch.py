@@ -418,3 +418,14 @@ def test_a_researchers_task_takes_few_lines(task, tiny, tmp_path, monkeypatch):
         assert 0 < int(found.sum()) < int(there["real"].sum())
     else:
         assert 0 < found < 1
+
+
+def test_what_fails_at_the_end_of_a_pass_is_not_raised_into_the_users_code(tiny, monkeypatch):
+    def fails(calls, columns):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("sinkscope.watched.masses", fails)
+    model = tiny("llama")
+    with ss.watch(model, ["sink_mass"]) as seen, torch.no_grad():
+        model(torch.tensor([[1, 5, 9]]))
+    assert "no memory" in repr(seen)

@@ -137,13 +137,21 @@ def test_whole_rows_mend_an_inexact_log_sum_exp(name, monkeypatch):
     """As CUDA's kernels give them: off by some, more where scores are large."""
     _, scores, (_, pattern, lse) = scores_and_truth(name)
     monkeypatch.setattr(Scores, "exact", False)
-    off = dataclasses.replace(scores, lse=(lse + 1e-3 * torch.sin(torch.arange(float(T)))).float())
+    off = dataclasses.replace(scores, lse=(lse + 5e-4 * torch.sin(torch.arange(float(T)))).float())
     if name == "learned sinks":  # their share is told by the log-sum-exp itself
         off = dataclasses.replace(scores, lse=(lse + 1e-7).float())
     for start, stop in off.cuts():
         rows, expected = off.rows(start, stop), pattern[:, :, start:stop, : stop if off.causal else None]
         torch.testing.assert_close(rows.pattern().double(), expected, atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(rows.entropy().double(), torch.special.entr(expected).sum(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_wrong_is_not_mended(monkeypatch):
+    """Else no row could miss its sum, and the proof of the engine would have nothing to see on a GPU."""
+    _, scores, _ = scores_and_truth("causal")
+    monkeypatch.setattr(Scores, "exact", False)
+    off = dataclasses.replace(scores, lse=scores.lse + 0.01)
+    assert float((off.rows(0, T).pattern().sum(-1) - 1).abs().min()) > 5e-3
 
 
 def test_learned_sinks_take_a_share():
