@@ -39,7 +39,8 @@ class Masks:
     @classmethod
     def of(cls, adapter: Adapter, told: Told | None = None) -> Masks:
         """Give those of a model."""
-        return cls(adapter.causal, told, adapter.side is not None)
+        by_itself = hasattr(adapter.config, "decoder_layers")  # BART's decoder: asks for the mask of a source it has not
+        return cls(adapter.causal, told, adapter.side is not None or (adapter.causal and by_itself))
 
     def __call__(
         self,

@@ -162,7 +162,7 @@ def _adapt_hugging_face(model: Any) -> Adapter:
         layers=layers,
         windows=_windows(model, "hugging_face", layers),
         n_layers=len(_types(config)),
-        n_heads=int(config.num_attention_heads),
+        n_heads=_size(config, "num_attention_heads"),
         n_ctx=_context(model, "hugging_face"),
         causal=_causal(model, "hugging_face"),
         points={},
@@ -171,7 +171,14 @@ def _adapt_hugging_face(model: Any) -> Adapter:
 
 def _types(config: Any) -> list[str]:
     """Read what kind each layer is."""
-    return getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
+    return getattr(config, "layer_types", None) or ["full_attention"] * _size(config, "num_hidden_layers")
+
+
+def _size(config: Any, name: str) -> int:
+    """Read a number of layers or of heads; of the decoder of an encoder-decoder by itself (BART's), the decoder's."""
+    own = {"num_hidden_layers": "decoder_layers", "num_attention_heads": "decoder_attention_heads"}[name]
+    alone = getattr(config, "is_decoder", False) and not getattr(config, "is_encoder_decoder", False)
+    return int((getattr(config, own, None) if alone else None) or getattr(config, name))
 
 
 def _attending(whole: Any) -> tuple[int, ...]:
@@ -197,6 +204,8 @@ def _check_input(network: Any, name: str) -> None:
     Raises:
         SinkscopeError: names what it reads.
     """
+    if hasattr(network, "logit_scale") and hasattr(network, "text_model") and hasattr(network, "vision_model"):
+        raise SinkscopeError(f"{name} ({type(network).__name__}) has two towers: pass model.text_model or model.vision_model")
     reads = getattr(network, "main_input_name", "input_ids")
     if reads != "input_ids":
         raise SinkscopeError(
@@ -249,6 +258,8 @@ def _causal(model: Any, kind: Kind) -> bool:
     if kind not in ("bridge", "hugging_face"):
         return told
     network = getattr(model, "original_model", model)
+    if type(network).__name__.startswith("CLIPText"):  # its modules say that they are not, and are called as if they were
+        return True
     if getattr(network.config.get_text_config(), "is_decoder", False):  # BERT's, which TransformerLens takes for an encoder
         return True
     if kind == "bridge" and not network.can_generate():  # TransformerLens 3.9 calls BERT's bridge causal

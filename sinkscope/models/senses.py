@@ -6,6 +6,7 @@ frames of a sound, behind the tokens that it puts first by itself. It is run on 
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class Sensing(Adapter):
         wrong = [label for label, n in Counter(s.label for s in found).items() if n > 1 or label == "all"]
         if wrong:
             raise SinkscopeError(f"labels must be distinct and not 'all'; got {wrong[0]!r}")
-        return Tokens(tuple(found), f"positions are numbered as {type(self.trunk).__name__} makes them of {self.reads}")
+        return Tokens(tuple(found), f"no BOS: positions are those that {type(self.trunk).__name__} makes of {self.reads}")
 
     def describe(self) -> dict[str, Any]:
         """Give what a report must record about the model: also what it reads."""
@@ -177,6 +178,6 @@ def _trunk(network: Any) -> nn.Module:
     if getattr(network.config, "is_encoder_decoder", False):
         found: nn.Module = network.get_encoder() if hasattr(network, "decoder") or hasattr(network, "model") else network
         return found
-    inside = getattr(network, "base_model", network)
-    tower = inside if inside is not network else getattr(network, "vision_model", network)
-    return tower if isinstance(tower, nn.Module) else inside
+    inside: list[Any] = [getattr(network, name, None) for name in ("base_model", "vision_model")]
+    takes = (m for m in inside if isinstance(m, nn.Module) and reads(network) in inspect.signature(m.forward).parameters)
+    return next(takes, network)

@@ -81,12 +81,12 @@ def grid(
     _apart(ax, drawn, [(t, float(v)) for t, v, place in zip(tokens, values, places, strict=True) if not place], cells.shape)
     bar = ax.figure.colorbar(drawn, ax=ax, shrink=0.8)
     bar.set_label(axis_name(metric), fontsize=8, **PLAIN)
-    bar.ax.tick_params(labelsize=7)
+    bar.ax.tick_params(which="both", labelsize=6)
     null = float(profile["null"].mean())
     if np.isfinite(null):
         bar.ax.axhline(null, color=MARK, linewidth=1.5)
-    of = ", mean of layers" if layer is None else f" in layer {layer}"
-    return finish(ax, title_of(rows, text, metric, of), f"uniform attention: {null:.3g}" if np.isfinite(null) else "", "")
+    of = "mean of layers" if layer is None else f"layer {layer}"
+    return finish(ax, title_of(rows, text, metric), f"{of}; uniform attention: {null:.3g}" if np.isfinite(null) else of, "")
 
 
 def _apart(ax: Axes, drawn: Any, ahead: Sequence[tuple[str, float]], shape: Sequence[int]) -> None:

@@ -106,7 +106,7 @@ class Pictures:
         named = {t["label"]: list(t.get("tokens", [])) for t in self.about["texts"]}
         first = next(iter(named), ALL)
         if text is None:
-            text = ALL if len(set(map(tuple, named.values()))) == 1 else first
+            text = ALL if len(named) > 1 and len(set(map(tuple, named.values()))) == 1 else first
         if text != ALL and text not in named:
             raise unknown("text in this report", text, [ALL, *named])
         return text, named.get(first if text == ALL else text, [])

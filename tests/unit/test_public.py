@@ -16,6 +16,7 @@ import sinkscope as ss
 from sinkscope.cli import app
 from sinkscope.edit import Edit
 from sinkscope.reports.paged import Paged
+from sinkscope.reports.pictures import Pictures
 
 ROOT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).with_name("public.txt")
@@ -43,8 +44,8 @@ def described(name, thing):
         return
     yield name + arguments(thing)
     if inspect.isclass(thing) and not issubclass(thing, BaseException):
-        # what an intervention's subclasses may say, and the exits that all reports have
-        contract = {name for base in (Edit, Paged) if base in thing.__bases__ for name in vars(base)}
+        # what an intervention's subclasses may say, the exits that all reports have, and their pictures
+        contract = {name for base in (Edit, Paged, Pictures) if base in thing.__bases__ for name in vars(base)}
         for member in sorted({*vars(thing), *contract}):
             if not member.startswith("_"):
                 value = inspect.getattr_static(thing, member)
