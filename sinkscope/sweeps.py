@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -14,6 +15,7 @@ from sinkscope.capture.losses import check_logits
 from sinkscope.capture.plans import plan
 from sinkscope.capture.prefix import starts
 from sinkscope.capture.routes import Route, Routes, routes
+from sinkscope.capture.scored import in_layers
 from sinkscope.capture.together import Together, first_edited, parts
 from sinkscope.causal import PER_TEXT, check, following, gathered
 from sinkscope.errors import SinkscopeError, unknown
@@ -214,9 +216,9 @@ class _One:
             return f"layers before the edited one, but for {early} of {len(self.starts)} layers, which ask for more"
         return "layers before the edited one (proved equal on the first tokens)"
 
-    @property
+    @cached_property
     def _scoring(self) -> int:
-        return max(1, round(self.vocabulary / (12 * self.adapter.width)))
+        return in_layers(self.adapter, self.vocabulary)
 
     def _layers(self, route: Route) -> int:
         start = self.starts.get(first_edited(self.adapter, route), 0)
