@@ -26,7 +26,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.reports.sweep import Row, SweepReport
 from sinkscope.results import NONE, Effects
 from sinkscope.runs.fingerprint import fingerprint
-from sinkscope.runs.progress import Shares, bar
+from sinkscope.runs.progress import Shares, bar, saying
 from sinkscope.runs.resume import Found, Store, claimed, keep_runs, kept_runs
 from sinkscope.runs.share import Share
 from sinkscope.runs.undo import surely
@@ -97,7 +97,7 @@ def sweep(
     about = adapter.describe() | {"engine": ready.capture.name, "engine_why": ready.capture.why, "bos": tokens.bos}
     about["arguments"] = made.arguments | {"score_from": score_from, "max_tokens": most}
     store = Store.of(resume, about | adapter.state() | {"edit": fingerprint(made.edit)} if resume else {})
-    with surely(ready.capture):
+    with saying(progress and share.rank == 0, "proving which layers all runs can share ..."), surely(ready.capture):
         begun = starts(adapter, ready.capture, tokens.sequences[0], ready.firsts(adapter))
     one = _One(adapter, made.edit, score_from, vocabulary, begun)
     effects = Effects(len(tokens) <= PER_TEXT)

@@ -22,7 +22,7 @@ from sinkscope.results import Run, mean
 from sinkscope.tokens import TextTokens, Tokens
 
 #: Rows of logits at a time, over all passes: fewer would wait for the weights; more, up to `NUMBERS`, where they are short.
-ROWS, NUMBERS = 448, 4 << 20
+ROWS, NUMBERS = 400, 4 << 20
 #: Numbers of one run that a processor's cache holds while they are gone through again and again: of a GPU, all of them.
 CACHED = 2_000_000
 NO_STATES = torch.zeros(0, 0)
