@@ -102,5 +102,5 @@ def first_bad_module(adapter: Adapter, batch: Batch) -> str:
         with uninterrupted():
             for name, m in modules:
                 undo.callback(m.register_forward_hook(lambda _, __, output, name=name: look(name, output)).remove)
-        adapter.body(batch.ids, batch.valid, sources=batch.sources)
+        adapter.body(batch.ids, batch.valid, **batch.beside)
     return bad[0] if bad else "after the last layer"
