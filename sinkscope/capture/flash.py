@@ -42,7 +42,7 @@ class Fused:
     name: str = "flash"
     _calls: Calls = field(init=False, repr=False)
     _take: Take = field(init=False, repr=False)
-    _scratch: tuple[Scratch, Scratch] = field(default_factory=lambda: (Scratch(), Scratch()), repr=False)
+    _scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     @contextmanager
     def attached(self, take: Take) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sinkscope.causal import evaluate
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, ReplaceValue
+from sinkscope.interventions.base import elsewhere
 from sinkscope.metrics.across import POSITIVE, SHARE
 from sinkscope.models import Adapter, adapt
 from sinkscope.reports.drawing import SERIES, WIDE, finish
@@ -80,7 +81,7 @@ def nop_broadcast(
                 rows.append((kind, name, Estimate.of(each, bounds=POSITIVE), of))
         if of_kind.any():
             edits |= {case: _in(adapter, of_kind, 0, by, seed, case) for by in EDITS for case in [f"{kind}, {by}"]}
-            other = ReplaceValue(0, "zero").placebo(seed).keys[0]  # type: ignore[attr-defined]
+            (other,) = elsewhere((0,), seed)
             edits[f"{kind}, {PLACEBO}"] = _in(adapter, of_kind, other, "zero", seed, f"{kind}, {PLACEBO}")
     reports: dict[str, Any] = {}
     if edits:
