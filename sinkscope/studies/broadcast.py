@@ -17,7 +17,7 @@ from sinkscope.interventions import Intervention, ReplaceValue
 from sinkscope.interventions.base import elsewhere
 from sinkscope.metrics.across import POSITIVE, SHARE
 from sinkscope.models import Adapter, adapt
-from sinkscope.reports.drawing import SERIES, WIDE, finish
+from sinkscope.reports.drawing import SERIES, WIDE, finish, in_figures
 from sinkscope.reports.words import percent
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, by_text, costs, tabulate
 from sinkscope.studies.seen import Seen, Within, check_inside, projection
@@ -168,6 +168,8 @@ def _draw(ratio: np.ndarray, rank: np.ndarray, labels: np.ndarray, *, ax: Axes |
     ax.axhline(RANK, color="#595959", linewidth=0.6, linestyle="--")
     ax.set_xscale("log")
     ax.set_yscale("log")
+    in_figures(ax.xaxis)
+    in_figures(ax.yaxis)
     return finish(
         ax, "", "norm of the sink's projected value over the others'", "stable rank of the head's update", legend=True
     )
