@@ -13,6 +13,7 @@ from sinkscope.block import Chunk
 from sinkscope.errors import SinkscopeError
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.identity import Kind, text_model
+from sinkscope.models.versions import check_interfaces
 
 SMOLLM2 = "smollm2-135m"
 #: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network, and who listens there:
@@ -114,12 +115,14 @@ def _adapt_hugging_face(model: Any) -> Adapter:
     """Look at a model that no TransformerLens has wrapped: it has no hook points, and engine flash alone can run it.
 
     Raises:
-        SinkscopeError: it has no attention to measure, it is the inside of a bridge, or its weights are not there.
+        SinkscopeError: it has no attention to measure, it is the inside of a bridge, its weights are not there, or
+            transformers is too old.
     """
     if any(hasattr(module, "original_component") for module in model.modules()):
         raise SinkscopeError(
             f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
         )
+    check_interfaces()
     brought = any(hasattr(module, "_hf_hook") for module in model.modules())  # by accelerate, when they are used
     if not brought and any(parameter.is_meta for parameter in model.parameters()):
         raise SinkscopeError(f"this {type(model).__name__} has weights on the meta device, which are none: load them first")

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkscope.models.identity import Identity, text_model
+from sinkscope.models.versions import hooked_cache, rotary_options
 from sinkscope.runs.owner import alone
 from sinkscope.runs.undo import Undo
 from sinkscope.tokens import Batch
@@ -25,17 +26,14 @@ class Running(Identity):
             from transformers import DynamicCache
 
             return DynamicCache()
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
-        return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, batch)
+        return hooked_cache().init_cache(self.model.cfg, self.device, batch)
 
     def why_no_cache(self, length: int) -> str | None:
         """Say why a chunked prefill of this length can't be right whatever the cache does, or None."""
         if not self.causal:
             return "an encoder's queries see later keys"
         if self.kind in ("bridge", "hugging_face"):
-            rope = getattr(self.config, "rope_parameters", None) or {}
-            if any(kind in ("dynamic", "longrope") for kind in _leaves(rope)):
+            if any(kind in ("dynamic", "longrope") for kind in _leaves(rotary_options(self.config))):
                 return "its rotary scaling depends on the length"
         return None
 

@@ -19,6 +19,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.adapting import EDITED, adapt, is_encoder_decoder, short_name
 from sinkscope.models.identity import Side
+from sinkscope.models.versions import check_interfaces
 from sinkscope.tokens import Batch, Targets, TextTokens, Tokens, resided, tokenize_pairs
 from sinkscope.tokens.pairs import PAIRS
 
@@ -66,6 +67,8 @@ def _sided(model: Any, side: Side) -> Sided:
         raise SinkscopeError(
             f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
         )
+    if plain:
+        check_interfaces()
     half: Side = "encoder" if side == "encoder" else "decoder"
     config, n_layers = _stack(network, half).config, len(_layers(_stack(network, half)))
     named = getattr(getattr(model, "cfg", None), "model_name", None) or getattr(network.config, "_name_or_path", "")

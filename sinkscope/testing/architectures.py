@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sinkscope.models.versions import class_of
+
 #: Layers of a tiny model; layers of a tower for images or sound, and of either side of an encoder-decoder.
 LAYERS, FEW = 4, 2
 VOCAB, CONTEXT, WINDOW, PATCH = 64, 128, 8, 4
@@ -267,10 +269,8 @@ def options_of(make: Any) -> set[str]:
 
 def tiny_architecture(architecture: str) -> Any:
     """Build the configuration of an architecture, eager, with `architectures` set to its name."""
-    import transformers
-
     name = ALSO_CALLED.get(architecture, architecture)
-    config = _told(getattr(transformers, name).config_class, ARCHITECTURES[name] | {"architectures": [name]})
+    config = _told(class_of(name).config_class, ARCHITECTURES[name] | {"architectures": [name]})
     config._attn_implementation = "eager"
     return config
 
