@@ -23,10 +23,10 @@ PLAIN = "--strict-markers --import-mode=importlib -ra"
 MARK = "## Versions"
 HEAD = f"""{MARK}
 
-Served: Python 3.11 to 3.13, transformer-lens 2.16 to 4.x, transformers 4.51 to 5.x, torch from 2.6, pandas from 2.0, numpy from
-1.26. TransformerLens has `HookedTransformer` and `HookedEncoder` up to 3.9, `TransformerBridge` from 3.0 on; a plain Hugging
-Face model needs transformers 4.53. `make test` runs TransformerLens 4.3 and 3.9; `make matrix` the tests of the model classes
-at these corners (`python docs/versions.py` writes the table). A skipped test names what the versions do not have.
+Served: Python 3.11 to 3.13, transformer-lens 2.16 to 4.x, transformers 4.51 to 5.x, torch from 2.6, pandas from 2.0, numpy
+from 1.26. TransformerLens has `HookedTransformer` and `HookedEncoder` up to 3.9, `TransformerBridge` from 3.0 on; a plain
+Hugging Face model needs transformers 4.53. `make test` runs TransformerLens 4.3 and 3.9; `make matrix` the tests of the model
+classes at these corners (`python docs/versions.py` writes the table). A skipped test names what the versions do not have.
 
 """
 TABLE = ("corner", "Python", *PACKAGES, "passed", "failed", "skipped")
@@ -60,7 +60,7 @@ def run(name: str) -> Row:
 
 def section(page: str) -> str:
     """Give the section as a page has it."""
-    before, found, after = page.partition(MARK)
+    _, found, after = page.partition(MARK)
     return f"{MARK}{after.partition(chr(10) + '## ')[0].rstrip()}\n" if found else HEAD
 
 

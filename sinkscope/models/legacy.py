@@ -48,6 +48,8 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
         except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
             raise _refusal(name, architecture, error) from error
     cfg.model_name = name
+    if not has_bridge() and cfg.positional_embedding_type == "rotary":  # TransformerLens 2 takes 10,000 for most Llamas
+        cfg.rotary_base = getattr(network.config, "rope_theta", cfg.rotary_base)
     if tokenizer is None:
         cfg.tokenizer_name = None  # or it would be looked for in the directory that is gone
     try:
@@ -98,4 +100,4 @@ def _with_pooler(network: Any) -> Any:
 
     whole = BertForPreTraining(network.config).to(network.device, network.dtype)
     whole.load_state_dict(network.state_dict(), strict=False)
-    return whole
+    return whole.eval()

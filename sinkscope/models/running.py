@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkscope.models.identity import Identity, text_model
-from sinkscope.models.versions import hooked_cache, rotary_options
+from sinkscope.models.versions import cache_keyword, cache_of, hooked_cache, rotary_options
 from sinkscope.runs.owner import alone
 from sinkscope.runs.undo import Undo
 from sinkscope.tokens import Batch
@@ -32,10 +32,9 @@ class Running(Identity):
         """Say why a chunked prefill of this length can't be right whatever the cache does, or None."""
         if not self.causal:
             return "an encoder's queries see later keys"
-        if self.kind in ("bridge", "hugging_face"):
-            if any(kind in ("dynamic", "longrope") for kind in _leaves(rotary_options(self.config))):
-                return "its rotary scaling depends on the length"
-        return None
+        rotary = rotary_options(self.config) if self.kind in ("bridge", "hugging_face") else {}
+        grows = any(kind in ("dynamic", "longrope") for kind in _leaves(rotary))
+        return "its rotary scaling depends on the length" if grows else None
 
     def body(
         self,
@@ -53,7 +52,7 @@ class Running(Identity):
         if self.kind in ("bridge", "hugging_face"):
             extra: dict[str, Any] = {} if self.causal else {"attention_mask": valid.long()}
             if cache is not None:
-                extra["past_key_values"] = cache
+                extra[cache_keyword(self.trunk)] = cache
             if first:
                 extra["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
             output = self.trunk(
@@ -93,7 +92,7 @@ class Running(Identity):
     @staticmethod
     def cached(given: dict[str, Any]) -> int:
         """Read how many tokens a KV cache holds, from the keywords of a forward pass."""
-        cache = given.get("past_key_values", given.get("past_kv_cache"))
+        cache = cache_of(given)
         if cache is None:
             return 0
         return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else int(cache[0].past_keys.shape[1])

@@ -16,6 +16,9 @@ import torch
 
 from sinkscope.errors import SinkscopeError
 
+#: What a KV cache is called: by transformers up to 5.23 and since, by HookedTransformer.
+CACHE = ("past_key_values", "cache", "past_kv_cache")
+
 
 class VersionError(SinkscopeError):
     """What was asked for is not in the versions that are installed; the message names one that has it."""
@@ -76,6 +79,16 @@ def hooked_cache() -> Any:
     return HookedTransformerKeyValueCache
 
 
+def cache_keyword(network: Any) -> str:
+    """Give the keyword of a model's KV cache: `cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
+
+
+def cache_of(given: dict[str, Any]) -> Any:
+    """Find the KV cache among the keywords of a forward pass; None where there is none."""
+    return next((found for name in CACHE if (found := given.get(name)) is not None), None)
+
+
 def known_names() -> list[str]:
     """Give the names that TransformerLens lists."""
     import transformer_lens
@@ -103,9 +116,10 @@ def check_interfaces() -> None:
     """
     if not has_interfaces():
         raise VersionError(
-            f"transformers {importlib.metadata.version('transformers')} has no interface for attention masks, which a plain Hugging Face model "
-            "is measured through: pip install 'transformers>=4.53', or make a HookedTransformer of the model, or reduce what "
-            "it gives with output_attentions=True: ss.metrics.of_pattern(attentions)"
+            "a plain Hugging Face model is measured through an interface for attention masks, which transformers has from "
+            f"4.53 on; this is {importlib.metadata.version('transformers')}. pip install 'transformers>=4.53', or make a "
+            "HookedTransformer of the model, or reduce what it gives with output_attentions=True: "
+            "ss.metrics.of_pattern(attentions)"
         )
 
 

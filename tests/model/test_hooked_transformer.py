@@ -91,8 +91,9 @@ def test_loading_by_directory(hooked, tmp_path, family):
 @on_39
 @pytest.mark.parametrize("family", REFUSED)
 def test_an_architecture_that_it_cannot_convert_is_named(family):
+    network = tiny_hf_model(family)
     with pytest.raises(ss.SinkscopeError, match=rf"'tiny' \({FAMILIES[family].model}\).*backend='bridge'"):
-        convert(tiny_hf_model(family), tiny_tokenizer(family), "tiny")
+        convert(network, tiny_tokenizer(family), "tiny")
 
 
 @on_39
