@@ -36,7 +36,7 @@ def attention_map(
 
     Args:
         model: as for :func:`sinkscope.measure`.
-        text: one text, path or row of ids.
+        text: one text, path or row of ids; or one image or sound, as :func:`sinkscope.measure` takes it, which is not cut.
         layer: one layer; None averages over all.
         head: one head; None averages over all.
         side: as for :func:`sinkscope.measure`.
@@ -49,7 +49,7 @@ def attention_map(
     Raises:
         SinkscopeError: no such layer or head, or more than one text.
     """
-    adapter = adapt_side(model, side)
+    adapter = adapt_side(model, side, features=True)
     tokens = adapter.tokenize(text, bos=bos, max_tokens=max_tokens)
     sequence = _only(tokens)
     if layer is not None and layer not in adapter.layers:
@@ -90,7 +90,7 @@ def attention_patterns(
 
     Args:
         model: as for :func:`sinkscope.measure`.
-        text: one text, path or row of ids.
+        text: one text, path or row of ids; or one image or sound, as :func:`sinkscope.measure` takes it, which is not cut.
         side: as for :func:`sinkscope.measure`, but not `"cross"`.
         bos: as for :func:`sinkscope.measure`.
         max_tokens: the text is cut to this many tokens; None: 64, or fewer where that is over a million numbers in all heads.
@@ -102,7 +102,7 @@ def attention_patterns(
     Raises:
         SinkscopeError: more than one text, or cross-attention.
     """
-    adapter = adapt_side(model, side)
+    adapter = adapt_side(model, side, features=True)
     if adapter.side == "cross":
         raise SinkscopeError("side='cross': the explorer shows a text's attention to itself: take ss.attention_map")
     most = at_most(max_tokens) or _longest(adapter)

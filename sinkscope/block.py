@@ -57,15 +57,6 @@ class EntropyRows(Protocol):
         ...
 
 
-@runtime_checkable
-class SummedRows(Protocol):
-    """Rows that know a cheaper way to their sums over queries than through the pattern."""
-
-    def columns(self) -> Float[Tensor, "batch head key"]:
-        """Give what each key gets from the real rows together."""
-        ...
-
-
 def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 

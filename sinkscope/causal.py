@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -179,10 +179,9 @@ class _One:
         """How many a text takes."""
         return self.passes * (len(self.adapter.layers) + self._scoring)
 
-    @property
+    @cached_property
     def _scoring(self) -> int:
-        """Layers that take as long as unembedding: a layer has about 12 width squared weights."""
-        return max(1, round(self.vocabulary / (12 * self.adapter.width)))
+        return scored.in_layers(self.adapter, self.vocabulary)
 
     def portion(
         self,

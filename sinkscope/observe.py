@@ -59,7 +59,8 @@ def measure(
             label to one of these; or a stream, which is never whole in memory: an iterator or a dataset (its rows' field
             `text`), the `Path` of a directory (its `.txt` files) or of a `.jsonl` file (the field `text` of its lines). Of an
             encoder-decoder: a (source, target) pair (a tuple of two), `input_ids` with `decoder_input_ids`, a row with
-            `source` and `target`, or a source alone, for which the model then writes a target, greedily.
+            `source` and `target`, or a source alone, for which the model then writes a target, greedily. Of an encoder of
+            images or sound: what its processor gives (`pixel_values`, `input_values`, `input_features`), one or several.
         metrics: names (see `sinkscope metrics`), metrics, or functions of a block, one or several; None for all built-in
             ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
@@ -94,7 +95,7 @@ def measure(
         SinkscopeError: bad input (see each argument), a metric that fails, NaN in the activations.
     """
     cache = model if is_cache(model) else None
-    adapter = adapt_side(model if cache is None else cache.model, side)
+    adapter = adapt_side(model if cache is None else cache.model, side, features=True)
     if cache is not None and adapter.side is not None:
         raise SinkscopeError("the ActivationCache of an encoder-decoder is not read: give the model itself, and pairs")
     asked = resolve(metrics) if where is None else countable(resolve(metrics), metrics is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -14,6 +15,7 @@ from sinkscope.capture.losses import check_logits
 from sinkscope.capture.plans import plan
 from sinkscope.capture.prefix import starts
 from sinkscope.capture.routes import Route, Routes, routes
+from sinkscope.capture.scored import in_layers
 from sinkscope.capture.together import Together, first_edited, parts
 from sinkscope.causal import PER_TEXT, check, following, gathered
 from sinkscope.errors import SinkscopeError, unknown
@@ -24,7 +26,7 @@ from sinkscope.models import Adapter, adapt
 from sinkscope.reports.sweep import Row, SweepReport
 from sinkscope.results import NONE, Effects
 from sinkscope.runs.fingerprint import fingerprint
-from sinkscope.runs.progress import Shares, bar
+from sinkscope.runs.progress import Shares, bar, saying
 from sinkscope.runs.resume import Found, Store, claimed, keep_runs, kept_runs
 from sinkscope.runs.share import Share
 from sinkscope.runs.undo import surely
@@ -95,7 +97,7 @@ def sweep(
     about = adapter.describe() | {"engine": ready.capture.name, "engine_why": ready.capture.why, "bos": tokens.bos}
     about["arguments"] = made.arguments | {"score_from": score_from, "max_tokens": most}
     store = Store.of(resume, about | adapter.state() | {"edit": fingerprint(made.edit)} if resume else {})
-    with surely(ready.capture):
+    with saying(progress and share.rank == 0, "proving which layers all runs can share ..."), surely(ready.capture):
         begun = starts(adapter, ready.capture, tokens.sequences[0], ready.firsts(adapter))
     one = _One(adapter, made.edit, score_from, vocabulary, begun)
     effects = Effects(len(tokens) <= PER_TEXT)
@@ -214,9 +216,9 @@ class _One:
             return f"layers before the edited one, but for {early} of {len(self.starts)} layers, which ask for more"
         return "layers before the edited one (proved equal on the first tokens)"
 
-    @property
+    @cached_property
     def _scoring(self) -> int:
-        return max(1, round(self.vocabulary / (12 * self.adapter.width)))
+        return in_layers(self.adapter, self.vocabulary)
 
     def _layers(self, route: Route) -> int:
         start = self.starts.get(first_edited(self.adapter, route), 0)

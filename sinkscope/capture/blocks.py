@@ -123,9 +123,8 @@ class Pass:
             n = min(value.shape[query_axis(name)] for name, value in rest.items())
         device = next(iter(rest.values())).device if source is None else source.device
         lengths = self.batch.lengths.to(device)
-        real = self.batch.valid[:, self.start : self.start + n].to(device)
         for start, stop in source.cuts() if source is not None and group == {"pattern"} else [(0, n)]:
-            rows: Rows = NoRows() if source is None else source.rows(start, stop, real)
+            rows: Rows = NoRows() if source is None else source.rows(start, stop)
             yield Block(
                 layer=self.layer,
                 start=self.start + start,

@@ -110,7 +110,7 @@ class Capture:
                 stop = min(start + step, length)
                 self.feed.begin()
                 self._pass = Pass(self.adapter, self.groups, batch, start, on_block, ticks)
-                hidden = self.adapter.body(batch.ids[:, start:stop], batch.valid[:, start:stop], cache, sources=batch.sources)
+                hidden = self.adapter.body(batch.ids[:, start:stop], batch.valid[:, start:stop], cache, **batch.beside)
                 if self._pass.unseen:
                     raise self.feed.inert(self._pass.unseen[0])
                 if not bool(torch.isfinite(hidden[batch.valid[:, start:stop]]).all()):

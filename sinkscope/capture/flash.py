@@ -42,7 +42,7 @@ class Fused:
     name: str = "flash"
     _calls: Calls = field(init=False, repr=False)
     _take: Take = field(init=False, repr=False)
-    _scratch: tuple[Scratch, Scratch] = field(default_factory=lambda: (Scratch(), Scratch()), repr=False)
+    _scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     @contextmanager
     def attached(self, take: Take) -> Iterator[None]:
@@ -102,5 +102,5 @@ def first_bad_module(adapter: Adapter, batch: Batch) -> str:
         with uninterrupted():
             for name, m in modules:
                 undo.callback(m.register_forward_hook(lambda _, __, output, name=name: look(name, output)).remove)
-        adapter.body(batch.ids, batch.valid, sources=batch.sources)
+        adapter.body(batch.ids, batch.valid, **batch.beside)
     return bad[0] if bad else "after the last layer"

@@ -76,7 +76,7 @@ def first_bad_layer(adapter: Adapter, batch: Batch) -> str:
             bad.append("in the embeddings" if need == "hook_resid_pre" and layer == 0 else f"in layer {layer}")
 
     with observed(adapter, frozenset({"hook_resid_pre", "pattern", "residual"}), look):
-        adapter.body(batch.ids, batch.valid, sources=batch.sources)
+        adapter.body(batch.ids, batch.valid, **batch.beside)
     return bad[0] if bad else "after the last layer"
 
 

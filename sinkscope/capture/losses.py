@@ -57,7 +57,7 @@ def next_losses(adapter: Adapter, batch: Batch, chunk: int | None = None) -> Flo
         cache = adapter.new_cache(len(batch.sequences)) if chunk else None
         for start in range(0, length, step):
             stop = min(start + step, length)
-            hidden = adapter.body(batch.ids[:, start:stop], batch.valid[:, start:stop], cache, sources=batch.sources)
+            hidden = adapter.body(batch.ids[:, start:stop], batch.valid[:, start:stop], cache, **batch.beside)
             for row, text in enumerate(batch.lengths.tolist()):
                 here = torch.arange(start, max(start, min(stop, text - 1)))  # none, where the text has ended before
                 size = 1

@@ -146,11 +146,15 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]], longest: int) 
 
 
 def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:
-    """Take the start of the longest text; where pads are masked (an encoder's), half of it too, so that there are some."""
+    """Take the start of the longest text; where pads are masked (an encoder's), half of it too, so that there are some.
+
+    An image or a sound is taken whole.
+    """
     longest = max(tokens.sequences, key=len)
     short_window = min(adapter.windows.values(), default=PAST_A_WINDOW) < PAST_A_WINDOW
     n = min(len(longest), PAST_A_WINDOW if short_window else TOKENS)
-    sizes = [n] if adapter.causal and longest.source is None else [n, (n + 1) // 2]
+    padded = longest.inputs is None and not (adapter.causal and longest.source is None)
+    sizes = [n, (n + 1) // 2] if padded else [n]
     return next(Tokens(tuple(map(longest.first, sizes)), tokens.bos).batches(2, adapter.device))
 
 
@@ -198,4 +202,4 @@ def _reference(adapter: Adapter, batch: Batch) -> _Look:
         mass = [torch.cat(layer) for layer in zip(*(look.mass for look in looks), strict=True)]
         return _Look(torch.cat([look.hidden for look in looks]), mass)
     with adapter.quiet():
-        return _Look(torch.cat([adapter.body(one.ids, one.valid, sources=one.sources)[0] for one in alone]).float(), [])
+        return _Look(torch.cat([adapter.body(one.ids, one.valid, **one.beside)[0] for one in alone]).float(), [])

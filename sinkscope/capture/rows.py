@@ -21,8 +21,6 @@ ROWS = 256
 BYTES, FEWEST = 16 << 20, 16
 #: The same on a GPU, where every block costs a dozen launches: a quarter of the time (H200, 4,096 tokens).
 GPU_ROWS, GPU_BYTES = 512, 256 << 20
-#: Bytes, and keys, of the tiles in which rows are summed up: two of them should stay in a processor's cache.
-TILE, KEYS = 4 << 20, 2048
 #: The same of rows that are stored, and only looked at.
 STORED = 8 << 20
 #: By how much a log-sum-exp may be off and be mended: below what the proof of the engine calls wrong.
@@ -45,8 +43,8 @@ class Source(Protocol):
         """Tell where the layer is."""
         ...
 
-    def rows(self, start: int, stop: int, real: Bool[Tensor, "batch row"] | None = None) -> Rows:
-        """Give some of them, counted from the first of this pass; `real` are the rows that sums over rows take in."""
+    def rows(self, start: int, stop: int) -> Rows:
+        """Give some of them, counted from the first of this pass."""
         ...
 
     def cuts(self) -> Iterator[tuple[int, int]]:
@@ -76,7 +74,7 @@ class StoredPattern:
         """Tell where the layer is."""
         return self.values.device
 
-    def rows(self, start: int, stop: int, real: Bool[Tensor, "batch row"] | None = None) -> PatternRows:
+    def rows(self, start: int, stop: int) -> PatternRows:
         """Give some rows, and the keys up to the last of them."""
         return PatternRows(self.values[:, :, start:stop, : self.start + stop if self.causal else None])
 
@@ -123,7 +121,7 @@ class Scores:
     sinks: Float[Tensor, " head"] | None = None
     key_mask: Bool[Tensor, "batch key"] | None = None
     bias: Float[Tensor, "#batch head position key"] | None = None
-    scratch: tuple[Scratch, Scratch] = field(default_factory=lambda: (Scratch(), Scratch()))
+    scratch: Scratch = field(default_factory=lambda: Scratch())
 
     @property
     def n(self) -> int:
@@ -140,14 +138,9 @@ class Scores:
         """Tell whether the log-sum-exps are good to float32: CUDA's kernels multiply in parts, 1e-5 off for large scores."""
         return not self.q.is_cuda
 
-    def queries_of(self, heads: slice) -> slice:
-        """Give the query heads of some key heads."""
-        each = self.q.shape[1] // self.k.shape[1]
-        return slice(heads.start * each, heads.stop * each)
-
-    def rows(self, start: int, stop: int, real: Bool[Tensor, "batch row"] | None = None) -> ScoredRows:
+    def rows(self, start: int, stop: int) -> ScoredRows:
         """Give some rows; nothing is computed before it is asked for."""
-        return ScoredRows(self, start, stop, real)
+        return ScoredRows(self, start, stop)
 
     def cuts(self) -> Iterator[tuple[int, int]]:
         """Cut into blocks of about `BYTES`, and at most `ROWS` rows: fewer, where rows are long; larger ones on a GPU."""
@@ -169,12 +162,11 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Rows `start` to `stop` of :class:`Scores`; of `real`, all rows of the pass, those are summed over; None for all."""
+    """Rows `start` to `stop` of :class:`Scores`."""
 
     of: Scores
     start: int
     stop: int
-    real: Bool[Tensor, "batch row"] | None = None
 
     def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
         """Give the attention to one key per sequence: one thin matrix product, whatever the number of rows."""
@@ -197,17 +189,13 @@ class ScoredRows:
 
     def pattern(self) -> Float[Tensor, "batch head query key"]:
         """Give the whole rows, keys up to the last row; a window's other keys are zeros."""
-        band, reach = self._whole, self._reach
+        band, reach = self._whole[0], self._reach
         beyond = 0 if self.of.causal else self.of.k.shape[2] - reach.stop
         return torch.nn.functional.pad(band, (reach.start, beyond)) if reach.start or beyond else band
 
     def entropy(self) -> Float[Tensor, "batch head query"]:
-        """Give the entropy of each row, -sum A log A: the logarithms are at hand."""
-        return self._sums[0]
-
-    def columns(self) -> Float[Tensor, "batch head key"]:
-        """Give what each key gets from the real rows."""
-        return self._sums[1]
+        """Give the entropy of each row, -sum A log A: the logarithms were at hand."""
+        return self._whole[1]
 
     @property
     def _reach(self) -> slice:
@@ -223,66 +211,32 @@ class ScoredRows:
         seen = gap >= 0 if self.of.causal else torch.ones_like(gap, dtype=torch.bool)
         return seen if self.of.window is None else seen & (gap.abs() < self.of.window)
 
-    @cached_property
-    def _whole(self) -> Float[Tensor, "batch head query key"]:
-        """The keys in reach."""
-        return self._tile(slice(None), slice(0, self.of.k.shape[1]), self._reach, Scratch())[1]
+    def _hide(self, logs: Tensor, keys: slice) -> None:
+        """Hide some keys from the rows that don't see them."""
+        seen = self._seen(torch.arange(keys.start, keys.stop, device=logs.device)[:, None])
+        first = self._reach.start
+        logs[..., keys.start - first : keys.stop - first].masked_fill_(~seen.mT, NEVER)
 
     @cached_property
-    def _sums(self) -> tuple[Float[Tensor, "batch head query"], Float[Tensor, "batch head key"]]:
-        """Entropies and columns, from tiles that stay in a processor's cache: whole rows never exist."""
-        of, n = self.of, self.stop - self.start
-        entropy = of.lse.new_zeros(*of.q.shape[:2], n)
-        columns = of.lse.new_zeros(*of.q.shape[:2], self.stop if of.causal else of.k.shape[2])
-        real = entropy.new_ones(len(of.q), n) if self.real is None else self.real[:, self.start : self.stop].to(entropy.dtype)
-        for batch, heads, keys in self._tiles():
-            logs, band = self._tile(batch, heads, keys, of.scratch[1])
-            at = batch, of.queries_of(heads)
-            entropy[at] -= torch.linalg.vecdot(logs, band)  # no product is written
-            columns[*at, keys] += (real[batch, None, None] @ band)[:, :, 0]
-        return entropy, columns
-
-    def _tiles(self) -> Iterator[tuple[slice, slice, slice]]:
-        """Cut texts, key heads and keys in reach."""
-        of, reach = self.of, self._reach
-        size, most = (TILE, KEYS) if of.exact else (GPU_BYTES, reach.stop)
-        kv, width = of.k.shape[1], min(reach.stop - reach.start, most)
-        blocks = max(1, size // (4 * (of.q.shape[1] // kv) * (self.stop - self.start) * width))
-        texts, heads = max(1, blocks // kv), min(blocks, kv)
-        for text in range(0, len(of.q), texts):
-            for head in range(0, kv, heads):
-                for key in range(reach.start, reach.stop, width):
-                    yield (
-                        slice(text, text + texts),
-                        slice(head, min(head + heads, kv)),
-                        slice(key, min(key + width, reach.stop)),
-                    )
-
-    def _hide(self, logs: Tensor, keys: slice, some: slice) -> None:
-        """Hide some of the keys from the rows that don't see them."""
-        seen = self._seen(torch.arange(some.start, some.stop, device=logs.device)[:, None])
-        logs[..., some.start - keys.start : some.stop - keys.start].masked_fill_(~seen.mT, NEVER)
-
-    def _tile(self, batch: slice, heads: slice, keys: slice, memory: Scratch) -> tuple[Tensor, Tensor]:
-        """Give logarithms and weights of some key heads' queries; the next tile takes the logarithms' memory over."""
-        of, rows, own = self.of, slice(self.start, self.stop), self.of.queries_of(heads)
-        logs = scores_of(of.q[batch, own, rows], of.k[batch, heads, keys], of.scale, of.softcap, of.scratch[0])
+    def _whole(self) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch head query"]]:
+        """The keys in reach, and the entropy: its logarithms live in memory that the next block takes over."""
+        of, reach, rows = self.of, self._reach, slice(self.start, self.stop)
+        logs = scores_of(of.q[:, :, rows], of.k[:, :, reach], of.scale, of.softcap, of.scratch)
         if of.bias is not None:
-            logs.add_(of.bias.expand(len(of.q), -1, -1, -1)[batch, own, rows, keys])
-        logs.sub_(of.lse[batch, own, rows, None])
-        if of.causal and keys.stop > self.start:  # all keys before the block are seen
-            self._hide(logs, keys, slice(max(keys.start, self.start), keys.stop))
+            logs.add_(of.bias[:, :, rows, reach])
+        logs.sub_(of.lse[:, :, rows, None])
+        if of.causal:  # all keys before the block are seen
+            self._hide(logs, slice(self.start, self.stop))
         if of.window is not None and not of.causal:
-            self._hide(logs, keys, keys)
-        elif of.window is not None and keys.start < self.stop - of.window:  # of the oldest keys, each row sees one less
-            self._hide(logs, keys, slice(keys.start, min(keys.stop, self.stop - of.window)))
+            self._hide(logs, reach)
+        elif of.window is not None and reach.start < self.stop - of.window:  # of the oldest keys, each row sees one less
+            self._hide(logs, slice(reach.start, self.stop - of.window))
         if of.key_mask is not None:
-            logs.masked_fill_(~of.key_mask[batch, None, None, keys], NEVER)
-        band = torch.exp(logs, out=memory(logs, *logs.shape))
+            logs.masked_fill_(~of.key_mask[:, None, None, reach], NEVER)
+        band = logs.exp()
         if not of.exact:
-            total = band @ band.new_ones(band.shape[-1])
-            factor = (self.row_sum()[batch, own] / total)[..., None]
+            factor = (self.row_sum() / (band @ band.new_ones(band.shape[-1])))[..., None]
             factor = torch.where((factor - 1).abs() < ROUNDING, factor, 1.0)  # for the proof to see what is wrong
             band.mul_(factor)
             logs.add_(factor.log())
-        return logs, band
+        return band, -torch.linalg.vecdot(logs, band)

@@ -22,9 +22,9 @@ from sinkscope.results import Run, mean
 from sinkscope.tokens import TextTokens, Tokens
 
 #: Rows of logits at a time, over all passes: fewer would wait for the weights; more, up to `NUMBERS`, where they are short.
-ROWS, NUMBERS = 128, 4 << 20
+ROWS, NUMBERS = 400, 4 << 20
 #: Numbers of one run that a processor's cache holds while they are gone through again and again: of a GPU, all of them.
-CACHED = 400_000
+CACHED = 2_000_000
 NO_STATES = torch.zeros(0, 0)
 
 
@@ -116,6 +116,11 @@ def passed(
     )
 
 
+def in_layers(adapter: Adapter, vocabulary: int) -> int:
+    """Give how many layers take as long as unembedding, for a bar: a layer has about 12 width squared weights."""
+    return max(1, round(vocabulary / (12 * adapter.width)))
+
+
 def rows_at_a_time(vocabulary: int, passes: int) -> int:
     """Give how many tokens of each of some passes are unembedded at a time."""
     return max(1, max(ROWS, NUMBERS // vocabulary) // passes)
@@ -147,20 +152,25 @@ def beside_clean(
     A token is scored where it stands in both runs, after at least one other.
     """
     scores = [Scores(len(sequence)) for _ in passes]
-    device = passes[0].hidden.device
     targets = torch.arange(score_from, len(sequence))
     for part in torch.split(targets, rows):
-        places = [made.row_of[part] for made in passes]
-        there = [place >= 0 for place in places]
-        states = [made.hidden[place[here].to(device)] for made, place, here in zip(passes, places, there, strict=True)]
-        logits = torch.split(adapter.logits(torch.cat(states)), [len(s) for s in states])
-        step = max(1, CACHED // logits[0].shape[1]) if device.type == "cpu" else len(part)
-        for start in range(0, len(part), step):
-            few = slice(start, start + step)
-            now = [_rows(mine, here, few) for mine, here in zip(logits, there, strict=True)]
-            _compare(sequence, part[few], [here[few] for here in there], now, scores)
+        _score(adapter, sequence, part, passes, scores)
         done((int(part[-1]) + 1 - score_from) / len(targets))
     return scores
+
+
+def _score(adapter: Adapter, sequence: TextTokens, part: Tensor, passes: Sequence[Passed], scores: Sequence[Scores]) -> None:
+    """Score some tokens of every pass; their logits are gone before the next ones' are made."""
+    there = [made.row_of[part] >= 0 for made in passes]
+    states = [made.hidden[made.row_of[part][here].to(made.hidden.device)] for made, here in zip(passes, there, strict=True)]
+    logits = torch.split(adapter.logits(torch.cat(states)), [len(s) for s in states])
+    clean = logits[0]
+    step = len(part) if clean.is_cuda else max(1, min(len(part), CACHED // clean.shape[1]))
+    room = clean.new_empty(2, step, clean.shape[1])
+    for start in range(0, len(part), step):
+        few = slice(start, start + step)
+        now = [_rows(mine, here, few) for mine, here in zip(logits, there, strict=True)]
+        _compare(sequence, part[few], [here[few] for here in there], now, scores, room)
 
 
 def _rows(logits: Tensor, there: Tensor, few: slice) -> Tensor:
@@ -170,17 +180,22 @@ def _rows(logits: Tensor, there: Tensor, few: slice) -> Tensor:
 
 
 def _compare(
-    sequence: TextTokens, tokens: Tensor, there: Sequence[Tensor], logits: Sequence[Tensor], scores: Sequence[Scores]
+    sequence: TextTokens,
+    tokens: Tensor,
+    there: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    scores: Sequence[Scores],
+    room: Float[Tensor, "2 token vocabulary"],
 ) -> None:
-    """Score some tokens of every run, each against the first."""
+    """Score some tokens of every run, each against the first; `room` is for what is computed on the way."""
     clean, *edited = logits
     truth = sequence.ids[tokens].to(clean.device)[:, None]
-    known = _Known.of(clean, truth)
+    known = _Known.of(clean, truth, room[0])
     scores[0].add(tokens, known.loss, known.loss, 0.0, 1.0)
     for mine, here, into in zip(edited, there[1:], scores[1:], strict=True):
         if len(mine):
             on = here.to(mine.device)
-            into.add(tokens[here], known.loss[on], *known.compare(mine, truth, on))
+            into.add(tokens[here], known.loss[on], *known.compare(mine, truth, on, room[1]))
 
 
 @dataclass
@@ -191,20 +206,29 @@ class _Known:
     lse: Float[Tensor, " token"]
     share: Float[Tensor, "token vocabulary"]
     loss: Float[Tensor, " token"]
-    best: Int[Tensor, " token"]
+    best: Int[Tensor, "token 1"]
 
     @classmethod
-    def of(cls, logits: Tensor, truth: Tensor) -> _Known:
-        lse = logits.logsumexp(-1)
-        share = (logits - lse[:, None]).exp_()
-        return cls(logits, lse, share, lse - logits.gather(1, truth)[:, 0], logits.argmax(-1))
+    def of(cls, logits: Tensor, truth: Tensor, room: Tensor) -> _Known:
+        best, raised, total = _exponentials(logits, room)
+        lse = best[:, 0] + total.log()
+        loss = lse - logits.gather(1, truth)[:, 0]
+        return cls(logits, lse, raised.div_(total[:, None]), loss, logits.argmax(-1, keepdim=True))
 
-    def compare(self, logits: Tensor, truth: Tensor, on: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compare(self, logits: Tensor, truth: Tensor, on: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give loss, KL(clean || edited) and agreement of an edited run, which is `on` at some of these tokens."""
-        lse = logits.logsumexp(-1)
-        loss = lse - logits.gather(1, truth[on])[:, 0]
-        same = self.best[on] == logits.argmax(-1)
         whole = bool(on.all())
-        clean, share, clean_lse = (x if whole else x[on] for x in (self.logits, self.share, self.lse))
-        apart = logits.sub_(clean).sub_((lse - clean_lse)[:, None])  # differences of logarithms first: they are small
-        return loss, -apart.mul_(share).sum(-1), same
+        clean, share, clean_lse, best = (x if whole else x[on] for x in (self.logits, self.share, self.lse, self.best))
+        most, _, total = _exponentials(logits, room)
+        lse = most[:, 0] + total.log()
+        loss = lse - logits.gather(1, truth[on])[:, 0]
+        same = (logits.gather(1, best) == most)[:, 0]
+        apart = torch.linalg.vecdot(share, logits.sub_(clean))  # differences of logits first: they are small
+        return loss, lse - clean_lse - apart, same
+
+
+def _exponentials(logits: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each row's largest logit, exp(logits - the largest) and their sum, which make a log-sum-exp and a softmax."""
+    most = logits.amax(-1, keepdim=True)
+    raised = torch.sub(logits, most, out=room[: len(logits)]).exp_()
+    return most, raised, raised.sum(-1)

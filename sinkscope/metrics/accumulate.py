@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sinkscope.block import Block, SummedRows
+from sinkscope.block import Block
 from sinkscope.errors import MetricError, SinkscopeError
 from sinkscope.metrics.base import Array, Metric
 
@@ -45,11 +45,8 @@ class RowMean:
         Raises:
             SinkscopeError: the metric raised, or returned the wrong shape; names it and the layer.
         """
-        if self.metric.summed and counted is None and isinstance(block.rows, SummedRows):
-            sums, chosen = block.rows.columns(), block.valid
-        else:
-            kept, chosen = self.chosen(block, counted)
-            sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32))
+        kept, chosen = self.chosen(block, counted)
+        sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32))
         self.add(sums.double().cpu().numpy(), chosen.sum(-1).double().cpu().numpy(), place)
 
     def chosen(self, block: Block, counted: Tensor | None, absent: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,6 @@ class Metric:
         at_key: it looks at the sink key, so that its rows carry the key's position.
         unit: unit of the value, for axes.
         per_query: report one number per query, not their mean.
-        summed: it is the pattern itself, whose sum over rows an engine may know without the rows.
     """
 
     name: str
@@ -55,7 +54,6 @@ class Metric:
     at_key: bool = False
     unit: str = ""
     per_query: bool = False
-    summed: bool = False
 
     @property
     def doc(self) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-
 import numpy as np
 from torch import Tensor
 
@@ -35,7 +32,6 @@ def effective_keys(block: Block) -> Tensor:
     return block.entropy.exp()
 
 
-@partial(replace, summed=True)
 @metric(needs="pattern", unit="share of attention")
 def head_profile(block: Block) -> Tensor:
     """Mean over queries of A[i, k] for every key, per head; large: one row per (layer, head, key)."""

@@ -86,12 +86,39 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
     )
 
 
+def bare(model: Any) -> tuple[Any, bool]:
+    """Give Hugging Face's own model, and whether it is plain, not in a bridge.
+
+    Raises:
+        SinkscopeError: the model is edited, or is the inside of a bridge; or transformers is too old for a plain one.
+    """
+    plain, network = not hasattr(model, "original_model"), getattr(model, "original_model", model)
+    if id(network) in EDITED:
+        raise SinkscopeError("this model is inside `with intervention.on(model)`: leave the block first")
+    if plain and any(hasattr(module, "original_component") for module in model.modules()):
+        raise SinkscopeError(
+            f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
+        )
+    if plain:
+        check_interfaces()
+    return network, plain
+
+
+def reads(model: Any) -> str:
+    """Name what a model reads, as Hugging Face calls it: `input_ids` of a text model."""
+    network = getattr(model, "original_model", model)
+    known = not isinstance(model, type) and _is_hugging_face(network)
+    return str(getattr(network, "main_input_name", "input_ids")) if known else "input_ids"
+
+
 def is_encoder_decoder(model: Any) -> bool:
     """Tell a model that reads a source and writes a target: Hugging Face's own, or in a bridge."""
     network = getattr(model, "original_model", model)
     if isinstance(model, type) or not _is_hugging_face(network):
         return False
-    return bool(network.config.is_encoder_decoder) and hasattr(network, "get_encoder")
+    if not network.config.is_encoder_decoder or not hasattr(network, "get_encoder"):
+        return False
+    return network.get_decoder() is not network  # else it is an encoder by itself (Whisper's)
 
 
 def _within(model: Any, way: str) -> Any:
@@ -178,8 +205,8 @@ def _check_input(network: Any, name: str) -> None:
     reads = getattr(network, "main_input_name", "input_ids")
     if reads != "input_ids":
         raise SinkscopeError(
-            f"{name} ({type(network).__name__}) reads {reads}, and images and sound are not covered: of a model that reads "
-            "text beside them, the attention on text alone is measured"
+            f"{name} ({type(network).__name__}) reads {reads}, which ss.measure, ss.attention_map and ss.attention_patterns "
+            "take as its processor gives it; edits, losses, sweeps, masks, studies and watch take models that read text"
         )
 
 

@@ -195,8 +195,8 @@ def _class_for(config: Any) -> Any:
     if not named.endswith("BertModel") and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SinkscopeError(
             f"a {named or type(config).__name__} predicts no tokens. Models that read text are covered (gpt2, "
-            "bert-base-uncased), not those that read images or sound alone; a plain Hugging Face encoder of text can be "
-            "passed as it is"
+            "bert-base-uncased), not those that read images or sound alone; a plain Hugging Face encoder (of text, images or "
+            "sound) can be passed to ss.measure as it is"
         )
     return transformers.AutoModelForMaskedLM if named.endswith("BertModel") else transformers.AutoModelForCausalLM
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from sinkscope.models.identity import Identity, text_model
@@ -43,11 +43,13 @@ class Running(Identity):
         cache: Any = None,
         first: int = 0,
         sources: Batch | None = None,
+        inputs: Shaped[Tensor, "batch ..."] | None = None,
     ) -> Float[Tensor, "batch position d_model"]:
         """Run the model up to its last hidden state: no logits, no attentions kept.
 
         Right padding needs no mask in a causal model (real rows never see it); an encoder gets one. `first` is the position
-        of the first token, for a decoder that Hugging Face runs; `sources` are what an encoder-decoder's encoder reads.
+        of the first token, for a decoder that Hugging Face runs; `sources` are what an encoder-decoder's encoder reads,
+        `inputs` what an encoder of images or sound does.
         """
         if self.kind in ("bridge", "hugging_face"):
             extra: dict[str, Any] = {} if self.causal else {"attention_mask": valid.long()}

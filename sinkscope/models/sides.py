@@ -12,15 +12,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapter import Adapter
-from sinkscope.models.adapting import EDITED, adapt, is_encoder_decoder, short_name
+from sinkscope.models.adapting import adapt, bare, is_encoder_decoder, reads, short_name
 from sinkscope.models.identity import Side
-from sinkscope.models.versions import check_interfaces
+from sinkscope.models.senses import sensing
 from sinkscope.tokens import Batch, Targets, TextTokens, Tokens, resided, tokenize_pairs
+from sinkscope.tokens.features import READS
 from sinkscope.tokens.pairs import PAIRS
 
 SIDES: tuple[Side, ...] = ("decoder", "encoder", "cross")
@@ -33,17 +34,28 @@ POINTS["cross"] = "decoder_blocks.{}.cross_attn"
 GENERATED = 64
 
 
-def adapt_side(model: Any, side: str | None = None) -> Adapter:
+def adapt_side(model: Any, side: str | None = None, *, features: bool = False) -> Adapter:
     """Look at any model; of an encoder-decoder, at one of its attentions: the decoder's own if nothing is said.
+
+    Args:
+        model: the model.
+        side: one of `SIDES`.
+        features: take also models that read images or sound: for those who only look.
 
     Raises:
         SinkscopeError: no such side, or none of this model; see :func:`sinkscope.models.adapt`.
     """
     if side is not None and side not in SIDES:
         raise unknown("side", side, SIDES)
-    if is_encoder_decoder(model):
+    senses, sided = reads(model) in READS, is_encoder_decoder(model)
+    if senses and sided and not (features and side == "encoder"):
+        raise SinkscopeError(
+            f"{type(getattr(model, 'original_model', model)).__name__} reads {reads(model)} and writes text: ss.measure and "
+            "ss.attention_map look at side='encoder'; what its decoder attends to is not covered yet"
+        )
+    if sided and not senses:
         return _sided(model, next((known for known in SIDES if known == side), "decoder"))
-    adapter = adapt(model)
+    adapter = sensing(model) if senses and features else adapt(model)
     own = "decoder" if adapter.causal else "encoder"
     if side not in (None, own):
         raise SinkscopeError(
@@ -59,16 +71,7 @@ def _sided(model: Any, side: Side) -> Sided:
     Raises:
         SinkscopeError: the model is edited, or is the inside of a bridge.
     """
-    plain = not hasattr(model, "original_model")
-    network = getattr(model, "original_model", model)
-    if id(network) in EDITED:
-        raise SinkscopeError("this model is inside `with intervention.on(model)`: leave the block first")
-    if plain and any(hasattr(module, "original_component") for module in model.modules()):
-        raise SinkscopeError(
-            f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
-        )
-    if plain:
-        check_interfaces()
+    network, plain = bare(model)
     half: Side = "encoder" if side == "encoder" else "decoder"
     config, n_layers = _stack(network, half).config, len(_layers(_stack(network, half)))
     named = getattr(getattr(model, "cfg", None), "model_name", None) or getattr(network.config, "_name_or_path", "")
@@ -134,6 +137,7 @@ class Sided(Adapter):
         cache: Any = None,
         first: int = 0,
         sources: Batch | None = None,
+        inputs: Shaped[Tensor, "batch ..."] | None = None,
     ) -> Float[Tensor, "batch position d_model"]:
         """Run the encoder, and unless it is what is looked at, the decoder on what it gives.
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import ScaledTranslation
 from pandas import DataFrame, isna
 
@@ -47,6 +49,13 @@ def visible(token: str) -> str:
     ('a↵', '⟨U+0000⟩⟨U+202E⟩')
     """
     return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in token.translate(SIGNS))
+
+
+def in_figures(axis: Axis) -> None:
+    """Have a logarithmic axis that spans a decade or two name 1, 2 and 5 in plain figures."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def first_key(rows: DataFrame) -> DataFrame:

@@ -42,6 +42,8 @@ from sinkscope.reports.drawing import (
     title_of,
     without_queries,
 )
+from sinkscope.reports.patches import grid as grid
+from sinkscope.reports.patches import is_grid as is_grid
 
 #: What the curves of `progression` are known by on an Axes that they share.
 CURVE = "sinkscope-curve"
@@ -264,13 +266,19 @@ def estimates(table: DataFrame, quantity: str, *, unit: str = "", log: bool = Fa
 _attention = attention  # `figures` has an argument of that name
 
 
-def figures(frame: DataFrame, attention: DataFrame | None = None, tokens: Sequence[str] | None = None) -> dict[str, Figure]:
+def figures(
+    frame: DataFrame,
+    attention: DataFrame | None = None,
+    tokens: Sequence[str] | None = None,
+    patches: tuple[str, Sequence[str]] | None = None,
+) -> dict[str, Figure]:
     """Every picture that there is data for, by file stem; without `sink_mass`, of the first metric of heads.
 
     Args:
         frame: tidy measurements.
         attention: columns `query, key, value`, for the picture of one short text.
         tokens: that text's tokens, if not in its column `key_token`.
+        patches: label of an image, and the names of its positions.
     """
     frame = without_queries(frame)
     over = frame["text"] == "all"  # where a metric of several keys may bear another name
@@ -279,6 +287,8 @@ def figures(frame: DataFrame, attention: DataFrame | None = None, tokens: Sequen
     draw = {f.__name__: partial(f, frame, metric) for f in (heatmap, progression, distribution) if metric}
     if "position_profile" in frame["metric"].unique():
         draw["positions"] = partial(positions, frame)
+    if patches is not None and "received_profile" in frame["metric"].unique():
+        draw["grid"] = partial(grid, frame, patches[1], text=patches[0])
     if attention is not None:
         draw["attention"] = partial(_attention, attention, tokens)
     drawn = {stem: Figure(**SIZE) for stem in draw}

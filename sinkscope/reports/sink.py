@@ -14,6 +14,7 @@ from sinkscope.metrics.base import AcrossTexts, AnyMetric
 from sinkscope.reports import intervals, notes
 from sinkscope.reports.compare import compared
 from sinkscope.reports.paged import Paged
+from sinkscope.reports.pictures import Pictures
 from sinkscope.reports.shown import Shown
 from sinkscope.reports.tables import COLUMNS as COLUMNS
 from sinkscope.reports.tables import SUMMARY_COLUMNS as SUMMARY_COLUMNS
@@ -25,12 +26,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import xarray as xr
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SinkReport(Paged):
+class SinkReport(Paged, Pictures):
     """Attention-sink statistics of one model on some texts.
 
     Attributes:
@@ -178,60 +177,6 @@ class SinkReport(Paged):
         from sinkscope.reports.arrays import of_measurements
 
         return of_measurements(self.frame, column, self.about)
-
-    # Pictures: each gives matplotlib Axes, to be shown or saved by the caller.
-
-    def heatmap(
-        self,
-        metric: str = "sink_mass",
-        *,
-        text: str = ALL,
-        ax: Axes | None = None,
-        vmin: float | None = None,
-        vmax: float | None = None,
-    ) -> Axes:
-        """Draw a metric by layer and head; `vmin` and `vmax` give several pictures one scale."""
-        from sinkscope.reports import plots
-
-        return plots.heatmap(self.frame, metric, text=text, ax=ax, vmin=vmin, vmax=vmax)
-
-    def progression(self, metric: str = "sink_mass", *, ax: Axes | None = None, label: str | None = None) -> Axes:
-        """Draw a metric over layers, with its null and the band across texts; `label` is its name beside other curves."""
-        from sinkscope.reports import plots
-
-        return plots.progression(self.frame, metric, ax=ax, label=label)
-
-    def positions(self, metric: str = "position_profile", *, text: str | None = None, ax: Axes | None = None) -> Axes:
-        """Draw where attention lands over positions, position 0 marked, uniform attention beside it."""
-        from sinkscope.reports import plots
-
-        return plots.positions(self.frame, text=text, metric=metric, ax=ax)
-
-    def distribution(self, metric: str = "sink_mass", *, text: str = ALL, ax: Axes | None = None) -> Axes:
-        """Draw how a metric is distributed over heads."""
-        from sinkscope.reports import plots
-
-        return plots.distribution(self.frame, metric, text=text, ax=ax)
-
-    def attention_heatmap(self, *, ax: Axes | None = None) -> Axes:
-        """Draw who looks at whom in the one short text whose attention was kept.
-
-        Raises:
-            SinkscopeError: none was kept; says how to get one.
-        """
-        from sinkscope.reports import plots
-
-        if self.attention is None:
-            raise SinkscopeError(
-                "this report keeps no attention map: plots.attention(ss.attention_map(model, text)) draws one; --out adds one"
-            )
-        return plots.attention(self.attention, ax=ax)
-
-    def figures(self) -> dict[str, Figure]:
-        """Draw everything that this report can be drawn as: file stem -> matplotlib Figure."""
-        from sinkscope.reports import plots
-
-        return plots.figures(self.frame, self.attention)
 
     # Files.
 

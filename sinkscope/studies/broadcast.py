@@ -14,9 +14,10 @@ from torch import Tensor
 from sinkscope.causal import evaluate
 from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, ReplaceValue
+from sinkscope.interventions.base import elsewhere
 from sinkscope.metrics.across import POSITIVE, SHARE
 from sinkscope.models import Adapter, adapt
-from sinkscope.reports.drawing import SERIES, WIDE, finish
+from sinkscope.reports.drawing import SERIES, WIDE, finish, in_figures
 from sinkscope.reports.words import percent
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, by_text, costs, tabulate
 from sinkscope.studies.seen import Seen, Within, check_inside, projection
@@ -80,7 +81,7 @@ def nop_broadcast(
                 rows.append((kind, name, Estimate.of(each, bounds=POSITIVE), of))
         if of_kind.any():
             edits |= {case: _in(adapter, of_kind, 0, by, seed, case) for by in EDITS for case in [f"{kind}, {by}"]}
-            other = ReplaceValue(0, "zero").placebo(seed).keys[0]  # type: ignore[attr-defined]
+            (other,) = elsewhere((0,), seed)
             edits[f"{kind}, {PLACEBO}"] = _in(adapter, of_kind, other, "zero", seed, f"{kind}, {PLACEBO}")
     reports: dict[str, Any] = {}
     if edits:
@@ -167,6 +168,8 @@ def _draw(ratio: np.ndarray, rank: np.ndarray, labels: np.ndarray, *, ax: Axes |
     ax.axhline(RANK, color="#595959", linewidth=0.6, linestyle="--")
     ax.set_xscale("log")
     ax.set_yscale("log")
+    in_figures(ax.xaxis)
+    in_figures(ax.yaxis)
     return finish(
         ax, "", "norm of the sink's projected value over the others'", "stable rank of the head's update", legend=True
     )

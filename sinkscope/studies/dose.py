@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, ScaleAttention
+from sinkscope.interventions.base import elsewhere
 from sinkscope.metrics.across import ANY, POSITIVE
 from sinkscope.models import Adapter, adapt
 from sinkscope.observe import measure
@@ -59,11 +59,7 @@ def dose_response(
         SinkscopeError: fewer than four pieces; as :func:`sinkscope.evaluate`.
     """
     adapter = adapt(model)
-    sample = pieces(adapter, text, count=sequences, size=tokens)
-    if len(sample) < 4:
-        raise SinkscopeError(
-            f"{len(sample)} pieces: at least four are needed, to choose a factor on some and judge it on others"
-        )
+    sample = pieces(adapter, text, count=sequences, size=tokens, halves="to choose a factor on some and judge it on others")
     wanted = [float(f) for f in factors if f != 1]
     groups = _groups(model, adapter, sample, seed)
     edits: dict[tuple[str, float], Intervention | None] = {("", 1.0): None}
@@ -105,7 +101,7 @@ def _groups(model: Any, adapter: Adapter, sample: Any, seed: int) -> dict[str, A
     for name, chosen in (("heads that sink most", above), ("the other heads", ~above)):
         places = chosen[chosen].index.to_frame(index=False).groupby("layer")["head"].apply(list).to_dict()
         halves[name] = partial(_in_heads, places)
-    other = ScaleAttention(0, 1.0).placebo(seed).keys  # type: ignore[attr-defined]
+    other = elsewhere((0,), seed)
     return {
         "all layers": partial(ScaleAttention, 0),
         "first third": partial(ScaleAttention, 0, layers=layers[:third]),

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from sinkscope.causal import evaluate
-from sinkscope.errors import SinkscopeError
 from sinkscope.interventions import Intervention, ZeroHead
 from sinkscope.models import Adapter, adapt
 from sinkscope.observe import measure
@@ -76,11 +75,7 @@ def inactive_heads(
         SinkscopeError: fewer than four pieces; as :func:`sinkscope.evaluate`.
     """
     adapter = adapt(model)
-    sample = pieces(adapter, text, count=sequences, size=tokens)
-    if len(sample) < 4:
-        raise SinkscopeError(
-            f"{len(sample)} pieces: at least four are needed, two to score heads on and two to see what is lost"
-        )
+    sample = pieces(adapter, text, count=sequences, size=tokens, halves="two to score heads on and two to see what is lost")
     check_inside(adapter, sample)
     chosen, held_out = (Tokens(sample.sequences[i::2], sample.bos) for i in (0, 1))
     scores = _scores(model, adapter, chosen)

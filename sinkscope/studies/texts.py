@@ -18,6 +18,8 @@ from sinkscope.tokens import TextTokens, Tokens, read_text
 PER_TOKEN = 12
 #: Pieces that an interval needs at least.
 FEWEST = 3
+#: And that two halves need, of which one judges what the other has chosen.
+HALVES = 4
 
 
 def long_text() -> dict[str, str]:
@@ -42,7 +44,7 @@ def one_text(adapter: Adapter, text: Any, max_tokens: int | None) -> Tokens:
     return tokens
 
 
-def pieces(adapter: Adapter, text: Any, *, count: int, size: int, bos: bool | None = None) -> Tokens:
+def pieces(adapter: Adapter, text: Any, *, count: int, size: int, bos: bool | None = None, halves: str = "") -> Tokens:
     """Cut one long text into pieces, so that a study has several texts of one length and every number an interval.
 
     Args:
@@ -52,10 +54,21 @@ def pieces(adapter: Adapter, text: Any, *, count: int, size: int, bos: bool | No
         count: pieces wanted, spread evenly over the text.
         size: tokens of each, special ones included; at most the model's context.
         bos: as for :func:`sinkscope.measure`; rows of ids never get one.
+        halves: what the halves of the pieces are for, where some choose what the others judge: both need two.
 
     Returns:
         The pieces; a text too short for three of them as one text, cut to `size` tokens, which leaves no interval.
+
+    Raises:
+        SinkscopeError: fewer than four pieces for `halves`; no piece at all is asked for.
     """
+    found = _pieces(adapter, text, count, size, bos)
+    if halves and len(found) < HALVES:
+        raise SinkscopeError(f"{len(found)} pieces: at least four are needed, {halves}")
+    return found
+
+
+def _pieces(adapter: Adapter, text: Any, count: int, size: int, bos: bool | None) -> Tokens:
     if isinstance(text, Tokens):
         return text
     if size < 2 or count < 1:

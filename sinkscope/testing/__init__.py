@@ -17,15 +17,18 @@ from sinkscope.metrics.base import AnyMetric, Array, Metric
 from sinkscope.models import bridge
 from sinkscope.testing.cache import CacheCheck, check_cache
 from sinkscope.testing.families import ENCODER_DECODERS, FAMILIES, tiny_hf_model, tiny_tokenizer
+from sinkscope.testing.senses import SENSES, tiny_inputs
 
 __all__ = [
     "ENCODER_DECODERS",
     "FAMILIES",
+    "SENSES",
     "CacheCheck",
     "check_cache",
     "check_metric",
     "planted_sink",
     "tiny_hf_model",
+    "tiny_inputs",
     "tiny_model",
     "tiny_tokenizer",
 ]

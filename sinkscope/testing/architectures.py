@@ -267,10 +267,16 @@ def options_of(make: Any) -> set[str]:
     return {*make.attribute_map, *getattr(make, "__dataclass_fields__", inspect.signature(make.__init__).parameters)}
 
 
-def tiny_architecture(architecture: str) -> Any:
-    """Build the configuration of an architecture, eager, with `architectures` set to its name."""
+def tiny_architecture(architecture: str, options: Mapping[str, Any] | None = None) -> Any:
+    """Build the configuration of an architecture, eager, with `architectures` set to its name.
+
+    Args:
+        architecture: one of `ARCHITECTURES`, or any class of `transformers` with `options`.
+        options: what the configuration is told beside `SIZES`.
+    """
     name = ALSO_CALLED.get(architecture, architecture)
-    config = _told(class_of(name).config_class, ARCHITECTURES[name] | {"architectures": [name]})
+    told = ARCHITECTURES[name] if options is None else dict(options)
+    config = _told(class_of(name).config_class, told | {"architectures": [name]})
     config._attn_implementation = "eager"
     return config
 

@@ -18,6 +18,7 @@ import torch
 from sinkscope.errors import unknown
 from sinkscope.models.versions import as_configured, class_of
 from sinkscope.testing.architectures import ARCHITECTURES, CONTEXT, VOCAB, WINDOW, options_of, tiny_architecture
+from sinkscope.testing.senses import SENSES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -121,6 +122,8 @@ def tiny_config(family: str) -> PretrainedConfig:
     """
     if family in ARCHITECTURES:
         return cast("PretrainedConfig", tiny_architecture(family))
+    if family in SENSES:
+        return cast("PretrainedConfig", tiny_architecture(SENSES[family].model, SENSES[family].options))
     recipe = _recipe(family)
     make = class_of(recipe.model).config_class
     sizes = {
@@ -147,7 +150,7 @@ def tiny_config(family: str) -> PretrainedConfig:
 def _recipe(family: str) -> Family:
     known = FAMILIES | ENCODER_DECODERS
     if family not in known:
-        raise unknown("family", family, [*known, *ARCHITECTURES])
+        raise unknown("family", family, [*known, *SENSES, *ARCHITECTURES])
     return known[family]
 
 

@@ -2,7 +2,9 @@
 
 from sinkscope.tokens.batches import Batch, TextTokens, Tokens, key_positions
 from sinkscope.tokens.corpora import Corpus, as_stream, portions, read_text
-from sinkscope.tokens.encodings import columns_of
+from sinkscope.tokens.encodings import columns_of, separate
+from sinkscope.tokens.features import Features, features_of, is_features
+from sinkscope.tokens.items import label_of
 from sinkscope.tokens.numbers import at_most, whole_number
 from sinkscope.tokens.pairs import Targets, resided, tokenize_pairs
 from sinkscope.tokens.texts import tokenize
@@ -10,16 +12,21 @@ from sinkscope.tokens.texts import tokenize
 __all__ = [
     "Batch",
     "Corpus",
+    "Features",
     "Targets",
     "TextTokens",
     "Tokens",
     "as_stream",
     "at_most",
     "columns_of",
+    "features_of",
+    "is_features",
     "key_positions",
+    "label_of",
     "portions",
     "read_text",
     "resided",
+    "separate",
     "tokenize",
     "tokenize_pairs",
     "whole_number",

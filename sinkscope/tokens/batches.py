@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
@@ -21,7 +22,8 @@ class TextTokens:
     """One text: its label, its ids `[position]`, and its tokens as strings.
 
     What the decoder of an encoder-decoder is given has a `source`, which the encoder reads; where its cross-attention is
-    looked at, `crossed` says that keys are the source's positions.
+    looked at, `crossed` says that keys are the source's positions. An image or a sound has `inputs`, what the model reads in
+    place of ids; its ids then only number its positions, and its strings name them.
     """
 
     label: str
@@ -29,6 +31,7 @@ class TextTokens:
     strings: tuple[str, ...]
     source: TextTokens | None = None
     crossed: bool = False
+    inputs: Shaped[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         """Count its tokens, BOS included."""
@@ -39,20 +42,33 @@ class TextTokens:
         """The text whose positions are the keys: this one, or in cross-attention its source."""
         return self.source if self.crossed and self.source is not None else self
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What texts that share a batch have in common: of images and sound, their shape."""
+        return () if self.inputs is None else tuple(self.inputs.shape)
+
     def first(self, n: int) -> TextTokens:
-        """Give the first tokens, and as many of the source's."""
+        """Give the first tokens, and as many of the source's; an image or a sound is whole."""
+        if self.inputs is not None:
+            return self
         source = None if self.source is None else self.source.first(n)
         return replace(self, ids=self.ids[:n], strings=self.strings[:n], source=source)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Right-padded ids of a few sequences and which of them are real; their sources, where they have any."""
+    """Right-padded ids of a few sequences and which of them are real; their sources or inputs, where they have any."""
 
     sequences: tuple[TextTokens, ...]
     ids: Int[Tensor, "batch position"]
     valid: Bool[Tensor, "batch position"]
     sources: Batch | None = None
+    inputs: Shaped[Tensor, "batch ..."] | None = None
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What the model is given besides the ids, as keywords of `Adapter.body`."""
+        return {"sources": self.sources, "inputs": self.inputs}
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
@@ -84,12 +100,14 @@ class Tokens:
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """Group texts of similar length, at most `size` in a batch, shortest first.
 
-        A batch also ends where padding to its longest text would more than double the shortest.
+        A batch also ends where padding to its longest text would more than double the shortest; images and sound share one
+        with those of their own shape, so that they are not padded.
         """
-        order = sorted(self.sequences, key=len)
+        order = sorted(self.sequences, key=lambda s: (len(s), s.shape))
         group: list[TextTokens] = []
         for sequence in order:
-            if group and (len(group) == size or len(sequence) > 2 * len(group[0])):
+            long = bool(group) and (len(sequence) > 2 * len(group[0]) or sequence.shape != group[0].shape)
+            if long or len(group) == size:
                 yield _pad(group, device)
                 group = []
             group.append(sequence)
@@ -102,7 +120,9 @@ def _pad(group: Sequence[TextTokens], device: torch.device | str) -> Batch:
     lengths = torch.tensor([len(s) for s in group])
     valid = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
     sources = [s.source for s in group if s.source is not None]
-    return Batch(tuple(group), ids.to(device), valid.to(device), _pad(sources, device) if sources else None)
+    rows = [s.inputs for s in group if s.inputs is not None]
+    inputs = torch.stack(rows).to(device) if rows else None
+    return Batch(tuple(group), ids.to(device), valid.to(device), _pad(sources, device) if sources else None, inputs)
 
 
 def key_positions(key: int | str, sequences: Sequence[TextTokens]) -> Int[Tensor, " batch"]:

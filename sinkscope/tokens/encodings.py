@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
+from sinkscope.tokens.features import features_of, is_features
+from sinkscope.tokens.numbers import tensor_of
 
 #: What holds the ids: a Hugging Face tokenizer's name for it, and that of TransformerLens's `tokenize_and_concatenate`.
 IDS, COLUMN = "input_ids", "tokens"
@@ -84,19 +85,21 @@ def columns_of(given: Any, attention_mask: Any, count: int) -> list[int]:
 
 
 def separate(entries: Iterable[Any], first: int = 0) -> Iterator[Any]:
-    """Take batches apart, as a DataLoader gives them: encodings and tensors of several rows; the rest is passed on.
+    """Take batches apart, as a DataLoader gives them: encodings, features, tensors of rows; the rest is passed on.
 
     Args:
-        entries: texts, ids, encodings, batches of them.
+        entries: texts, ids, encodings, features (of images or sound), batches of them.
         first: number of the first text, for errors.
     """
     number = first
     for entry in entries:
-        rows = [entry]
+        rows: list[Any] = [entry]
         if is_encoding(entry) and entry.get(DECODER) is not None:
             rows = _pairs(entry, f"text {number}")
         elif is_encoding(entry):
             rows = rows_of(entry, f"text {number}")
+        elif is_features(entry):
+            rows = features_of(entry, f"input {number}")
         elif isinstance(entry, Tensor | np.ndarray) and entry.ndim == 2:
             rows = list(entry)
         number += len(rows)
@@ -133,13 +136,6 @@ def ids_of(item: Any, where: str) -> Int[Tensor, " position"]:
             f"{where}: token ids must be one row of non-negative integers, got {tuple(ids.shape)} {ids.dtype}"
         )
     return ids
-
-
-def tensor_of(values: Any) -> Tensor:
-    """Make a tensor of numbers in any form; what may not be written to is copied, as PyTorch wants it."""
-    if isinstance(values, np.ndarray | pd.Series | pd.Index):
-        values = np.require(np.asarray(values), requirements="W")
-    return torch.as_tensor(values)
 
 
 def _rows(value: Any, beside: str = "attention_mask") -> list[Tensor]:

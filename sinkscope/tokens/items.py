@@ -15,7 +15,9 @@ from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.tokens.corpora import read_text
-from sinkscope.tokens.encodings import is_encoding, rows_of, separate, tensor_of
+from sinkscope.tokens.encodings import is_encoding, rows_of, separate
+from sinkscope.tokens.features import Features, is_features, not_text
+from sinkscope.tokens.numbers import tensor_of
 
 #: Characters of a label, at most: it stands in every row of a report.
 LONGEST = 200
@@ -35,6 +37,8 @@ def items_of(texts: Any, attention_mask: Tensor | None, first: int = 0) -> list[
         return _numbered(rows_of(texts, "what was given", attention_mask))
     if attention_mask is not None:
         return _numbered(_without_pads(texts, attention_mask))
+    if is_features(texts):
+        raise not_text(texts, "what was given")
     if isinstance(texts, Mapping) and _chat(texts) is None:
         return [pair for label, text in texts.items() for pair in _named(label_of(label), text)]
     if isinstance(texts, Tensor):
@@ -86,6 +90,8 @@ def _item(text: Any, where: str, *, row: bool = True) -> Any:
     """Read one text: a file, a chat, a row of a data set; strings and ids are passed on."""
     if isinstance(text, Path):
         return read_text(text)
+    if isinstance(text, Features) or is_features(text):
+        raise not_text(text, where)
     messages = _chat(text)
     if messages is not None:
         return Chat(messages)

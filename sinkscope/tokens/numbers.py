@@ -1,9 +1,14 @@
-"""Whole numbers of any type, as arguments."""
+"""Numbers of any type: whole ones as arguments, arrays of them as tensors."""
 
 from __future__ import annotations
 
 import operator
 from typing import Any, SupportsIndex
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
 
@@ -32,3 +37,10 @@ def at_most(max_tokens: SupportsIndex | None) -> int | None:
     if most is not None and most < 2:
         raise SinkscopeError(f"max_tokens={most}: at least 2 tokens are needed to look at attention")
     return most
+
+
+def tensor_of(values: Any) -> Tensor:
+    """Make a tensor of numbers in any form; what may not be written to is copied, as PyTorch wants it."""
+    if isinstance(values, np.ndarray | pd.Series | pd.Index):
+        values = np.require(np.asarray(values), requirements="W")
+    return torch.as_tensor(values)

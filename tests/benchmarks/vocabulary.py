@@ -94,7 +94,7 @@ def unavoidable(tokens: int, rounds: int) -> dict[str, Any]:
     out = torch.empty(len(states), VOCABULARY)
     with torch.no_grad():
         torch.matmul(states, weights.T, out=out)
-        for _ in range(rounds):
+        for _ in range(max(3, rounds)):
             _, took = timed(lambda: torch.matmul(states, weights.T, out=out))
             products.append([seconds * len(passes) * (tokens - 1) / len(states) for seconds in took])
     return {"bodies": bodies, "products": products}
@@ -119,19 +119,31 @@ def main() -> None:
     if args.what:
         print(json.dumps({"evaluated": evaluated, "unavoidable": unavoidable}[args.what](args.tokens, args.rounds)))
         return
-    ours, least = in_a_process("evaluated", args, args.rounds), in_a_process("unavoidable", args, args.rounds)
+    turns = [{what: in_a_process(what, args, 1) for what in ("evaluated", "unavoidable")} for _ in range(args.rounds)]
+    ours = [turn["evaluated"] for turn in turns]
     load = os.getloadavg()[0]
-    print(f"{args.tokens} tokens, {VOCABULARY:,} of vocabulary, five rows; medians of {args.rounds}, load {load:.1f}")
+    print(
+        f"{args.tokens} tokens, {VOCABULARY:,} of vocabulary, five rows; medians of {args.rounds}, in turn, load {load:.1f}"
+    )
     for way, clock in enumerate(("wall clock", "processors")):
-        three = (ours["seconds"], least["bodies"], least["products"])
-        took, bodies, products = (statistics.median(times[way] for times in some) for some in three)
-        ratio = took / (bodies + products)
-        print(f"{clock}: evaluate {took:.1f} s, bodies {bodies:.1f}, products {products:.1f}: {ratio:.2f} times their sum")
-    print(f"peak {ours['peak_mb']:.0f} MB above the model")
+        took = [one["seconds"][0][way] for one in ours]
+        bodies, products = (
+            [statistics.median(times[way] for times in turn["unavoidable"][part]) for turn in turns]
+            for part in ("bodies", "products")
+        )
+        ratios = sorted(all_of / (body + product) for all_of, body, product in zip(took, bodies, products, strict=True))
+        medians = ", ".join(f"{statistics.median(some):.1f}" for some in (took, bodies, products))
+        range_of = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+        print(
+            f"{clock}, evaluate, bodies, products: {medians} s: {statistics.median(ratios):.2f} times their sum ({range_of})"
+        )
+    print(f"peak {max(one['peak_mb'] for one in ours):.0f} MB above the model")
     if args.old:
         old = in_a_process("evaluated", args, 1, args.old)
         gap = max(
-            abs(a - b) for name in ours["numbers"] for a, b in zip(ours["numbers"][name], old["numbers"][name], strict=True)
+            abs(a - b)
+            for name in ours[0]["numbers"]
+            for a, b in zip(ours[0]["numbers"][name], old["numbers"][name], strict=True)
         )
         wall, used = old["seconds"][0]
         print(f"before: {wall:.1f} s, of processors {used:.1f}; peak {old['peak_mb']:.0f} MB; numbers differ by {gap:.1e}")

@@ -57,16 +57,33 @@ def test_axe_finds_nothing(animal):
     browser.execute_script(AXE.read_text(encoding="utf-8"))
     for colours in ("light", "dark"):
         scheme(browser, colours)
-        found = browser.execute_async_script(
-            "const done = arguments[arguments.length - 1];"
-            "for (const d of document.querySelectorAll('details')) d.open = true;"
-            "axe.run(document, {resultTypes: ['violations'], ...arguments[0]}).then(r => done(r.violations.map(v =>"
-            "  [v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 160) + n.failureSummary)])), e => done([String(e)]))",
-            {} if colours == "light" else {"runOnly": ["color-contrast"]},
-        )
-        assert found == [], (name, colours)
+        assert violations(browser, {} if colours == "light" else {"runOnly": ["color-contrast"]}) == [], (name, colours)
     if name in GRIDS:
         browser.refresh()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRIDS)
+def test_axe_finds_nothing_in_any_cell(driver, tmp_path, name):
+    """All of the largest pages, which takes axe minutes."""
+    path = tmp_path / "large.html"
+    path.write_text(page_of(name), encoding="utf-8")
+    driver.get(path.as_uri())
+    driver.set_script_timeout(1200)
+    driver.command_executor.client_config.timeout = 1200
+    driver.execute_script(AXE.read_text(encoding="utf-8"))
+    assert violations(driver, {}) == []
+
+
+def violations(browser, options):
+    """What axe finds, everything unfolded."""
+    return browser.execute_async_script(
+        "const done = arguments[arguments.length - 1];"
+        "for (const d of document.querySelectorAll('details')) d.open = true;"
+        "axe.run(document, {resultTypes: ['violations'], ...arguments[0]}).then(r => done(r.violations.map(v =>"
+        "  [v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 160) + n.failureSummary)])), e => done([String(e)]))",
+        options,
+    )
 
 
 def test_the_keyboard_reaches_everything_and_leaves_it(animal):

@@ -87,10 +87,12 @@ def test_queries_see_the_keys_of_their_own_chunk(engine):
 
 
 @pytest.mark.parametrize(("name", "reads"), [("ViTModel", "pixel_values"), ("HubertModel", "input_values")])
-def test_images_and_sound_are_refused_by_name(name, reads):
+def test_encoders_of_images_and_sound_take_no_text(name, reads):
     for make in (tiny_hf_model, tiny_model):
-        with pytest.raises(ss.SinkscopeError, match=f"{name}.* reads {reads}, and images and sound are not covered"):
+        with pytest.raises(ss.SinkscopeError, match=f"{name}.* reads {reads}: give what its processor gives"):
             ss.measure(make(name), [[1, 2, 3]])
+        with pytest.raises(ss.SinkscopeError, match=f"{name}.* reads {reads}, which ss.measure"):
+            ss.sink_mask(make(name), [[1, 2, 3]])
 
 
 def test_a_bridge_that_does_not_run_is_refused_in_words():

@@ -291,6 +291,7 @@ def test_measure(model, texts, metrics, how):
             "score_from": small,
             "bos": st.none() | st.booleans(),
             "max_tokens": small,
+            "placebo": st.booleans() | small,
         },
     ),
 )
@@ -298,6 +299,27 @@ def test_evaluate(model, texts, edits, how):
     report = tried(lambda: ss.evaluate(model, texts, edits, **how))
     if report is not None:
         assert np.isfinite(report.frame["loss"]).all()
+
+
+@fuzz(20)
+@given(
+    texts=fine | texts,
+    edit=st.sampled_from(["zero_head()", "zero_value(0)", "self_only(1)"]) | sane | written,
+    over=st.sampled_from(["heads", "layers", "positions", "x"]),
+    how=st.fixed_dictionaries(
+        {},
+        optional={
+            "placebo": st.none() | st.booleans() | small,
+            "positions": st.lists(small, max_size=3),
+            "score_from": small,
+            "max_tokens": small,
+        },
+    ),
+)
+def test_sweep(model, texts, edit, over, how):
+    report = tried(lambda: ss.sweep(model, texts, edit, over, **how))
+    if report is not None:
+        assert np.isfinite(report.frame["delta_loss"]).all()
 
 
 @fuzz(80)

@@ -1,0 +1,115 @@
+"""What positions of images and of sound are called: `[CLS]`, `[REG1]`, `(row,column)` of a grid of patches, `0.02 s`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from sinkscope.errors import SinkscopeError
+
+#: Parameters that models put before their patches, in this order, and what such a position is called.
+FIRST = {"cls_token": "[CLS]", "class_embedding": "[CLS]", "distillation_token": "[DIST]", "register_tokens": "[REG{}]"}
+#: Samples of a wave per second, where a configuration does not say; frames of a spectrum.
+SAMPLES, FRAMES = 16_000, 100
+
+
+def places_of(trunk: Any, label: str, row: Tensor) -> list[str]:
+    """Name the positions that an encoder makes of one image or sound, in their order.
+
+    Args:
+        trunk: the encoder.
+        label: what the row is called, for errors.
+        row: an image `[channel, height, width]`, a wave `[sample]`, or a spectrum: `[time, mel]`, of Whisper `[mel, frame]`.
+
+    Raises:
+        SinkscopeError: the encoder takes another shape, or how it makes positions is not known.
+    """
+    config: Any = trunk.config
+    if row.ndim == 3:
+        named = _patches(config, trunk, label, row)
+    elif row.ndim == 1:
+        named = _frames(config, label, row)
+    elif hasattr(config, "frequency_stride"):
+        named = _spectrum(config, label, row)
+    else:
+        named = _mel(config, trunk, label, row)
+    return [*_ahead(trunk), *named]
+
+
+def _ahead(trunk: nn.Module) -> list[str]:
+    """Name the tokens that a model puts before its patches: a class token, a distillation token, registers."""
+    there = {name.rpartition(".")[2]: parameter for name, parameter in trunk.named_parameters()}
+    return [
+        name.format(n)
+        for parameter, name in FIRST.items()
+        if parameter in there
+        for n in range(1, (there[parameter].shape[1] if "{}" in name else 1) + 1)
+    ]
+
+
+def _patches(config: Any, trunk: Any, label: str, image: Tensor) -> list[str]:
+    channels, *size = image.shape
+    patch, fixed = (_pair(getattr(config, name, None)) for name in ("patch_size", "image_size"))
+    if patch is None:
+        raise SinkscopeError(f"{type(trunk).__name__} says no patch_size: images are covered that are cut into patches")
+    bound = "interpolate_pos_encoding" in inspect.signature(trunk.forward).parameters  # else it fits any size by itself
+    _same_shape(label, channels, getattr(config, "num_channels", channels), "channels")
+    if bound and fixed is not None:
+        _same_shape(label, size, fixed, "pixels high and wide")
+    rows, columns = (n // p for n, p in zip(size, patch, strict=True))
+    if rows * columns < 2:
+        raise SinkscopeError(f"{label!r} is {size[0]} x {size[1]}: fewer than two patches of {patch[0]} x {patch[1]} pixels")
+    return _grid(rows, columns)
+
+
+def _spectrum(config: Any, label: str, spectrum: Tensor) -> list[str]:
+    """Patches of a spectrum `[time, mel]`: rows are frequencies, columns times; they may overlap."""
+    _same_shape(label, list(spectrum.shape), [int(config.max_length), int(config.num_mel_bins)], "frames by mel bins")
+    strides = ((config.num_mel_bins, config.frequency_stride), (config.max_length, config.time_stride))
+    return _grid(*((size - config.patch_size) // stride + 1 for size, stride in strides))
+
+
+def _frames(config: Any, label: str, wave: Tensor) -> list[str]:
+    """Frames of a wave `[sample]`: what its convolutions leave of it."""
+    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
+    if not kernels or not strides:
+        raise SinkscopeError(
+            f"{label!r} is a wave, and the model reads spectra: give input_values [batch, time, mel] (of two axes, they are "
+            "taken for a batch of waves)"
+        )
+    count, step = len(wave), 1
+    for kernel, stride in zip(kernels, strides, strict=True):
+        count, step = (count - kernel) // stride + 1, step * stride
+    if count < 2:
+        raise SinkscopeError(f"{label!r} has {len(wave)} samples, too few for two frames of attention: give a longer sound")
+    return _times(count, step / int(getattr(config, "sampling_rate", SAMPLES)))
+
+
+def _mel(config: Any, trunk: Any, label: str, spectrum: Tensor) -> list[str]:
+    """Frames of a spectrum `[mel, frame]`, two at a time: Whisper's."""
+    size = getattr(config, "max_source_positions", None)
+    if not size or not hasattr(trunk, "conv2"):
+        raise SinkscopeError(f"{type(trunk).__name__} makes positions of a spectrum in a way that is not known here")
+    _same_shape(label, list(spectrum.shape), [int(config.num_mel_bins), 2 * int(size)], "mel bins by frames")
+    return _times(int(size), 2 / FRAMES)
+
+
+def _grid(rows: int, columns: int) -> list[str]:
+    return [f"({row},{column})" for row in range(rows) for column in range(columns)]
+
+
+def _times(count: int, step: float) -> list[str]:
+    """Name frames by when they begin, in seconds."""
+    return [f"{n * step:.6g} s" for n in range(count)]
+
+
+def _pair(size: Any) -> list[int] | None:
+    """Take a height and a width, which may be one number."""
+    return None if size is None else [size, size] if isinstance(size, int) else list(size)
+
+
+def _same_shape(label: str, given: Any, wanted: Any, what: str) -> None:
+    if given != wanted:
+        raise SinkscopeError(f"{label!r} has {given} {what}, and the model takes {wanted}: give what its processor gives")

@@ -1,0 +1,330 @@
+"""Encoders of images and of sound, against Hugging Face's own attentions (eager, float32, another copy, one input alone)."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import sinkscope as ss
+from sinkscope.testing import SENSES, tiny_hf_model, tiny_inputs, tiny_model, tiny_tokenizer
+from tests.conftest import fingerprint, most_slow, table, total
+
+METRICS = ["sink_mass", "row_entropy", "received_profile", "effective_keys", "last_row_share", "sink_rate", "sink_positions"]
+PATCHED = [family for family, sense in SENSES.items() if sense.reads == "pixel_values"]
+HEARING = [family for family in SENSES if family not in PATCHED]
+NOUN = {family: "image" if family in PATCHED else "sound" for family in SENSES}
+SIDE = {"whisper": "encoder"}
+#: Names of the positions, by hand.
+FIRST = {
+    **{"vit": ["[CLS]"], "dinov2": ["[CLS]"], "clip_vision": ["[CLS]"]},
+    **{"deit": ["[CLS]", "[DIST]"], "ast": ["[CLS]", "[DIST]"]},
+    "dinov2_with_registers": ["[CLS]", "[REG1]", "[REG2]", "[REG3]", "[REG4]"],
+}
+
+
+@functools.cache
+def expected(family, row, seed=0):
+    """`output_attentions` of one input alone, `[layer, head, query, key]` in float64."""
+    network = tiny_hf_model(family)
+    network = network.get_encoder() if family == "whisper" else network
+    one = {name: values[row : row + 1] for name, values in tiny_inputs(family, 3, seed).items()}
+    with torch.no_grad():
+        found = network(**one, output_attentions=True).attentions
+    return torch.cat(found).double().numpy()
+
+
+def measured(family, model=None, inputs=None, metrics=METRICS, **how):
+    model = tiny_hf_model(family) if model is None else model
+    return ss.measure(model, tiny_inputs(family, 3) if inputs is None else inputs, metrics, side=SIDE.get(family), **how)
+
+
+def right(report, family, key=0, labels=None):
+    for row in range(3):
+        a, label = expected(family, row), labels[row] if labels else f"{NOUN[family]} {row}"
+        t = a.shape[-1]
+        entropy = -(a * np.log(np.where(a > 0, a, 1))).sum(-1)
+        same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5, err_msg=label)
+        same(table(report, "sink_mass", label), a[..., key].mean(-1))
+        same(table(report, "sink_mass", label, "null"), np.full(a.shape[:2], 1 / t))
+        same(table(report, "last_row_share", label), a[..., -1, key])
+        same(table(report, "row_entropy", label), entropy.mean(-1))
+        same(table(report, "row_entropy", label, "null"), np.full(a.shape[:2], np.log(t)))
+        same(table(report, "received_profile", label), a.mean((1, 2)))
+        same(table(report, "received_profile", label, "null"), np.full((len(a), t), 1 / t))
+        np.testing.assert_allclose(table(report, "effective_keys", label), np.exp(entropy).mean(-1), rtol=1e-5)
+        rate = (a.mean(2)[..., key] > 0.3).mean()
+        assert total(report, "sink_rate@0.3", label) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("family", SENSES)
+def test_every_family_is_hugging_faces(family):
+    model = tiny_hf_model(family)
+    before = fingerprint(model)
+    report = measured(family, model)
+    assert fingerprint(model) == before
+    assert (report.about["engine"], report.about["causal"], report.about["reads"]) == ("flash", False, SENSES[family].reads)
+    right(report, family)
+
+
+@pytest.mark.parametrize("family", most_slow(list(SENSES), "dinov2_with_registers", "ast", "wav2vec2"))
+def test_by_its_own_name_another_key(family):
+    """A position is found by its name; inputs one by one, in another order, give the same."""
+    names = measured(family, metrics=["sink_mass"]).about["texts"][0]["tokens"]
+    key = min(3, len(names) - 1)
+    one = [{name: values[row : row + 1] for name, values in tiny_inputs(family, 3).items()} for row in (2, 0, 1)]
+    labelled = {f"input {row}": given for row, given in zip((2, 0, 1), one, strict=True)}
+    report = measured(family, inputs=labelled, key=names[key], batch_size=2)
+    right(report, family, key, [f"input {row}" for row in range(3)])
+
+
+BRIDGED = ["vit", "deit", "ast", "hubert", "wav2vec2"]
+
+
+@pytest.mark.parametrize("engine", ["flash", "hooks"])
+@pytest.mark.parametrize("family", most_slow(BRIDGED, "vit", "hubert"))
+def test_a_bridge_is_right_by_both_engines(family, engine):
+    report = measured(family, tiny_model(family), engine=engine)
+    assert report.about["engine"] == engine
+    right(report, family)
+
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", PATCHED)
+def test_a_patch_is_where_its_name_says(family):
+    """Another pixel inside one patch changes the embedding of that position and of no other."""
+    model, inputs = tiny_hf_model(family), tiny_inputs(family, 1)
+    names = measured(family, model, inputs, ["sink_mass"]).about["texts"][0]["tokens"]
+    rows, columns = (n // 4 for n in SENSES[family].shape[1:])
+    assert names[: len(FIRST.get(family, []))] == FIRST.get(family, [])
+    assert len(names) == len(FIRST.get(family, [])) + rows * columns
+    for row, column in [(0, 0), (0, 1), (rows - 1, 0), (1, columns - 1)]:
+        other = inputs["pixel_values"].clone()
+        other[0, 1, 4 * row + 2, 4 * column + 1] += 1
+        with torch.no_grad():
+            embedded = [model.embeddings(pixels)[0] for pixels in (inputs["pixel_values"], other)]
+        (moved,) = (embedded[0] - embedded[1]).abs().amax(-1).nonzero().flatten().tolist()
+        assert names[moved] == f"({row},{column})"
+
+
+def test_registers_and_class_tokens_are_where_their_names_say():
+    model = tiny_hf_model("dinov2_with_registers")
+    names = measured("dinov2_with_registers", model, metrics=["sink_mass"]).about["texts"][0]["tokens"]
+    with torch.no_grad():
+        before = model.embeddings(tiny_inputs("dinov2_with_registers", 1)["pixel_values"])[0]
+        model.embeddings.register_tokens[0, 2] += 1
+        after = model.embeddings(tiny_inputs("dinov2_with_registers", 1)["pixel_values"])[0]
+    (moved,) = (before - after).abs().amax(-1).nonzero().flatten().tolist()
+    assert names[moved] == "[REG3]"
+
+
+def test_frequencies_are_rows_of_a_spectrum():
+    model, inputs = tiny_hf_model("ast"), tiny_inputs("ast", 1)
+    names = measured("ast", model, inputs, ["sink_mass"]).about["texts"][0]["tokens"]
+    assert names[:4] == ["[CLS]", "[DIST]", "(0,0)", "(0,1)"]
+    assert names[-1] == "(2,2)"  # 16 mel bins by 24 frames, 8 x 8 patches, strides 4 and 8
+    other = inputs["input_values"].clone()
+    other[0, 17, 0] += 1  # a late time, the lowest frequency
+    with torch.no_grad():
+        moved = (model.embeddings(other) - model.embeddings(inputs["input_values"]))[0].abs().amax(-1).nonzero()
+    assert [names[at] for at in moved.flatten().tolist()] == ["(0,2)"]
+
+
+def test_frames_are_named_by_time():
+    assert measured("whisper", metrics=["sink_mass"]).about["texts"][0]["tokens"][:3] == ["0 s", "0.02 s", "0.04 s"]
+    names = measured("wav2vec2", metrics=["sink_mass"]).about["texts"][0]["tokens"]
+    assert names[:3] == ["0 s", "0.000625 s", "0.00125 s"]  # strides 5 and 2 at 16 kHz
+    assert len(names) == len(set(names)) == expected("wav2vec2", 0).shape[-1]
+
+
+# --- what is given --------------------------------------------------------------------------------------------------
+
+
+def test_what_a_processor_gives():
+    """A BatchFeature, a list of them, rows of a dataset, a stream, arrays and lists: all the same."""
+    from transformers import BatchFeature
+
+    pixels = tiny_inputs("vit", 3)["pixel_values"]
+    whole = BatchFeature({"pixel_values": pixels, "labels": torch.arange(3)})
+    given = [
+        whole,
+        [whole],
+        [BatchFeature({"pixel_values": pixels[:2]}), {"pixel_values": pixels[2]}],
+        iter([{"pixel_values": row} for row in pixels]),
+        {"pixel_values": pixels.numpy()},
+        {"pixel_values": [row.numpy() for row in pixels]},
+        {"pixel_values": pixels.tolist()},
+    ]
+    for inputs in given:
+        right(measured("vit", inputs=inputs), "vit")
+
+
+def test_a_long_stream_is_numbered_through():
+    """Portions of a stream of batches begin with the number of their first image."""
+    pixels = tiny_inputs("vit", 3)["pixel_values"]
+    report = measured("vit", inputs=({"pixel_values": pixels} for _ in range(90)), metrics=["sink_mass"])
+    assert report.texts == [f"image {n}" for n in range(270)]
+
+
+def test_waves_are_cut_where_their_pads_begin():
+    """Unequal sounds in one padded batch: each is measured as if it were alone."""
+    waves = tiny_inputs("wav2vec2", 2)["input_values"]
+    waves[1, 150:] = 0
+    mask = (torch.arange(203) < torch.tensor([[203], [150]])).long()
+    report = ss.measure(tiny_hf_model("wav2vec2"), {"input_values": waves, "attention_mask": mask}, ["sink_mass"])
+    assert [t["n_tokens"] for t in report.about["texts"]] == [19, 14]
+    with torch.no_grad():
+        found = tiny_hf_model("wav2vec2")(waves[1:, :150], output_attentions=True).attentions
+    np.testing.assert_allclose(table(report, "sink_mass", "sound 1"), torch.cat(found)[..., 0].mean(-1), atol=1e-5)
+
+
+def test_images_of_several_sizes():
+    """DINOv2 takes any size: those of one size share a batch, and their positions have names of their own."""
+    sizes = [(12, 20), (20, 12), (16, 16), (12, 20)]
+    pixels = [torch.randn(3, *size, generator=torch.Generator().manual_seed(n)) for n, size in enumerate(sizes)]
+    model = tiny_hf_model("dinov2")
+    report = ss.measure(model, [{"pixel_values": one} for one in pixels], ["sink_mass", "received_profile"])
+    assert report.about["texts"][1]["tokens"][-1] == "(4,2)"
+    for n, one in enumerate(pixels):
+        with torch.no_grad():
+            a = torch.cat(tiny_hf_model("dinov2")(one[None], output_attentions=True).attentions)
+        np.testing.assert_allclose(table(report, "sink_mass", f"image {n}"), a[..., 0].mean(-1), atol=1e-5)
+
+
+def test_resume_knows_the_pixels(tmp_path):
+    inputs = tiny_inputs("vit", 3)
+    first = measured("vit", inputs=inputs, metrics=["sink_mass"], resume=tmp_path, batch_size=1)
+    kept = sorted((tmp_path / "unfinished").glob("*.npz"))
+    again = measured("vit", inputs=inputs, metrics=["sink_mass"], resume=tmp_path, batch_size=1)
+    assert sorted((tmp_path / "unfinished").glob("*.npz")) == kept
+    assert len(kept) == 3
+    np.testing.assert_array_equal(first.frame["value"], again.frame["value"])
+    inputs["pixel_values"][1, 0, 5, 5] += 1
+    other = measured("vit", inputs=inputs, metrics=["sink_mass"], resume=tmp_path, batch_size=1)
+    assert len(list((tmp_path / "unfinished").glob("*.npz"))) == 4
+    assert not np.allclose(table(first, "sink_mass", "image 1"), table(other, "sink_mass", "image 1"), atol=1e-6)
+
+
+BAD = {
+    "text": (lambda: ["so it goes"], "reads pixel_values: give what its processor gives"),
+    "a tensor": (lambda: tiny_inputs("vit")["pixel_values"], "what was given is a Tensor"),
+    "ids": (lambda: {"input_ids": [[1, 2, 3]]}, "reads pixel_values"),
+    "sound": (lambda: tiny_inputs("ast"), "holds input_values, and"),
+    "another size": (lambda: {"pixel_values": torch.zeros(1, 3, 8, 8)}, r"has \[8, 8\] pixels .* takes \[16, 16\]"),
+    "bytes": (lambda: {"pixel_values": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, "floating-point numbers"),
+    "one channel": (lambda: {"pixel_values": torch.zeros(1, 1, 16, 16)}, "has 1 channels"),
+    "no axes": (lambda: {"pixel_values": torch.zeros(16, 16)}, r"\[batch, channels, height, width\]"),
+    "a mask": (
+        lambda: tiny_inputs("vit") | {"bool_masked_pos": torch.ones(2, 16)},
+        "'bool_masked_pos' beside 'pixel_values'",
+    ),
+    "nothing": (list, "nothing was given"),
+    "not finite": (lambda: {"pixel_values": torch.full((1, 3, 16, 16), torch.nan)}, "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_refused(what):
+    make, said = BAD[what]
+    with pytest.raises(ss.SinkscopeError, match=said):
+        ss.measure(tiny_hf_model("vit"), make(), ["sink_mass"])
+
+
+def test_more_that_is_refused():
+    vit, inputs = tiny_hf_model("vit"), tiny_inputs("vit")
+    for how, said in [
+        ({"bos": True}, "bos= is for text"),
+        ({"max_tokens": 4}, "has 17 positions and is not cut"),
+        ({"key": "[SEP]"}, "does not occur in 'image 0'"),
+        ({"side": "decoder"}, "is an encoder alone"),
+        ({"engine": "hooks"}, "plain Hugging Face model"),
+        ({"where": ss.where.next_loss(above=1.0)}, "predicts no next token"),
+    ]:
+        with pytest.raises(ss.SinkscopeError, match=said):
+            ss.measure(vit, inputs, ["sink_mass"], **how)
+    with pytest.raises(ss.SinkscopeError, match=r"reads pixel_values, which ss\.measure"):
+        ss.evaluate(vit, inputs, "window(size=2)")
+    with pytest.raises(ss.SinkscopeError, match="holds pixel_values, and this model reads text"):
+        ss.measure(tiny_hf_model("llama"), inputs)
+    with pytest.raises(ss.SinkscopeError, match="holds pixel_values, and this model reads text"):
+        ss.measure(tiny_hf_model("llama"), [inputs, [5, 6, 7]])
+    assert measured("vit", max_tokens=17, metrics=["sink_mass"]).texts == ["image 0", "image 1", "image 2"]
+
+
+# --- what is seen ---------------------------------------------------------------------------------------------------
+
+
+def test_the_report(tmp_path):
+    report = measured("dinov2_with_registers")
+    assert "3 texts of 20 tokens" in str(report)
+    assert set(report.sink_positions()["token"]) <= set(report.about["texts"][0]["tokens"])
+    report.save(tmp_path)
+    assert (tmp_path / "grid.png").stat().st_size > 5000
+    again = ss.load_report(tmp_path)
+    assert again.about["texts"][0]["tokens"][:2] == ["[CLS]", "[REG1]"]
+    assert again.texts == ["image 0", "image 1", "image 2"]
+    assert "[REG4]" in report.page()
+    assert again.grid(text="image 1").get_title().endswith("received_profile, mean of layers, image 1")
+
+
+def test_the_picture_of_the_grid():
+    """Every cell is the patch's own number, by its place; what stands apart has its own; chance is written below."""
+    report = measured("dinov2_with_registers")
+    a = expected("dinov2_with_registers", 1).mean((1, 2))
+    ax = report.grid(text="image 1", layer=2)
+    (drawn,) = ax.images
+    np.testing.assert_allclose(drawn.get_array(), a[2, 5:].reshape(3, 5), atol=1e-5)
+    assert [words.get_text() for words in ax.texts] == ["[CLS]", "[REG1]", "[REG2]", "[REG3]", "[REG4]"]
+    for cell, value in zip(ax.patches, a[2, :5], strict=True):
+        np.testing.assert_allclose(cell.get_facecolor(), drawn.cmap(drawn.norm(value)), atol=0.02)
+    assert ax.get_xlabel() == "uniform attention: 0.05"
+    assert "in layer 2, image 1" in ax.get_title()
+    both = report.grid(image=tiny_inputs("dinov2_with_registers")["pixel_values"][0])
+    below, above = both.images
+    assert below.get_array().shape == (12, 20, 3)
+    assert below.get_extent() == above.get_extent() == [-0.5, 4.5, 2.5, -0.5]
+    mean = np.mean([expected("dinov2_with_registers", row).mean((0, 1, 2))[5:] for row in range(3)], 0)
+    np.testing.assert_allclose(above.get_array(), mean.reshape(3, 5), atol=1e-5)
+
+
+def test_no_grid_of_what_is_none():
+    with pytest.raises(ss.SinkscopeError, match="no patches of an image"):
+        measured("wav2vec2").grid()
+    with pytest.raises(ss.SinkscopeError, match="unknown layer"):
+        measured("vit").grid(layer=9)
+    with pytest.raises(ss.SinkscopeError, match="unknown text"):
+        measured("vit").grid(text="image 9")
+    with pytest.raises(ss.SinkscopeError, match="image has the shape"):
+        measured("vit").grid(image=np.zeros(5))
+    assert "grid" not in ss.measure(tiny_hf_model("llama"), {"a": [1, 5, 6, 7]}).figures()
+
+
+def test_whole_patterns():
+    model, one = tiny_hf_model("vit"), tiny_inputs("vit", 1)
+    a = expected("vit", 0)
+    shown = ss.attention_map(model, one, layer=1, head=2)
+    np.testing.assert_allclose(shown["value"].to_numpy().reshape(17, 17), a[1, 2], atol=1e-5)
+    assert shown["key_token"].iloc[1] == "(0,0)"
+    patterns = ss.attention_patterns(model, one)
+    np.testing.assert_allclose(patterns["value"].to_numpy().reshape(a.shape), a, atol=1e-5)
+
+
+def test_a_model_with_a_head():
+    """The body of a classifier is found; its own numbers."""
+    import transformers
+
+    config = tiny_hf_model("vit").config
+    network = transformers.ViTForImageClassification(config).eval()
+    inputs = tiny_inputs("vit", 1)
+    with torch.no_grad():
+        a = torch.cat(network(**inputs, output_attentions=True).attentions)
+    report = ss.measure(network, inputs, ["sink_mass"])
+    np.testing.assert_allclose(table(report, "sink_mass", "image 0"), a[..., 0].mean(-1), atol=1e-5)
+
+
+def test_a_tokenizer_does_not_matter():
+    model = tiny_hf_model("vit")
+    model.tokenizer = tiny_tokenizer()
+    right(measured("vit", model), "vit")
