@@ -25,7 +25,7 @@ GPU_ROWS, GPU_BYTES = 512, 256 << 20
 STORED = 8 << 20
 #: By how much a log-sum-exp may be off and be mended: below what the proof of the engine calls wrong.
 ROUNDING = 1e-3
-#: The logarithm of no attention: exp gives 0, and 0 times it is 0, which infinity's would not be.
+#: The least score: exp gives 0, and 0 times it is 0, which infinity's would not be.
 NEVER = -1e30
 
 
@@ -211,11 +211,11 @@ class ScoredRows:
         seen = gap >= 0 if self.of.causal else torch.ones_like(gap, dtype=torch.bool)
         return seen if self.of.window is None else seen & (gap.abs() < self.of.window)
 
-    def _hide(self, logs: Tensor, keys: slice) -> None:
+    def _hide(self, band: Tensor, keys: slice) -> None:
         """Hide some keys from the rows that don't see them."""
-        seen = self._seen(torch.arange(keys.start, keys.stop, device=logs.device)[:, None])
+        seen = self._seen(torch.arange(keys.start, keys.stop, device=band.device)[:, None])
         first = self._reach.start
-        logs[..., keys.start - first : keys.stop - first].masked_fill_(~seen.mT, NEVER)
+        band[..., keys.start - first : keys.stop - first].masked_fill_(~seen.mT, 0)
 
     @cached_property
     def _whole(self) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch head query"]]:
@@ -223,17 +223,17 @@ class ScoredRows:
         of, reach, rows = self.of, self._reach, slice(self.start, self.stop)
         logs = scores_of(of.q[:, :, rows], of.k[:, :, reach], of.scale, of.softcap, of.scratch)
         if of.bias is not None:
-            logs.add_(of.bias[:, :, rows, reach])
+            logs.add_(of.bias[:, :, rows, reach]).clamp_(min=NEVER)
         logs.sub_(of.lse[:, :, rows, None])
+        band = logs.exp()  # before keys are hidden: exp of what it gives as 0 is many times as slow
         if of.causal:  # all keys before the block are seen
-            self._hide(logs, slice(self.start, self.stop))
+            self._hide(band, slice(self.start, self.stop))
         if of.window is not None and not of.causal:
-            self._hide(logs, reach)
+            self._hide(band, reach)
         elif of.window is not None and reach.start < self.stop - of.window:  # of the oldest keys, each row sees one less
-            self._hide(logs, slice(reach.start, self.stop - of.window))
+            self._hide(band, slice(reach.start, self.stop - of.window))
         if of.key_mask is not None:
-            logs.masked_fill_(~of.key_mask[:, None, None, reach], NEVER)
-        band = logs.exp()
+            band.masked_fill_(~of.key_mask[:, None, None, reach], 0)
         if not of.exact:
             factor = (self.row_sum() / (band @ band.new_ones(band.shape[-1])))[..., None]
             factor = torch.where((factor - 1).abs() < ROUNDING, factor, 1.0)  # for the proof to see what is wrong
