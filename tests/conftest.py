@@ -20,6 +20,8 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from sinkscope.models.versions import VersionError, installed
+
 torch.set_num_threads(1)
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # nothing in the checkout
 hypothesis.settings.register_profile("sinkscope", deadline=None, max_examples=30, database=None)
@@ -115,6 +117,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def most_slow(values, *fast):
     """Parameters of a test that is slow for all values but some."""
     return [v if v in fast else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
+
+
+# --- versions: what the installed ones do not have is skipped, and the reason given ------------------------------
+
+#: TransformerLens and transformers that have everything: there a test is never skipped for a version.
+EVERYTHING = installed("transformer-lens") >= (3, 9) and installed("transformers") >= (5, 20)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from _or_skip())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from _or_skip())
+
+
+def _or_skip():
+    try:
+        return (yield)
+    except VersionError as error:
+        if EVERYTHING:
+            raise
+        pytest.skip(str(error))
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -261,11 +288,11 @@ def fingerprint(model: nn.Module) -> dict:
 
     `_fired_hook_out` is left out: TransformerLens writes it on any linear layer that runs, and never reads it there.
     """
-    from transformers import AttentionInterface
+    import transformers
 
     config, cfg = getattr(getattr(model, "original_model", model), "config", None), getattr(model, "cfg", None)
     found = {
-        "interface": sorted(AttentionInterface._global_mapping),
+        "interface": sorted(getattr(getattr(transformers, "AttentionInterface", None), "_global_mapping", ())),
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "config": config and (repr(config.to_dict()), config._attn_implementation),
         "cfg": cfg and repr(vars(cfg)),

@@ -21,8 +21,10 @@ from torch import Tensor
 from sinkscope.block import HOOK_OF
 from sinkscope.capture.blocks import ATTENTION
 from sinkscope.capture.engine import Capture, Take
+from sinkscope.capture.swap import attention_bridges
 from sinkscope.errors import InertHookError
 from sinkscope.models import Adapter
+from sinkscope.models.versions import cache_keyword
 from sinkscope.runs.undo import Undo, uninterrupted
 from sinkscope.tokens import Batch
 
@@ -38,7 +40,7 @@ class Hooks:
     @contextmanager
     def attached(self, take: Take) -> Iterator[None]:
         """Hook the model, and have it let go of its patterns."""
-        with dropping_patterns(self.adapter), observed(self.adapter, self.needs, take):
+        with dropping_patterns(self.adapter), knowing_caches(self.adapter), observed(self.adapter, self.needs, take):
             yield
 
     def begin(self) -> None:
@@ -112,6 +114,28 @@ def hooked(
 def _unhook(point: Any, handle: Any) -> None:
     handle.hook.remove()
     point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
+
+
+@contextmanager
+def knowing_caches(adapter: Adapter) -> Iterator[None]:
+    """Call the KV cache of transformers 5.24 (`cache`) as TransformerLens 4.3 does where a bridge attends by itself."""
+    modules = [module for _, module in attention_bridges(adapter).values()]
+    with Undo() as undo:
+        with uninterrupted():
+            for module in modules if cache_keyword(adapter.trunk) == "cache" else []:
+                undo.callback(_renaming(module, "cache", "past_key_values"))
+                undo.callback(_renaming(module.original_component, "past_key_values", "cache"))  # asked by some bridges
+        yield
+
+
+def _renaming(module: Any, old: str, new: str) -> Callable[[], None]:
+    """Have a module's keyword come under another name; gives what undoes it."""
+
+    def rename(module: Any, args: Any, given: dict[str, Any]) -> Any:
+        return args, {new if name == old else name: value for name, value in given.items()}
+
+    undo: Callable[[], None] = module.register_forward_pre_hook(rename, with_kwargs=True).remove
+    return undo
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
+from sinkscope.models.versions import with_sizes
 
 #: Said of a mask.
 NEITHER = "its attention mask is neither causal, nor a sliding window, nor the padding of an encoder"
@@ -45,6 +46,19 @@ class Masks:
     def __call__(
         self,
         *args: Any,
+        **given: Any,
+    ) -> Tensor | None:
+        """Give the mask that the model's attention modules will be handed.
+
+        Raises:
+            OtherwiseError: the mask asked for is not causal, a sliding window, or the padding of an encoder.
+            SinkscopeError: it can't be told.
+        """
+        return self._mask(*args, **with_sizes(given))
+
+    def _mask(
+        self,
+        *args: Any,
         q_length: int = 0,
         kv_length: int = -1,
         q_offset: int = 0,
@@ -55,12 +69,6 @@ class Masks:
         use_vmap: bool = False,
         **extra: Any,
     ) -> Tensor | None:
-        """Give the mask that the model's attention modules will be handed.
-
-        Raises:
-            OtherwiseError: the mask asked for is not causal, a sliding window, or the padding of an encoder.
-            SinkscopeError: it can't be told.
-        """
         whole = q_length == kv_length if self.told is None else q_offset + q_length == kv_offset + kv_length
         whole = whole or (self.either and self.told is None)
         if not args and not use_vmap and mask_function is not None and whole:

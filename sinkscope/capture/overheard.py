@@ -26,6 +26,7 @@ from sinkscope.errors import InertHookError, MetricError, SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.models.adapting import EDITED, WATCHED
 from sinkscope.models.identity import text_model
+from sinkscope.models.versions import check_lookup, looks_up
 from sinkscope.runs.undo import Undo, uninterrupted
 
 #: What is raised where a pass can't be read: it is told, and the user's code goes on.
@@ -50,12 +51,15 @@ class Overheard:
 
         Raises:
             InertHookError: nothing would be heard; says what to do.
+            VersionError: a plain model's transformers is too old.
         """
         self.adapter, self.whole, self.take, self.refuse = adapter, whole, take, refuse
         self.inside = {id(module) for module in text_model(adapter.network).modules()}
         self.proved: set[int] = set()
         self._here = threading.local()
         edited = EDITED.get(id(adapter.network))
+        if adapter.kind == "hugging_face" and edited is None:
+            check_lookup()
         settable = getattr(type(adapter.network), "_can_set_attn_implementation", lambda: True)
         if adapter.kind == "hooked_encoder" or (adapter.kind == "hugging_face" and edited is None and not settable()):
             raise InertHookError(
@@ -170,7 +174,8 @@ def _listen(who: Overheard, begin: bool) -> None:
     with _CHANGE:
         if begin:
             _LISTENERS.append(who)
-            vars(FUNCTIONS)["get_interface"] = partial(_looked_up, type(FUNCTIONS).get_interface, FUNCTIONS)
+            if looks_up():
+                vars(FUNCTIONS)["get_interface"] = partial(_looked_up, type(FUNCTIONS).get_interface, FUNCTIONS)
         elif who in _LISTENERS:
             _LISTENERS.remove(who)
             if not _LISTENERS:

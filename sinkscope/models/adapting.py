@@ -13,6 +13,7 @@ from sinkscope.block import Chunk
 from sinkscope.errors import SinkscopeError
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.identity import Kind, text_model
+from sinkscope.models.versions import check_interfaces
 
 SMOLLM2 = "smollm2-135m"
 #: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network, and who listens there:
@@ -89,7 +90,7 @@ def bare(model: Any) -> tuple[Any, bool]:
     """Give Hugging Face's own model, and whether it is plain, not in a bridge.
 
     Raises:
-        SinkscopeError: the model is edited, or is the inside of a bridge.
+        SinkscopeError: the model is edited, or is the inside of a bridge; or transformers is too old for a plain one.
     """
     plain, network = not hasattr(model, "original_model"), getattr(model, "original_model", model)
     if id(network) in EDITED:
@@ -98,6 +99,8 @@ def bare(model: Any) -> tuple[Any, bool]:
         raise SinkscopeError(
             f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
         )
+    if plain:
+        check_interfaces()
     return network, plain
 
 
@@ -139,12 +142,14 @@ def _adapt_hugging_face(model: Any) -> Adapter:
     """Look at a model that no TransformerLens has wrapped: it has no hook points, and engine flash alone can run it.
 
     Raises:
-        SinkscopeError: it has no attention to measure, it is the inside of a bridge, or its weights are not there.
+        SinkscopeError: it has no attention to measure, it is the inside of a bridge, its weights are not there, or
+            transformers is too old.
     """
     if any(hasattr(module, "original_component") for module in model.modules()):
         raise SinkscopeError(
             f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
         )
+    check_interfaces()
     brought = any(hasattr(module, "_hf_hook") for module in model.modules())  # by accelerate, when they are used
     if not brought and any(parameter.is_meta for parameter in model.parameters()):
         raise SinkscopeError(f"this {type(model).__name__} has weights on the meta device, which are none: load them first")

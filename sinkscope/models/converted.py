@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 
 #: What is larger is not kept, in bytes: a copy of a large model would surprise whoever pays for the disk.
 LARGEST = 2_000_000_000
@@ -76,7 +76,11 @@ def _save(network: Any, where: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.save_pretrained(where)
-    save_model(network, str(where / "model.safetensors"), metadata={"format": "pt"})
+    tied = set(getattr(network, "_tied_weights_keys", None) or ())
+    weights = sorted(network.state_dict().items(), key=lambda item: item[0] not in tied)
+    kept = {weight.data_ptr() or name: name for name, weight in weights}  # the one name of a weight that is not tied
+    held = {name: weight.contiguous() for name, weight in weights if kept[weight.data_ptr() or name] == name}
+    save_file(held, str(where / "model.safetensors"), metadata={"format": "pt"})
 
 
 def _digest(file: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.models.versions import rotary_options
 
 #: How the types of models begin whose heads' outputs are gated by the second half of a wider projection of queries.
 GATED = ("qwen3_next", "qwen3_5")
@@ -179,7 +180,7 @@ class Identity:
     def rotary(self) -> bool:
         """Whether keys are rotated, in one way or several, for a model that Hugging Face runs."""
         names = (name for m in self.network.modules() for name in m._buffers)
-        return any(name.endswith("inv_freq") for name in names) or bool(getattr(self.config, "rope_parameters", None))
+        return any(name.endswith("inv_freq") for name in names) or bool(rotary_options(self.config))
 
 
 def text_model(network: Any) -> nn.Module:

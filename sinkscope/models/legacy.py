@@ -7,10 +7,17 @@ its own conversion of configuration and weights works for every architecture tha
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import tempfile
 from typing import Any
 
+import torch
+
 from sinkscope.errors import SinkscopeError
+from sinkscope.models.versions import has_bridge
+
+#: Outputs are wrong that differ by this much of their mean size; rounding makes 1e-6, in half precision 1e-2.
+WRONG, WRONG_IN_HALF = 1e-3, 5e-2
 
 
 def convert(network: Any, tokenizer: Any, name: str) -> Any:
@@ -22,7 +29,7 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
         name: what reports call it.
 
     Raises:
-        SinkscopeError: an architecture that TransformerLens 3.9 can't convert; says which.
+        SinkscopeError: an architecture that this TransformerLens can't convert, or converts to another model; says which.
     """
     from transformer_lens import HookedEncoder, HookedTransformer
     from transformer_lens import loading_from_pretrained as loading
@@ -33,7 +40,7 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
     with tempfile.TemporaryDirectory(prefix="config-") as directory:  # a path that names a family would be taken for it
         config = copy.deepcopy(network.config)
         if architecture.startswith("GPT2"):
-            config.n_ctx = config.n_positions  # the attribute's old name, which 3.9 reads
+            config.n_ctx = config.n_positions  # the attribute's old name, which TransformerLens reads
         config.save_pretrained(directory)
         try:
             cfg = loading.get_pretrained_model_config(directory, device=str(network.device), dtype=network.dtype)
@@ -41,33 +48,56 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
         except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
             raise _refusal(name, architecture, error) from error
     cfg.model_name = name
+    if not has_bridge() and cfg.positional_embedding_type == "rotary":  # TransformerLens 2 takes 10,000 for most Llamas
+        cfg.rotary_base = getattr(network.config, "rope_theta", cfg.rotary_base)
     if tokenizer is None:
         cfg.tokenizer_name = None  # or it would be looked for in the directory that is gone
     try:
         if architecture.startswith("Bert"):
             encoder = HookedEncoder(cfg, tokenizer, move_to_device=False)
             encoder.load_state_dict(weights, strict=False)
-            return encoder.to(network.device).eval()
+            return _proved(encoder.to(network.device).eval(), network, name)
         model = HookedTransformer(cfg, tokenizer, move_to_device=False, default_padding_side="right")
         model.load_and_process_state_dict(
             weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
         )
-        return model.to(network.device).eval()
+        return _proved(model.to(network.device).eval(), network, name)
     except RuntimeError as error:
         raise _refusal(name, architecture, error) from error
 
 
-def _refusal(name: str, architecture: str, error: Exception) -> SinkscopeError:
+def _proved(model: Any, network: Any, name: str) -> Any:
+    """Give the model, if it computes what Hugging Face's does: TransformerLens 2 leaves learned sinks out (gpt-oss).
+
+    Raises:
+        SinkscopeError: it does not.
+    """
+    ids = torch.arange(1, 9, device=network.device)[None]
+    with torch.no_grad():
+        if hasattr(model, "encoder_output"):
+            ours, theirs = model.encoder_output(ids), network.base_model(ids).last_hidden_state
+        else:
+            ours, theirs = model(ids, attention_mask=torch.ones_like(ids)), network(ids, use_cache=False).logits
+    gap = float((ours - theirs).abs().float().mean() / theirs.abs().float().mean())
+    if not gap < (WRONG if network.dtype in (torch.float32, torch.float64) else WRONG_IN_HALF):
+        architecture = network.config.architectures[0]
+        raise _refusal(name, architecture, f"its output differs from Hugging Face's by {gap:.2g} of its mean size")
+    return model
+
+
+def _refusal(name: str, architecture: str, why: object) -> SinkscopeError:
+    version = importlib.metadata.version("transformer-lens")
     return SinkscopeError(
-        f"TransformerLens 3.9 can't make a HookedTransformer of {name!r} ({architecture}): "
-        f"{' '.join(str(error).split())}. Use backend='bridge'"
+        f"TransformerLens {version} can't make a HookedTransformer of {name!r} ({architecture}): "
+        f"{' '.join(str(why).split())}. Use backend='bridge'"
+        f"{'' if has_bridge() else ', which TransformerLens has from 3.0 on; or a plain Hugging Face model'}"
     )
 
 
 def _with_pooler(network: Any) -> Any:
-    """Give BERT the pooler that 3.9's conversion of weights expects; no attention depends on it."""
+    """Give BERT the pooler that TransformerLens's conversion of weights expects; no attention depends on it."""
     from transformers import BertForPreTraining
 
     whole = BertForPreTraining(network.config).to(network.device, network.dtype)
     whole.load_state_dict(network.state_dict(), strict=False)
-    return whole
+    return whole.eval()

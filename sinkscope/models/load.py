@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.models import converted
+from sinkscope.models import converted, versions
 from sinkscope.models.adapting import SMOLLM2
 from sinkscope.models.wrap import bridge
 from sinkscope.runs.progress import saying
@@ -49,8 +49,8 @@ def load_model(
             `"bert-base-uncased"`; `"NAME@REVISION"` takes a revision of it, such as a checkpoint of training), a local
             directory, or a `.gguf` file. Weights are read from safetensors and GGUF only,
             and no code of the repository is run.
-        backend: `"bridge"` gives a TransformerBridge; `"hooked_transformer"` a HookedTransformer, or for BERT models a
-            HookedEncoder, which TransformerLens 4 no longer has.
+        backend: `"bridge"` gives a TransformerBridge, which TransformerLens has from 3.0 on; `"hooked_transformer"` a
+            HookedTransformer, or for BERT models a HookedEncoder, which it has up to 3.9.
         device: where to put it; None takes the GPU when there is one.
         dtype: of the weights.
         device_map: for a model that is too large for one device: `"auto"`, or module -> device, as accelerate takes it.
@@ -66,12 +66,7 @@ def load_model(
     """
     if backend not in ("bridge", "hooked_transformer"):
         raise unknown("backend", backend, ["bridge", "hooked_transformer"])
-    if backend == "hooked_transformer" and not _has_hooked_transformer():
-        version = importlib.metadata.version("transformer-lens")
-        raise SinkscopeError(
-            f"backend='hooked_transformer' needs transformer-lens 3.9; this is {version}, which has TransformerBridge "
-            "only. Leave backend out, or pip install 'transformer-lens<4'"
-        )
+    (versions.check_bridge if backend == "bridge" else versions.check_hooked_transformer)()
     spread: dict[str, Any] = {}
     if device_map is not None:
         if device is not None or backend != "bridge":
@@ -164,7 +159,13 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
             config = AutoConfig.from_pretrained(source.location, **given)
             safe = {} if source.gguf else {"use_safetensors": True}
             network = _class_for(config).from_pretrained(
-                source.location, config=config, dtype=dtype, attn_implementation="eager", **given, **safe, **spread
+                source.location,
+                config=config,
+                attn_implementation="eager",
+                **versions.of_dtype(dtype),
+                **given,
+                **safe,
+                **spread,
             )
             name = type(network).__name__
             network.config.architectures = [CALLED.get(name, name)]
@@ -204,9 +205,7 @@ def _load_error(source: _Source, error: Exception) -> SinkscopeError:
     if not source.is_hub_name:
         first = str(error).strip().partition("\n")[0]
         return SinkscopeError(f"can't load {source.label!r}: {first}")
-    from transformer_lens import supported_models
-
-    names = [SMOLLM2, *getattr(supported_models, "OFFICIAL_MODEL_NAMES", [])]
+    names = [SMOLLM2, *versions.known_names()]
     near = difflib.get_close_matches(source.label, names, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near and near[0] != source.label else ""
     return SinkscopeError(
@@ -226,10 +225,6 @@ def _hub_can_answer(name: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _has_hooked_transformer() -> bool:
-    return int(importlib.metadata.version("transformer-lens").partition(".")[0]) < 4
 
 
 def _device(asked: str | torch.device | None) -> torch.device:

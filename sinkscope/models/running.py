@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from sinkscope.models.identity import Identity, text_model
+from sinkscope.models.versions import cache_keyword, cache_of, hooked_cache, rotary_options
 from sinkscope.runs.owner import alone
 from sinkscope.runs.undo import Undo
 from sinkscope.tokens import Batch
@@ -25,19 +26,15 @@ class Running(Identity):
             from transformers import DynamicCache
 
             return DynamicCache()
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
-        return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, batch)
+        return hooked_cache().init_cache(self.model.cfg, self.device, batch)
 
     def why_no_cache(self, length: int) -> str | None:
         """Say why a chunked prefill of this length can't be right whatever the cache does, or None."""
         if not self.causal:
             return "an encoder's queries see later keys"
-        if self.kind in ("bridge", "hugging_face"):
-            rope = getattr(self.config, "rope_parameters", None) or {}
-            if any(kind in ("dynamic", "longrope") for kind in _leaves(rope)):
-                return "its rotary scaling depends on the length"
-        return None
+        rotary = rotary_options(self.config) if self.kind in ("bridge", "hugging_face") else {}
+        grows = any(kind in ("dynamic", "longrope") for kind in _leaves(rotary))
+        return "its rotary scaling depends on the length" if grows else None
 
     def body(
         self,
@@ -57,7 +54,7 @@ class Running(Identity):
         if self.kind in ("bridge", "hugging_face"):
             extra: dict[str, Any] = {} if self.causal else {"attention_mask": valid.long()}
             if cache is not None:
-                extra["past_key_values"] = cache
+                extra[cache_keyword(self.trunk)] = cache
             if first:
                 extra["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
             output = self.trunk(
@@ -97,7 +94,7 @@ class Running(Identity):
     @staticmethod
     def cached(given: dict[str, Any]) -> int:
         """Read how many tokens a KV cache holds, from the keywords of a forward pass."""
-        cache = given.get("past_key_values", given.get("past_kv_cache"))
+        cache = cache_of(given)
         if cache is None:
             return 0
         return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else int(cache[0].past_keys.shape[1])

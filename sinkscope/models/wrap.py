@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sinkscope.models.versions import check_bridge
 from sinkscope.runs.undo import Undo
 
 #: What TransformerLens requires of vision-language models, for their images alone.
@@ -25,6 +26,7 @@ def bridge(network: Any, tokenizer: Any, name: str, location: str | None = None)
         name: what reports call it.
         location: a directory with its config; None writes one for the moment.
     """
+    check_bridge()
     from transformer_lens.model_bridge import TransformerBridge
 
     network.set_attn_implementation("eager")  # 3.9 leaves sdpa in place, where patterns never fire

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sinkscope.models.versions import class_of
+
 #: Layers of a tiny model; layers of a tower for images or sound, and of either side of an encoder-decoder.
 LAYERS, FEW = 4, 2
 VOCAB, CONTEXT, WINDOW, PATCH = 64, 128, 8, 4
@@ -272,11 +274,9 @@ def tiny_architecture(architecture: str, options: Mapping[str, Any] | None = Non
         architecture: one of `ARCHITECTURES`, or any class of `transformers` with `options`.
         options: what the configuration is told beside `SIZES`.
     """
-    import transformers
-
     name = ALSO_CALLED.get(architecture, architecture)
     told = ARCHITECTURES[name] if options is None else dict(options)
-    config = _told(getattr(transformers, name).config_class, told | {"architectures": [name]})
+    config = _told(class_of(name).config_class, told | {"architectures": [name]})
     config._attn_implementation = "eager"
     return config
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from sinkscope.errors import unknown
+from sinkscope.models.versions import as_configured, class_of
 from sinkscope.testing.architectures import ARCHITECTURES, CONTEXT, VOCAB, WINDOW, options_of, tiny_architecture
 from sinkscope.testing.senses import SENSES
 
@@ -119,14 +120,12 @@ def tiny_config(family: str) -> PretrainedConfig:
     >>> tiny_config("gemma2").layer_types
     ['sliding_attention', 'full_attention', 'sliding_attention', 'full_attention']
     """
-    import transformers
-
     if family in ARCHITECTURES:
         return cast("PretrainedConfig", tiny_architecture(family))
     if family in SENSES:
         return cast("PretrainedConfig", tiny_architecture(SENSES[family].model, SENSES[family].options))
     recipe = _recipe(family)
-    make = getattr(transformers, recipe.model).config_class
+    make = class_of(recipe.model).config_class
     sizes = {
         **dict.fromkeys(("num_layers", "num_hidden_layers"), len(recipe.local)),
         **dict.fromkeys(("num_heads", "num_attention_heads"), HEADS),
@@ -137,7 +136,7 @@ def tiny_config(family: str) -> PretrainedConfig:
         "layer_types": ["sliding_attention" if local else "full_attention" for local in recipe.local],
     }
     known = options_of(make)
-    options = {name: value for name, value in sizes.items() if name in known} | dict(recipe.options)
+    options = {name: value for name, value in sizes.items() if name in known} | as_configured(dict(recipe.options), known)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     if family in ENCODER_DECODERS:
         options = {name: options[name] for name in ("num_heads", "max_position_embeddings") if name in options} | dict(
@@ -164,12 +163,10 @@ def tiny_hf_model(family: str, seed: int = 0) -> PreTrainedModel:
     Raises:
         SinkscopeError: there is no such family; the message lists them.
     """
-    import transformers
-
     config = tiny_config(family)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
-        model = cast("PreTrainedModel", getattr(transformers, (config.architectures or [""])[0])(config))
+        model = cast("PreTrainedModel", class_of((config.architectures or [""])[0])(config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sinkscope.models.versions import installed
 from sinkscope.testing.families import FAMILIES, WINDOW, tiny_hf_model
 from tests import oracles
 from tests.conftest import table, total
@@ -18,7 +19,8 @@ from tests.conftest import table, total
 TL4 = int(importlib.metadata.version("transformer-lens").partition(".")[0]) >= 4
 TOLERANCE = 1e-5
 #: Families whose attention Hugging Face's interface can't replace, so that `engine="auto"` takes hooks.
-NOT_FLASH = {"gptj", "bloom", "gpt_neo"}
+#: GPT-J asks it from 5.24 on.
+NOT_FLASH = {"bloom", "gpt_neo"} if installed("transformers") >= (5, 24) else {"gptj", "bloom", "gpt_neo"}
 PER_HEAD = [
     "sink_mass", "sink_mass_excess", "visible_sink_mass", "received", "last_row_share", "row_entropy",
     "normalized_row_entropy", "effective_keys", "row_deficit",

@@ -40,7 +40,7 @@ class HuggingFace:
         ).eval()
 
     def ids(self, text: str, length: int, bos: bool) -> list[int]:
-        ids = ([1] if bos else []) + self.tokenizer(text)["input_ids"]
+        ids = ([1] if bos else []) + self.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert len(ids) >= length
         return ids[:length]
 

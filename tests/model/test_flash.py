@@ -15,11 +15,12 @@ from sinkscope.capture import call, flash, proof
 from sinkscope.models import adapt, bridge
 from sinkscope.testing import FAMILIES, tiny_hf_model, tiny_model, tiny_tokenizer
 from tests.conftest import fingerprint, table, total
+from tests.model import compare
 from tests.model.compare import IDS, check, novel, text_ids, tiny_reference
 
 pytestmark = pytest.mark.classes
 INTERFACE = "its attention does not ask Hugging Face's attention interface"
-NOT_FLASH = dict.fromkeys(("gptj", "bloom", "gpt_neo"), INTERFACE)
+NOT_FLASH = dict.fromkeys(sorted(compare.NOT_FLASH), INTERFACE)
 WITH_ATTENTION = [family for family in FAMILIES if family != "mamba"]
 TAKEN = [family for family in WITH_ATTENTION if family not in NOT_FLASH]
 
