@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +33,8 @@ COLUMNS = ["model", "text", *PLACE, "intervention", "tokens", "loss", *NUMBERS, 
 COLUMNS += [f"placebo_{name}" for name in NUMBERS]
 #: Places that are printed.
 SHOWN = 10
+#: Letters in a line of a picture's title: more would not stand above a map.
+LINE = 44
 
 
 class Row(NamedTuple):
@@ -215,7 +218,8 @@ class SweepReport(Paged):
 
     def _title(self, text: str) -> str:
         of = f"{len(self.about['texts'])} texts" if text == ALL and len(self.about["texts"]) > 1 else text
-        return f"{self.about['model']}\n{self.edit}, " + ("the one text" if of == ALL else of)
+        said = f"{self.edit}, {'the one text' if of == ALL else of}"
+        return "\n".join([self.about["model"], *textwrap.wrap(said, LINE, break_long_words=False)])
 
     def __str__(self) -> str:
         """Print the places that cost most, in nats per token, and what to know before reading them."""
