@@ -39,6 +39,7 @@ SLOW = (
     "plot_training",
     "plot_four_edits",
     "plot_layer_by_layer",
+    "plot_watch_training",
 )
 
 
@@ -84,7 +85,7 @@ def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
 
 
 def test_the_readme_has_its_blocks():
-    assert (len(README), len(DOCS)) == (4, 17)
+    assert (len(README), len(DOCS)) == (4, 18)
 
 
 def test_the_worked_pull_requests_work(monkeypatch):

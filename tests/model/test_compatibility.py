@@ -10,6 +10,7 @@ from tests.model.compare import TL4
 PATH = Path(__file__).parents[2] / "docs" / "compatibility.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TL4, reason="the page is of TransformerLens 4")
 def test_the_page_is_current():
     spec = importlib.util.spec_from_file_location("compatibility", PATH)

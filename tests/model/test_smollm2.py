@@ -143,7 +143,7 @@ def test_what_can_not_be_kept_is_loaded_all_the_same(tmp_path, monkeypatch):
     def full(*given, **how):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(converted, "save_model", full)
+    monkeypatch.setattr(converted, "save_file", full)
     converted.keep(tmp_path / "converted" / "here", tiny_hf_model("llama"), None)
     assert list((tmp_path / "converted").iterdir()) == []
 

@@ -262,7 +262,8 @@ def test_the_bar_counts_everything_in_small_steps(llama, monkeypatch):
         yield steps.append
 
     monkeypatch.setattr(sweeps, "bar", bar)
-    monkeypatch.setattr(scored, "NUMBERS", 0)  # of so small a vocabulary, logits would be made all at once
+    monkeypatch.setattr(scored, "NUMBERS", 0)  # of so small a vocabulary and so short texts,
+    monkeypatch.setattr(scored, "ROWS", 128)  # logits would be made all at once
     for over in ("heads", "layers", "positions"):
         steps.clear()
         ss.sweep(llama, TEXTS, ss.MaskKeys(0), over, progress=True)
