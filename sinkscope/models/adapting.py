@@ -12,8 +12,7 @@ from torch import Tensor
 from sinkscope.block import Chunk
 from sinkscope.errors import SinkscopeError
 from sinkscope.models.adapter import Adapter
-from sinkscope.models.identity import Kind, text_model
-from sinkscope.models.versions import check_interfaces
+from sinkscope.models.identity import Kind, check_plain, text_model
 
 SMOLLM2 = "smollm2-135m"
 #: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network, and who listens there:
@@ -95,12 +94,8 @@ def bare(model: Any) -> tuple[Any, bool]:
     plain, network = not hasattr(model, "original_model"), getattr(model, "original_model", model)
     if id(network) in EDITED:
         raise SinkscopeError("this model is inside `with intervention.on(model)`: leave the block first")
-    if plain and any(hasattr(module, "original_component") for module in model.modules()):
-        raise SinkscopeError(
-            f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
-        )
     if plain:
-        check_interfaces()
+        check_plain(model)
     return network, plain
 
 
@@ -145,11 +140,7 @@ def _adapt_hugging_face(model: Any) -> Adapter:
         SinkscopeError: it has no attention to measure, it is the inside of a bridge, its weights are not there, or
             transformers is too old.
     """
-    if any(hasattr(module, "original_component") for module in model.modules()):
-        raise SinkscopeError(
-            f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
-        )
-    check_interfaces()
+    check_plain(model)
     brought = any(hasattr(module, "_hf_hook") for module in model.modules())  # by accelerate, when they are used
     if not brought and any(parameter.is_meta for parameter in model.parameters()):
         raise SinkscopeError(f"this {type(model).__name__} has weights on the meta device, which are none: load them first")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
-from sinkscope.models.versions import rotary_options
+from sinkscope.models.versions import check_interfaces, rotary_options
 
 #: How the types of models begin whose heads' outputs are gated by the second half of a wider projection of queries.
 GATED = ("qwen3_next", "qwen3_5")
@@ -181,6 +181,19 @@ class Identity:
         """Whether keys are rotated, in one way or several, for a model that Hugging Face runs."""
         names = (name for m in self.network.modules() for name in m._buffers)
         return any(name.endswith("inv_freq") for name in names) or bool(rotary_options(self.config))
+
+
+def check_plain(model: Any) -> None:
+    """Refuse the inside of a bridge, and a transformers that is too old for a plain model.
+
+    Raises:
+        SinkscopeError: it is one of these.
+    """
+    if any(hasattr(module, "original_component") for module in model.modules()):
+        raise SinkscopeError(
+            f"this {type(model).__name__} is the inside of a TransformerBridge, which rewrote it: pass the bridge itself"
+        )
+    check_interfaces()
 
 
 def text_model(network: Any) -> nn.Module:
