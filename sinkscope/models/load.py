@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import io
 import logging
+import os
 import socket
 import urllib.parse
 import urllib.request
@@ -157,8 +158,11 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
             if source.is_hub_name and not _hub_can_answer(source.location):
                 raise ConnectionError("no network")
             config = AutoConfig.from_pretrained(source.location, **given)
+            kind = _class_for(config)
+            if source.gguf:
+                converted.check_size(os.path.join(source.location, source.gguf), kind, config)
             safe = {} if source.gguf else {"use_safetensors": True}
-            network = _class_for(config).from_pretrained(
+            network = kind.from_pretrained(
                 source.location,
                 config=config,
                 attn_implementation="eager",
