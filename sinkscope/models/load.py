@@ -7,7 +7,6 @@ import functools
 import importlib.metadata
 import io
 import logging
-import os
 import socket
 import urllib.parse
 import urllib.request
@@ -160,7 +159,7 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
             config = AutoConfig.from_pretrained(source.location, **given)
             kind = _class_for(config)
             if source.gguf:
-                converted.check_size(os.path.join(source.location, source.gguf), kind, config)
+                converted.check_size(str(Path(source.location, source.gguf)), kind, config)
             safe = {} if source.gguf else {"use_safetensors": True}
             network = kind.from_pretrained(
                 source.location,
