@@ -52,6 +52,27 @@ def whisper_tiny(model: Path) -> Path:
 
 
 END = "<|endoftext|>"
+MEAN, DEVIATION = (torch.tensor(x)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+
+def normal(image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Give an image `[3, height, width]`, of numbers between 0 and 1, as DINOv2's processor gives it."""
+    return {"pixel_values": ((image - MEAN) / DEVIATION)[None]}
+
+
+def scene(side: int = 224) -> dict[str, torch.Tensor]:
+    """Draw an image: a sky, hills, a sun and a wall of fine noise; as a processor would give it."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
+    image = torch.stack([0.4 + 0.3 * y, 0.6 + 0.2 * y, 0.9 - 0.1 * y])
+    hills = y > 0.6 + 0.1 * torch.sin(9 * x)
+    image[:, hills] = torch.tensor([0.2, 0.5, 0.2])[:, None] * (0.7 + 0.3 * torch.sin(60 * x[hills]))
+    image[:, (x - 0.75) ** 2 + (y - 0.22) ** 2 < 0.012] = torch.tensor([1.0, 0.9, 0.3])[:, None]
+    wall = (x < 0.35) & (y > 0.45) & (y < 0.9)
+    noise = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
+    image[:, wall] = 0.5 * noise[:, wall] + torch.tensor([0.3, 0.15, 0.1])[:, None]
+    return normal(image)
+
+
 #: What is said in `spoken()`, by espeak-ng 1.51 (voice en-us, 130 words a minute), and its rate.
 SPEECH, RATE = "It was a bright cold day in April.", 16_000
 

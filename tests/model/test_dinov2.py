@@ -9,11 +9,9 @@ import torch
 import sinkscope as ss
 from tests.conftest import files_of, table, total
 from tests.model.onnx_weights import with_output
-from tests.model.real_weights import dinov2_small
+from tests.model.real_weights import dinov2_small, scene
 
 pytestmark = pytest.mark.model
-MEAN, DEVIATION = (torch.tensor(x)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-SIDE = 224
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +28,6 @@ def network(onnx):
     )
     assert not how["missing_keys"]
     return loaded.eval()
-
-
-def scene(side=SIDE):
-    """Draw an image: a sky, hills, a sun and a wall of fine noise; as a processor would give it."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
-    image = torch.stack([0.4 + 0.3 * y, 0.6 + 0.2 * y, 0.9 - 0.1 * y])
-    hills = y > 0.6 + 0.1 * torch.sin(9 * x)
-    image[:, hills] = torch.tensor([0.2, 0.5, 0.2])[:, None] * (0.7 + 0.3 * torch.sin(60 * x[hills]))
-    image[:, (x - 0.75) ** 2 + (y - 0.22) ** 2 < 0.012] = torch.tensor([1.0, 0.9, 0.3])[:, None]
-    wall = (x < 0.35) & (y > 0.45) & (y < 0.9)
-    noise = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
-    image[:, wall] = 0.5 * noise[:, wall] + torch.tensor([0.3, 0.15, 0.1])[:, None]
-    return {"pixel_values": ((image - MEAN) / DEVIATION)[None]}
 
 
 @pytest.fixture(scope="module")
