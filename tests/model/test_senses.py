@@ -1,6 +1,7 @@
 """Encoders of images and of sound, against Hugging Face's own attentions (eager, float32, another copy, one input alone)."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -271,14 +272,22 @@ def test_more_that_is_refused():
 
 def test_the_report(tmp_path):
     report = measured("dinov2_with_registers")
-    assert "3 texts of 20 tokens" in str(report)
+    assert "3 images of 20 positions" in str(report)
     assert set(report.sink_positions()["token"]) <= set(report.about["texts"][0]["tokens"])
     report.save(tmp_path)
     assert (tmp_path / "grid.png").stat().st_size > 5000
     again = ss.load_report(tmp_path)
     assert again.about["texts"][0]["tokens"][:2] == ["[CLS]", "[REG1]"]
     assert again.texts == ["image 0", "image 1", "image 2"]
-    assert "[REG4]" in report.page()
+    page = report.page()
+    assert "[REG4]" in page
+    assert "3 images, 60 positions." in page
+    assert again.about["sentences"]["sink_mass"].startswith("On average a position pays")
+    assert "of its attention to [CLS]; spread" in again.about["sentences"]["sink_mass"]
+    assert again.heatmap().get_title().endswith("mean of images")
+    assert set(again.intervals()["interval"]) <= {"t, logit, 3 images", "t, log, 3 images", "t, 3 images"}
+    words = re.sub(r"<(script|style).*?</\1>|<[^>]*>", "", page, flags=re.DOTALL)
+    assert not re.findall(r"(?i)\b(?:text|token)s?\b", words.partition("How this was measured")[0])
     assert again.grid(text="image 1").get_title().endswith("received_profile, image 1")
 
 
