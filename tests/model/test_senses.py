@@ -1,6 +1,7 @@
 """Encoders of images and of sound, against Hugging Face's own attentions (eager, float32, another copy, one input alone)."""
 
 import functools
+import json
 import re
 
 import numpy as np
@@ -101,6 +102,73 @@ def test_a_bridge_is_right_by_both_engines(family, engine):
     report = measured(family, bridged(family), engine=engine)
     assert report.about["engine"] == engine
     right(report, family)
+
+
+@pytest.mark.parametrize("family", most_slow([*SENSES, "Wav2Vec2ForPreTraining"], "vit", "siglip_vision"))
+def test_loaded_from_a_directory(family, tmp_path):
+    """A bridge where TransformerLens knows the class, else Hugging Face's own; of a checkpoint of pretraining, its body."""
+    own = "wav2vec2" if family.startswith("Wav2Vec2") else family
+    network = tiny_hf_model(own)
+    network.save_pretrained(tmp_path)
+    if own != family:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [family]}))
+    model = ss.load_model(tmp_path)
+    assert type(getattr(model, "original_model", model)) is type(network)
+    assert hasattr(model, "hook_dict") == (own in BRIDGED and own != "ast")
+    right(measured(own, model), own)
+
+
+def test_what_is_not_loaded(tmp_path):
+    transformers.CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path)
+    with pytest.raises(ss.SinkscopeError, match=r"CLIPModel has two towers: load one with transformers \(CLIPVisionModel"):
+        ss.load_model(tmp_path)
+    transformers.DebertaV2Config(architectures=["DebertaV2Model"]).save_pretrained(tmp_path)
+    with pytest.raises(ss.SinkscopeError, match="DebertaV2Model predicts no tokens, and reads neither images nor sound"):
+        ss.load_model(tmp_path)
+
+
+def test_image_files_on_the_command_line(tmp_path):
+    """The directory's own processor reads them: the same as in Python; and what can't be read."""
+    from PIL import Image
+    from typer.testing import CliRunner
+
+    from sinkscope.cli import app
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["measure", *map(str, arguments)])
+
+    place, out = tmp_path / "vit", tmp_path / "out"
+    network = tiny_hf_model("ViTForImageClassification")
+    network.save_pretrained(place)
+    values = np.random.default_rng(0).integers(0, 255, (2, 30, 40, 3), dtype=np.uint8)
+    files = [tmp_path / f"{name}.png" for name in "ab"]
+    for path, pixels in zip(files, values, strict=True):
+        Image.fromarray(pixels).save(path)
+    (tmp_path / "c.PNG").write_bytes(b"no image")
+    asked = [place, "--metric", "sink_mass", "--metric", "received_profile"]
+    assert "has no image processor that loads (OSError" in run(*asked, "--file", files[0]).stderr
+    processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(place)
+    result = run(*asked, "--file", files[0], "--file", files[1], "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "vit on 2 images of 17 positions" in result.stdout
+    report = ss.load_report(out)
+    for path in files:
+        given = processor(Image.open(path), return_tensors="pt")
+        with torch.no_grad():
+            a = torch.cat(network(**given, output_attentions=True).attentions)
+        np.testing.assert_allclose(table(report, "sink_mass", path.name), a[..., 0].mean(-1), atol=1e-5)
+    assert (out / "grid.png").exists()
+    for arguments, words in [
+        (["--text", "so it goes"], "on the command line, --file IMAGE.png"),
+        (["--text", "so it goes", "--file", files[0]], "images and text are given"),
+        (["--file", files[0], "--file", files[0]], "is given twice"),
+        (["--file", tmp_path / "d.png"], "no such file"),
+        (["--file", tmp_path / "c.PNG"], "can't read the image"),
+    ]:
+        found = run(*asked, *arguments)
+        assert (found.exit_code, words in found.stderr) == (1, True), found.output
 
 
 # --- positions ------------------------------------------------------------------------------------------------------
