@@ -67,7 +67,7 @@ const panel = (page, patterns, r, c, pinned) => {
   pin.onclick = () => page.pin(pinned ? null : [r, c]);
   const about = html("p", {class: "soft"}, facts(data, r, c));
   const out = html("p", {class: "soft taken"}), matrix = html("div", {class: "stack matrix"});
-  const text = html("div", {class: "tokens short"}), bars = html("div"), say = html("output", {"aria-live": "polite"});
+  const text = html("div", {class: `tokens short${said(data, "token") === "token" ? "" : " names"}`}), bars = html("div"), say = html("output", {"aria-live": "polite"});
   node.append(title, pin, about, out, matrix, text, say, bars);
   const spans = tokens.map(token => html("span", {role: "option", "aria-selected": "false"}, token));
   const box = html("div", {role: "listbox", "aria-label": `${said(data, "tokens")}, layer ${from.layers[r]}, head ${from.heads[c]}`});

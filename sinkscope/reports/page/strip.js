@@ -3,6 +3,7 @@
 import {html, number, roomFor, said, svg, unpack} from "./tools.js";
 import {explore} from "./keys.js";
 import {chart} from "./chart.js";
+import {drawPatches} from "./patches.js";
 
 export const detail = ({data, state}) => data.texts.find(text => text.label === state.text)
   || data.texts.reduce((a, b) => b.tokens.length > a.tokens.length ? b : a, data.texts[0]);
@@ -42,10 +43,12 @@ export const drawAlong = page => {
   $("strip-caption").textContent = `Attention received, by layer and position: ${along.name}; ${said(data, "text")}: ${text.name}${cut}`;
   const strip = drawStrip(page, along);
   const words = drawText(page, along, i => { strip(i); });
+  const patch = drawPatches(page, along, i => { page.along(i); });
   page.along = (i, layer) => {
     const there = Math.max(0, Math.min(profile.count - 1, i));
     strip(there, layer);
     if (words) words(there);
+    if (patch) patch(there);
   };
   drawLayer(page);
   page.listen("head", "along", () => drawLayer(page));
