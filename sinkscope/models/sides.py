@@ -289,11 +289,9 @@ def _longest(config: Any, half: str) -> int | None:
 
 def _windows(config: Any, n_layers: int, half: str) -> dict[int, int]:
     """Read sliding windows; an encoder's reach as far on both sides, the query's own key not counted."""
-    size, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if not size or types is None:
-        return {}
+    size, types = getattr(config, "sliding_window", None) or 0, getattr(config, "layer_types", None) or [""] * n_layers
     reach = int(size) + (half == "encoder")
-    return {layer: reach for layer in range(n_layers) if types[layer] == "sliding_attention"}
+    return {layer: reach for layer in range(n_layers) if size and types[layer] == "sliding_attention"}
 
 
 def _vocabulary(stack: Any) -> int:
