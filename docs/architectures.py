@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 import sinkscope as ss
-from sinkscope.testing import tiny_hf_model, tiny_tokenizer
+from sinkscope.testing import tiny_hf_model, tiny_inputs, tiny_tokenizer
 from sinkscope.testing.architectures import ALSO_CALLED, ARCHITECTURES
+from sinkscope.testing.senses import BY_CLASS
 
 #: Two texts of unequal length, past every window; ids from 60 on stand for images or sound.
 TEXTS = {
@@ -39,10 +40,11 @@ LONGEST = 150
 HEAD = """## Every architecture of the registry
 
 A tiny random model of each architecture that TransformerLens lists is saved, loaded with `ss.load_model` and measured with
-nothing said. *Right*: sink mass, row entropy and received profile of two texts of unequal length are those of Hugging Face's
-eager `output_attentions`, of each text alone, to 1e-5 (of an encoder-decoder, the decoder's own). *Refused*: with a
-`SinkscopeError` that says what works instead. *Remote code*: the architecture's code lies in its repository, and is not run.
-Models are those that the registry lists. Of models with images or sound, it is the text model that is right, on text; of
+nothing said. *Right*: sink mass, row entropy and received profile of two texts of unequal length (two images, two
+sounds) are those of Hugging Face's eager `output_attentions`, of each alone, to 1e-5 (of an encoder-decoder, the decoder's
+own). *Refused*: with a `SinkscopeError` that says what works instead. *Remote code*: the architecture's code lies in its
+repository, and is not run. Models are those that the registry lists. Of models of text that take images or sound as well, it
+is the text model that is right, on text; of
 `GlmMoeDsaForCausalLM`, texts of up to as many tokens as its indexer chooses keys, longer ones are refused.
 `python docs/compatibility.py NAME ...` tries some architectures anew and keeps the other rows.
 
@@ -82,16 +84,17 @@ def tried(architecture: str, models: int) -> Verdict:
         place = Path(directory, name)
         plain = tiny_hf_model(name)
         plain.save_pretrained(place)
-        tiny_tokenizer(name).save_pretrained(place)
-        pairs = {label: (SOURCE, ids) for label, ids in TEXTS.items()}
+        inputs = inputs_of(plain)
+        if name not in BY_CLASS:
+            tiny_tokenizer(name).save_pretrained(place)
         try:
-            report = ss.measure(ss.load_model(place), pairs if plain.config.is_encoder_decoder else TEXTS, METRICS)
+            report = ss.measure(ss.load_model(place), {label: given for label, (given, _) in inputs.items()}, METRICS)
         except ss.SinkscopeError as error:
             return Verdict(architecture, models, REFUSED, said(error))
         except Exception as error:  # what must not be
             return Verdict(architecture, models, FOREIGN, f"{type(error).__name__}: {said(error)}")
         plain = type(plain).from_pretrained(place, attn_implementation="eager")  # some weights are not saved, but made
-        expected = {label: attentions(plain, ids) for label, ids in TEXTS.items()}
+        expected = {label: attentions(plain, asked) for label, (_, asked) in inputs.items()}
     causal = all(not weights.triu(1).any() for layers in expected.values() for weights in layers)
     if report.about["causal"] != causal:
         return Verdict(architecture, models, WRONG, f"causal is {report.about['causal']}")
@@ -134,13 +137,25 @@ def said(error: Exception) -> str:
     return words if len(words) <= LONGEST else f"{words[:LONGEST].rpartition(' ')[0]} ..."
 
 
-def attentions(plain: Any, ids: list[int]) -> list[torch.Tensor]:
-    """Give what Hugging Face says of one text, `[head, query, key]` for each layer that attends."""
-    given, name = {"input_ids": torch.tensor([ids])}, "attentions"
+def inputs_of(plain: Any) -> dict[str, tuple[Any, dict[str, torch.Tensor]]]:
+    """Give two texts, images or sounds: label -> what `measure` is given, and what Hugging Face's model is."""
+    name = type(plain).__name__
+    if name in BY_CLASS:
+        made = {f"input {seed}": tiny_inputs(name, 1, seed) for seed in range(2)}
+        return {label: (given, given) for label, given in made.items()}
     if plain.config.is_encoder_decoder:
-        given, name = {"input_ids": torch.tensor([SOURCE]), "decoder_input_ids": given["input_ids"]}, "decoder_attentions"
+        read = torch.tensor([SOURCE])
+        return {
+            label: ((SOURCE, ids), {"input_ids": read, "decoder_input_ids": torch.tensor([ids])})
+            for label, ids in TEXTS.items()
+        }
+    return {label: (ids, {"input_ids": torch.tensor([ids])}) for label, ids in TEXTS.items()}
+
+
+def attentions(plain: Any, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Give what Hugging Face says of one input, `[head, query, key]` for each layer that attends."""
     with torch.no_grad():
-        found = plain(**given, output_attentions=True)[name]
+        found = plain(**given, output_attentions=True)["decoder_attentions" if "decoder_input_ids" in given else "attentions"]
     return [layer[0] for layer in found if isinstance(layer, torch.Tensor)]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinkscope.cli.inputs import chunk_of, errors, key_of, paired, texts
+from sinkscope.cli.inputs import chunk_of, errors, images, key_of, paired, texts
 from sinkscope.cli.options import (
     AsJson,
     Bos,
@@ -63,7 +63,7 @@ def measure(
 ) -> None:
     """Measure the attention sink of a model on texts."""
     with errors(debug):
-        given = paired(texts(text or [], file or []), target or [])
+        given: Any = images(text or [], file or []) or paired(texts(text or [], file or []), target or [])
         report = measured(
             model,
             given,
@@ -97,21 +97,27 @@ def measured(
 ) -> SinkReport | None:
     """Check what can be checked before the model is loaded; then load, measure and write.
 
+    Texts are label -> text, or the path of a corpus; images label -> file, which the model's own processor reads.
     Of several processes that `torchrun` started, the first gives the report.
     """
     from sinkscope.attention import attention_map, attention_patterns
     from sinkscope.metrics import resolve
+    from sinkscope.models.adapting import reads
+    from sinkscope.models.images import processed
     from sinkscope.observe import measure as run
 
     def work(model: Any, share: Share) -> SinkReport:
-        report = run(model, texts, metric, progress=True, resume=out, distributed=share.world > 1, **how)
-        if share.rank > 0 or out is None or not isinstance(texts, dict):
+        given = texts
+        if isinstance(texts, dict) and all(isinstance(path, Path) for path in texts.values()):
+            given = processed(name, reads(model), texts)
+        report = run(model, given, metric, progress=True, resume=out, distributed=share.world > 1, **how)
+        if share.rank > 0 or out is None or not isinstance(given, dict):
             return report
-        short = _short(texts, report)
-        shown: dict[str, Any] = {"bos": how.get("bos"), "side": how.get("side")}
-        kept: dict[str, Any] = {"attention": attention_map(model, short, **shown)}
-        if shown["side"] != "cross":
-            kept["patterns"] = attention_patterns(model, short, **shown)
+        short = _short(given, report)
+        asked: dict[str, Any] = {"bos": how.get("bos"), "side": how.get("side")}
+        kept: dict[str, Any] = {"attention": attention_map(model, short, **asked)}
+        if asked["side"] != "cross":
+            kept["patterns"] = attention_patterns(model, short, **asked)
         return replace(report, **kept)
 
     resolve(metric)

@@ -42,7 +42,11 @@ Model = Annotated[
 Texts = Annotated[list[str] | None, typer.Option("--text", help="A text; repeat for more.")]
 Files = Annotated[
     list[Path] | None,
-    typer.Option("--file", help="A UTF-8 text file; repeat for more. Or one directory of .txt files, or one .jsonl file."),
+    typer.Option(
+        "--file",
+        help="A UTF-8 text file (of a model of images: an image); repeat for more. Or one directory of .txt files, or one "
+        ".jsonl file.",
+    ),
 ]
 PerText = Annotated[
     bool | None, typer.Option("--per-text/--no-per-text", help="Keep every text's finest rows. Default: of up to 100 texts.")

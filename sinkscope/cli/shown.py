@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def show(report: SinkReport, as_json: bool) -> None:
     """Print what `measure` found: key numbers first, metrics that say the same in one row."""
     from sinkscope.reports.notes import tokens_of
-    from sinkscope.reports.words import KEY_NUMBERS, folded, number
+    from sinkscope.reports.words import KEY_NUMBERS, folded, number, said
 
     if as_json:
         typer.echo(report.summary().to_json(orient="records"))
@@ -25,7 +25,8 @@ def show(report: SinkReport, as_json: bool) -> None:
     n = len(report.texts)
     about = report.about
     lengths = tokens_of([t["n_tokens"] for t in about["texts"]])
-    say(f"{about['model']} on {n} text{'s' * (n != 1)} of {lengths} ({about['device']}, {about['dtype']}); {about['bos']}")
+    of = said(f"{n} text{'s' * (n != 1)} of {lengths}", about)
+    say(f"{about['model']} on {of} ({about['device']}, {about['dtype']}); {about['bos']}")
     say(f"engine {about['engine']}: {about['engine_why']}\n")
     rows = report.intervals()
     order = {name: i for i, name in enumerate(KEY_NUMBERS)}
@@ -39,9 +40,10 @@ def show(report: SinkReport, as_json: bool) -> None:
         cells.append([name, value, f"{low} to {high}" if low else without, null])
     print_table(["metric", "value", "95% interval", "chance"], cells)
     if n == 1:
-        typer.echo("One text: no interval (give several texts for one).")
+        typer.echo(said("One text: no interval (give several texts for one).", about))
     else:
-        say("Intervals are across texts: Student's t, of shares on the logit scale, of what is never negative on the log.")
+        how = said("Intervals are across texts: Student's t", about)
+        say(f"{how}, of shares on the logit scale, of what is never negative on the log.")
     show_notes(about)
 
 

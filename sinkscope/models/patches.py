@@ -1,4 +1,4 @@
-"""What positions of images and of sound are called: `[CLS]`, `[REG1]`, `(row,column)` of a grid of patches, `0.02 s`."""
+"""What positions of images and of sound are called: `[CLS]`, `[REG1]`, `patch 3,5` (row, column), `frame 17`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from sinkscope.errors import SinkscopeError
 
 #: Parameters that models put before their patches, in this order, and what such a position is called.
 FIRST = {"cls_token": "[CLS]", "class_embedding": "[CLS]", "distillation_token": "[DIST]", "register_tokens": "[REG{}]"}
-#: Samples of a wave per second, where a configuration does not say; frames of a spectrum.
-SAMPLES, FRAMES = 16_000, 100
 
 
 def places_of(trunk: Any, label: str, row: Tensor) -> list[str]:
@@ -79,12 +77,12 @@ def _frames(config: Any, label: str, wave: Tensor) -> list[str]:
             f"{label!r} is a wave, and the model reads spectra: give input_values [batch, time, mel] (of two axes, they are "
             "taken for a batch of waves)"
         )
-    count, step = len(wave), 1
+    count = len(wave)
     for kernel, stride in zip(kernels, strides, strict=True):
-        count, step = (count - kernel) // stride + 1, step * stride
+        count = (count - kernel) // stride + 1
     if count < 2:
         raise SinkscopeError(f"{label!r} has {len(wave)} samples, too few for two frames of attention: give a longer sound")
-    return _times(count, step / int(getattr(config, "sampling_rate", SAMPLES)))
+    return _numbered(count)
 
 
 def _mel(config: Any, trunk: Any, label: str, spectrum: Tensor) -> list[str]:
@@ -93,16 +91,15 @@ def _mel(config: Any, trunk: Any, label: str, spectrum: Tensor) -> list[str]:
     if not size or not hasattr(trunk, "conv2"):
         raise SinkscopeError(f"{type(trunk).__name__} makes positions of a spectrum in a way that is not known here")
     _same_shape(label, list(spectrum.shape), [int(config.num_mel_bins), 2 * int(size)], "mel bins by frames")
-    return _times(int(size), 2 / FRAMES)
+    return _numbered(int(size))
 
 
 def _grid(rows: int, columns: int) -> list[str]:
-    return [f"({row},{column})" for row in range(rows) for column in range(columns)]
+    return [f"patch {row},{column}" for row in range(rows) for column in range(columns)]
 
 
-def _times(count: int, step: float) -> list[str]:
-    """Name frames by when they begin, in seconds."""
-    return [f"{n * step:.6g} s" for n in range(count)]
+def _numbered(count: int) -> list[str]:
+    return [f"frame {n}" for n in range(count)]
 
 
 def _pair(size: Any) -> list[int] | None:

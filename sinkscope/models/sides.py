@@ -38,6 +38,11 @@ def sided(model: Any, side: Side, kind: type[Sided] | None = None) -> Sided:
         SinkscopeError: the model is edited, or is the inside of a bridge.
     """
     network, plain = bare(model)
+    if any("MergedAttention" in type(module).__name__ for module in network.modules()):  # and an encoder's uneven windows
+        raise SinkscopeError(
+            f"{type(network).__name__} has one softmax over target and source, which is not covered: reduce Hugging Face's "
+            "own, ss.metrics.of_pattern(attentions), from output_attentions=True, or take T5Gemma, whose attentions are three"
+        )
     half: Side = "encoder" if side == "encoder" else "decoder"
     config, n_layers = _stack(network, half).config, len(_layers(_stack(network, half)))
     named = getattr(getattr(model, "cfg", None), "model_name", None) or getattr(network.config, "_name_or_path", "")
@@ -243,7 +248,9 @@ class Sided(Adapter):
 
 
 def _stack(network: Any, half: str) -> Any:
-    return network.get_encoder() if half == "encoder" else network.get_decoder()
+    """Find the encoder or the decoder; of Florence-2, inside the BART that it gives for a decoder."""
+    found = network.get_encoder() if half == "encoder" else network.get_decoder()
+    return inside if isinstance(inside := getattr(found, half, None), nn.Module) else found
 
 
 def _layers(stack: Any) -> nn.ModuleList:
@@ -264,11 +271,9 @@ def _longest(config: Any, half: str) -> int | None:
 
 def _windows(config: Any, n_layers: int, half: str) -> dict[int, int]:
     """Read sliding windows; an encoder's reach as far on both sides, the query's own key not counted."""
-    size, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if not size or types is None:
-        return {}
+    size, types = getattr(config, "sliding_window", None) or 0, getattr(config, "layer_types", None) or [""] * n_layers
     reach = int(size) + (half == "encoder")
-    return {layer: reach for layer in range(n_layers) if types[layer] == "sliding_attention"}
+    return {layer: reach for layer in range(n_layers) if size and types[layer] == "sliding_attention"}
 
 
 def _vocabulary(stack: Any) -> int:

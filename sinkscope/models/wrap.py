@@ -12,6 +12,7 @@ from typing import Any
 
 from sinkscope.models.versions import check_bridge
 from sinkscope.runs.undo import Undo
+from sinkscope.tokens.features import READS
 
 #: What TransformerLens requires of vision-language models, for their images alone.
 IMAGES = ["torchvision"]
@@ -40,6 +41,15 @@ def bridge(network: Any, tokenizer: Any, name: str, location: str | None = None)
     _nothing_around_nothing(network)
     model.cfg.model_name = name
     return model
+
+
+def wrapped(network: Any, tokenizer: Any, name: str, location: str | None = None) -> Any:
+    """Wrap as :func:`bridge` does; an encoder of images or of sound that TransformerLens does not know stays as it is."""
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES as KNOWN
+
+    if network.main_input_name in READS and not set(network.config.architectures or ()) & set(KNOWN):
+        return network
+    return bridge(network, tokenizer, name, location)
 
 
 def _nothing_around_nothing(network: Any) -> None:

@@ -13,6 +13,7 @@ from pandas import DataFrame, isna
 
 from sinkscope.errors import unknown
 from sinkscope.reports.intervals import unit_of
+from sinkscope.reports.words import said
 
 SIZE: dict[str, Any] = {"figsize": (3.5, 2.8), "layout": "constrained", "dpi": 200}  # a column's width
 WIDE = SIZE | {"figsize": (5.2, 3.2)}  # for curves with long names
@@ -142,7 +143,7 @@ def legend_below(ax: Axes) -> None:
 
 def title_of(rows: DataFrame, text: str, metric: str, of: str = "") -> str:
     """Say which model a picture is of, and what it shows of which text."""
-    return f"{models_of(rows)}\n{metric}{of}, {'mean of texts' if text == 'all' else short(text, 24)}"
+    return f"{models_of(rows)}\n{metric}{of}, {said('mean of texts', rows.attrs) if text == 'all' else short(text, 24)}"
 
 
 def of_key(rows: DataFrame) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sinkscope.metrics import BUILT_IN
 from sinkscope.metrics.base import AnyMetric
+from sinkscope.reports.words import said
 from sinkscope.results import NONE, Group, Run, Tally
 
 #: A mean over texts mixes lengths where the longest has more than this many times the tokens of the shortest.
@@ -16,20 +17,20 @@ UNEQUAL = 1.5
 ROUNDING = 1e-6
 
 
-def of_measure(tally: Tally, asked: Iterable[AnyMetric]) -> list[str]:
+def of_measure(tally: Tally, asked: Iterable[AnyMetric], about: Mapping[str, Any]) -> list[str]:
     """Say what is odd about what `measure` found: texts of unequal length, metrics without a number."""
     lengths = [n for _, n in tally.texts]
     notes = []
     if max(lengths) > UNEQUAL * min(lengths):
         notes.append(
             f"the texts have {tokens_of(lengths)}: a mean over them mixes lengths, on which most numbers and all nulls "
-            "depend; max_tokens= makes them equal, summary(label) gives one text"
+            f"depend; {'' if 'reads' in about else 'max_tokens= makes them equal, '}summary(label) gives one text"
         )
     for group in tally.groups.values():
         notes += _of_metric(group, len(tally.texts))
     found = {group.name.partition("@")[0] for group in tally.groups.values()}
     missing = [m.name for m in asked if hasattr(m, "needs") and m.name.partition("@")[0] not in found]
-    return notes + [f"{name} gave no number" for name in missing]
+    return [said(note, about) for note in notes] + [f"{name} gave no number" for name in missing]
 
 
 def _of_metric(group: Group, texts: int) -> list[str]:

@@ -17,7 +17,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.reports.drawing import COLOUR_MAP, MARK, PLAIN, SIZE, axis_name, every, finish, rows_of, title_of
 
 #: What the position of a patch is called.
-PATCH = re.compile(r"\((\d+),(\d+)\)")
+PATCH = re.compile(r"patch (\d+),(\d+)")
 #: How strongly the cells cover the image.
 COVER = 0.65
 
@@ -45,7 +45,7 @@ def grid(
 
     Args:
         frame: tidy measurements.
-        tokens: names of the positions: `(row,column)` of a patch, any other of what stands apart.
+        tokens: names of the positions: `patch row,column`, any other of what stands apart.
         metric: a metric with one value per key position, averaged over heads.
         text: an image's label, or `all` for the mean over images of one size.
         layer: one layer; None averages over all.

@@ -44,6 +44,7 @@ from sinkscope.reports.drawing import (
 )
 from sinkscope.reports.patches import grid as grid
 from sinkscope.reports.patches import is_grid as is_grid
+from sinkscope.reports.words import said
 
 #: What the curves of `progression` are known by on an Axes that they share.
 CURVE = "sinkscope-curve"
@@ -72,7 +73,8 @@ def progression(frame: DataFrame, metric: str = "sink_mass", *, ax: Axes | None 
     ax.plot(layers, series["value"], "o-", label=name, **style)
     if count > 1:
         band: dict[str, Any] = {"color": colour, "alpha": 0.2, "linewidth": 0}
-        ax.fill_between(layers, series["low"], series["high"], label=_once(ax, f"range of {count} texts"), **band)
+        label = _once(ax, said(f"range of {count} texts", frame.attrs))
+        ax.fill_between(layers, series["low"], series["high"], label=label, **band)
     _null(ax, series, colour if before else NULL, f"uniform attention, {name}" if before else "uniform attention")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return finish(ax, f"{metric} by layer, mean of heads", "layer", axis_name(metric), legend=True)

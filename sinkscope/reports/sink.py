@@ -19,7 +19,7 @@ from sinkscope.reports.shown import Shown
 from sinkscope.reports.tables import COLUMNS as COLUMNS
 from sinkscope.reports.tables import SUMMARY_COLUMNS as SUMMARY_COLUMNS
 from sinkscope.reports.tables import tables
-from sinkscope.reports.words import sentences
+from sinkscope.reports.words import said, sentences
 from sinkscope.results import ALL, Tally, TextResult
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class SinkReport(Paged, Pictures):
     attention: pd.DataFrame | None = field(default=None, repr=False)
     patterns: pd.DataFrame | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        """Let pictures know what the frame is of."""
+        self.frame.attrs |= {name: self.about[name] for name in ("reads",) if name in self.about}
+
     @classmethod
     def assemble(
         cls, tally: Tally, asked: Iterable[AnyMetric], about: dict[str, Any], results: Sequence[TextResult] = ()
@@ -68,10 +72,11 @@ class SinkReport(Paged, Pictures):
             text["tokens"] = list(r.sequence.keyed.strings)
             if r.sequence.crossed:
                 text["queries"] = list(r.sequence.strings)
-        said = sentences(summary[summary["text"] == ALL], about["arguments"]["key"])
+        about = about | {"texts": texts}
+        told = sentences(summary[summary["text"] == ALL], about["arguments"]["key"], about)
         units = {m.name: m.unit for m in asked if m.name not in BUILT_IN and not isinstance(m, AcrossTexts) and m.unit}
-        about = about | {"texts": texts, "sentences": said} | ({"units": units} if units else {})
-        return cls(frame, summary, about | {"notes": notes.of_measure(tally, asked)})
+        about = about | {"sentences": told} | ({"units": units} if units else {})
+        return cls(frame, summary, about | {"notes": notes.of_measure(tally, asked, about)})
 
     @property
     def texts(self) -> list[str]:
@@ -116,7 +121,8 @@ class SinkReport(Paged, Pictures):
         for name, value, error in zip(rows["metric"], rows["value"], rows["std_error"], strict=True):
             bounds = intervals.bounds_of(name, float(means.get(name, 1.0)), self.about.get("units"))
             found.append(intervals.of_mean(value, error, int(counts.get(name, 0)), bounds, len(self.texts)))
-        return rows.assign(low=[i.low for i in found], high=[i.high for i in found], interval=[i.said for i in found])
+        how = [said(i.said, self.about) for i in found]
+        return rows.assign(low=[i.low for i in found], high=[i.high for i in found], interval=how)
 
     def top(self, metric: str = "sink_mass", n: int = 10, *, text: str = ALL) -> pd.DataFrame:
         """Give the n rows where a metric is largest: the strongest heads, or positions.
@@ -216,7 +222,7 @@ class SinkReport(Paged, Pictures):
     def __str__(self) -> str:
         """Say in one line what this is, and in one each what to know before reading the numbers."""
         n, lengths = len(self.texts), [t["n_tokens"] for t in self.about["texts"]]
-        of = f"{n} text{'s' * (n != 1)} of {notes.tokens_of(lengths)}"
+        of = said(f"{n} text{'s' * (n != 1)} of {notes.tokens_of(lengths)}", self.about)
         return "\n".join([f"SinkReport: {self.about['model']}, {of}, engine {self.about['engine']}", *self._notes])
 
     __repr__ = __str__

@@ -1,11 +1,15 @@
-"""Plain words for the key numbers: what each one says about this model, beside what chance would give."""
+"""Plain words for the key numbers, beside what chance would give; and what a report calls that which was measured."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pandas as pd
+
+from sinkscope.tokens.features import READS
 
 #: The key numbers, in the order in which a newcomer should read them.
 KEY_NUMBERS = (
@@ -75,32 +79,61 @@ _SENTENCES: dict[str, Callable[[float, float, str], str]] = {
 }
 
 
-def key_name(keys: list[int | str]) -> str:
-    """Call a sink position by a name that reads well."""
-    names = {0: "the first token", -1: "the last token"}
-    key = keys[0]
-    return names.get(key, f"position {key}") if isinstance(key, int) else f"{key}"
+def nouns(about: Mapping[Any, Any]) -> dict[str, str]:
+    """Say what a report calls a text and a token: of images and of sound, an image or a sound, and its positions.
+
+    Args:
+        about: of a report; `reads` is what the model reads, where that is no text.
+
+    >>> nouns({"reads": "pixel_values"})
+    {'text': 'image', 'token': 'position'}
+    """
+    kind = READS.get(str(about.get("reads")))
+    return {"text": "text", "token": "token"} if kind is None else {"text": kind[0], "token": "position"}
 
 
-def sentences(summary: pd.DataFrame, keys: list[int | str]) -> dict[str, str]:
+def said(words: str, about: Mapping[Any, Any]) -> str:
+    """Say of images and of sound what is written of texts and tokens.
+
+    >>> said("Text by text: 2 texts of 9 tokens", {"reads": "pixel_values"})
+    'Image by image: 2 images of 9 positions'
+    """
+    called = nouns(about)
+    called |= {word.capitalize(): noun.capitalize() for word, noun in called.items()}
+    return re.sub(r"\b([Tt]ext|[Tt]oken)(?=s?\b)", lambda found: called[found[0]], words)
+
+
+def key_name(keys: list[int | str], about: Mapping[Any, Any] | None = None) -> str:
+    """Call a sink position by a name that reads well; of images and sound by its own, such as `[CLS]`, where all have it."""
+    names, key = {0: "the first token", -1: "the last token"}, keys[0]
+    if not isinstance(key, int):
+        return f"{key}"
+    of = about or {}
+    texts = [text.get("tokens", []) for text in of.get("texts", [])] if "reads" in of else []
+    own = {tokens[key] if 0 <= key < len(tokens) else "" for tokens in texts}
+    return (own.pop() if len(own) == 1 else "") or said(names.get(key, f"position {key}"), of)
+
+
+def sentences(summary: pd.DataFrame, keys: list[int | str], about: Mapping[Any, Any] | None = None) -> dict[str, str]:
     """Say what each key number means.
 
     Args:
         summary: rows of :meth:`SinkReport.summary` for `"all"`.
         keys: the sink positions that were looked at; the words speak of the first.
+        about: of the report: what it is of, `reads` and `texts`.
 
     Returns:
         Metric name to sentence, for those measured and not NaN; `sink_strength` not where it is the sink mass again.
     """
     by_name = {str(r["metric"]): (float(r["value"]), float(r["null"])) for r in summary.to_dict("records")}
     tag = f"[key={keys[0]}]" if len(keys) > 1 else ""
-    said = {}
+    where, found = key_name(keys, about), {}
     given = {name: by_name.get(name, by_name.get(name + tag, (math.nan, math.nan))) for name in KEY_NUMBERS}
     for name, (value, null) in given.items():
         repeated = name == "sink_strength" and math.isclose(value, given["sink_mass"][0], rel_tol=1e-6)
         if not math.isnan(value) and not repeated:
-            said[name] = _SENTENCES[name](value, null, key_name(keys))
-    return said
+            found[name] = said(_SENTENCES[name](value, null, where), about or {})
+    return found
 
 
 def folded(rows: pd.DataFrame) -> list[tuple[str, pd.Series]]:

@@ -14,7 +14,7 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.metrics import resolve
 from sinkscope.metrics.accumulate import accumulator
 from sinkscope.metrics.base import AnyMetric, Array, Metric
-from sinkscope.models import bridge
+from sinkscope.models import bridge, wrapped
 from sinkscope.testing.cache import CacheCheck, check_cache
 from sinkscope.testing.families import ENCODER_DECODERS, FAMILIES, tiny_hf_model, tiny_tokenizer
 from sinkscope.testing.senses import SENSES, tiny_inputs
@@ -40,14 +40,17 @@ SCORES = ((0.0, 1.0, 2.0, 3.0), (4.0, 5.0, 6.0, 7.0))
 def tiny_model(family: str = "llama", seed: int = 0) -> Any:
     """Build a TransformerBridge on a tiny random model, offline, with a tokenizer of one token per character.
 
+    Of an encoder of images or of sound that TransformerLens does not know, it is Hugging Face's model, as of `load_model`.
+
     Args:
-        family: one of `FAMILIES`, or an architecture of TransformerLens's registry, such as `"Qwen2ForCausalLM"`.
+        family: one of `FAMILIES`, `ENCODER_DECODERS` or `SENSES`, or an architecture of TransformerLens's registry, such as
+            `"Qwen2ForCausalLM"`.
         seed: of the weights.
 
     Raises:
         SinkscopeError: there is no such family; the message lists them.
     """
-    return bridge(tiny_hf_model(family, seed), tiny_tokenizer(family), f"tiny-{family}")
+    return wrapped(tiny_hf_model(family, seed), tiny_tokenizer(family), f"tiny-{family}")
 
 
 def planted_sink(scores: Sequence[Sequence[float]] = SCORES) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sinkscope.models.versions import class_of
+from sinkscope.testing.senses import BY_CLASS
 
 #: Layers of a tiny model; layers of a tower for images or sound, and of either side of an encoder-decoder.
 LAYERS, FEW = 4, 2
@@ -62,10 +63,6 @@ _CHUNKS = {
 }
 _FALCON = {"alibi": False, "head_dim": ...}
 _PIXELS = {"image_size": 16, "patch_size": PATCH}
-_WAVES = {
-    **{"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3)},
-    **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
-}
 _SPECTRUM = {"num_mel_bins": 16, "max_source_positions": 16}
 
 _LLAMA, _QWEN2 = Part("LlamaConfig"), Part("Qwen2Config")
@@ -247,12 +244,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "BertForMaskedLM": {},
     "BertLMHeadModel": {"is_decoder": True},
     "RobertaForMaskedLM": {"max_position_embeddings": CONTEXT + 2, "pad_token_id": 1},
-    "ViTForImageClassification": {**_PIXELS, "image_size": 32, "patch_size": 8},
-    "ViTModel": {**_PIXELS, "image_size": 32, "patch_size": 8},
-    "ASTForAudioClassification": {"max_length": 32, "num_mel_bins": 16, "patch_size": 8}
-    | {"frequency_stride": 8, "time_stride": 8},
-    "HubertModel": _WAVES,
-    "HubertForCTC": _WAVES,
+    **{name: dict(sense.options) for name, sense in BY_CLASS.items()},
 }
 #: Names in the registry of what `transformers` calls otherwise.
 ALSO_CALLED = {

@@ -53,13 +53,22 @@ SENSES: dict[str, Sense] = {
     "wav2vec2": Sense("Wav2Vec2Model", "input_values", (203,), _WAVES),
     "whisper": Sense("WhisperModel", "input_features", (16, 32), _MEL),
 }
+#: The same by the name of their class, and with the heads that TransformerLens knows.
+BY_CLASS: dict[str, Sense] = {
+    **{sense.model: sense for sense in SENSES.values()},
+    "ViTForImageClassification": SENSES["vit"],
+    "DeiTForImageClassification": SENSES["deit"],
+    "ASTForAudioClassification": SENSES["ast"],
+    "HubertForCTC": SENSES["hubert"],
+    "Wav2Vec2ForCTC": SENSES["wav2vec2"],
+}
 
 
 def tiny_inputs(family: str, count: int = 2, seed: int = 0) -> dict[str, Tensor]:
     """Give what a processor would give for some random images or sounds.
 
     Args:
-        family: one of `SENSES`.
+        family: one of `SENSES`, or the class of one, such as `"ViTForImageClassification"`.
         count: how many.
         seed: of their numbers.
 
@@ -69,7 +78,8 @@ def tiny_inputs(family: str, count: int = 2, seed: int = 0) -> dict[str, Tensor]
     >>> {name: tuple(values.shape) for name, values in tiny_inputs("vit").items()}
     {'pixel_values': (2, 3, 16, 16)}
     """
-    if family not in SENSES:
-        raise unknown("family", family, SENSES)
-    sense = SENSES[family]
+    known = SENSES | BY_CLASS
+    if family not in known:
+        raise unknown("family", family, known)
+    sense = known[family]
     return {sense.reads: torch.randn(count, *sense.shape, generator=torch.Generator().manual_seed(seed))}

@@ -136,7 +136,7 @@ def load(ways: list[str], tokens: int, threads: int) -> tuple[dict[str, Any], An
     import torch
 
     import sinkscope as ss
-    from sinkscope.models.load import _load_converted, _locate
+    from sinkscope.models.load import _load_converted, located
 
     torch.set_num_threads(threads)
     models: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def load(ways: list[str], tokens: int, threads: int) -> tuple[dict[str, Any], An
         if kind == "bridge":
             models[kind] = ss.load_model("smollm2-135m")
         else:
-            models[kind] = _load_converted(_locate("smollm2-135m"), torch.float32, {})[0]
+            models[kind] = _load_converted(located("smollm2-135m"), torch.float32, {})[0]
             models[kind].set_attn_implementation(kind)
     ids = torch.randint(100, 49000, (1, tokens), generator=torch.Generator().manual_seed(0))
     return models, ids

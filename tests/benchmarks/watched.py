@@ -52,10 +52,10 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from sinkscope.models.load import _load_hugging_face, _locate
+    from sinkscope.models.load import _load_hugging_face, located
 
     torch.set_num_threads(args.threads)
-    model = _load_hugging_face(_locate("smollm2-135m"), torch.float32, {})[0]
+    model = _load_hugging_face(located("smollm2-135m"), torch.float32, {})[0]
     model.set_attn_implementation("sdpa")
     ids = torch.randint(100, 49000, (1, args.tokens), generator=torch.Generator().manual_seed(0))
     for name, step in (("generation", generate), ("training step", train)):

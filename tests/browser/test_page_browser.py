@@ -1,5 +1,7 @@
 """The page in a real browser: what hovering and the keyboard show, and that hostile text stays text."""
 
+import re
+
 import numpy as np
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
@@ -8,6 +10,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from sinkscope.reports import page
+from tests.browser.zoo import PATCHES, page_of
 from tests.synthetic import HOSTILE, causal_attention, mass, profile, report, uniform, words
 
 pytestmark = pytest.mark.browser
@@ -199,3 +202,38 @@ def test_the_page_of_many_texts(driver, tmp_path):
     assert text_of(driver, "profile-readout").startswith("Position")
     assert "“" not in text_of(driver, "profile-readout")
     assert driver.get_log("browser") == []
+
+
+def test_the_grid_of_patches(driver, tmp_path):
+    """Every cell is the patch's own number, mean of layers; pointing at one says it here and in the strip."""
+    path = tmp_path / "images.html"
+    path.write_text(page_of("images"), encoding="utf-8")
+    driver.get_log("browser")
+    driver.get(path.as_uri())
+    sinks = [float(mass(layer, 1, 0)) for layer in range(4)]
+    received = np.mean([1.2 * profile(len(PATCHES), sink) for sink in sinks], 0)
+    caption = text_of(driver, "patches-caption")
+    assert f"uniform attention gives {uniform(len(PATCHES))[0]:.3g}" in caption
+    low, high = map(float, re.search(r"from ([0-9.e-]+) \(dark\) to ([0-9.e-]+);", caption).groups())
+    assert (low, high) == pytest.approx((received.min(), received.max()), rel=0.01)
+    pixels = driver.execute_script(
+        "const c = document.querySelector('#patches canvas');"
+        "return [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"
+    )
+    assert pixels[:2] == [16, 12]
+    colours = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in page_data(driver)["colours"]])
+    shown = np.array(pixels[2]).reshape(12 * 16, 4)[:, :3]
+    at = np.round(np.log(received[2:] / received.min()) / np.log(received.max() / received.min()) * 63).astype(int)
+    nearest = np.abs(colours[None] - shown[:, None]).sum(-1).argmin(1)
+    assert np.abs(nearest - at).max() <= 1  # kept in three digits
+    ActionChains(driver).move_to_element(find(driver, "#patches svg")).perform()
+    place = re.match(r"(patch [0-9]+,[0-9]+): ([0-9.e-]+); uniform attention", text_of(driver, "patches-readout"))
+    index = PATCHES.index(place[1])
+    assert float(place[2]) == pytest.approx(received[index], rel=0.01)
+    assert f"Position {index} “{place[1]}”" in text_of(driver, "strip-readout")
+    assert "2 images, 388 positions." in find(driver, "header").text
+    assert driver.get_log("browser") == []
+
+
+def page_data(browser):
+    return browser.execute_script("return JSON.parse(document.getElementById('data').textContent)")

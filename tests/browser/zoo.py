@@ -57,6 +57,15 @@ def encoder():
     return page.measured(frame, summary, meta, None, patterns(4, 3, tokens, causal=False))
 
 
+PATCHES = ["[CLS]", "[REG1]", *(f"patch {row},{column}" for row in range(12) for column in range(16))]
+
+
+def images():
+    frame, summary, meta, *_ = measured({"image 0": PATCHES, "image 1": PATCHES})
+    meta |= {"causal": False, "reads": "pixel_values"}
+    return page.measured(frame, summary, meta, None, patterns(4, 3, PATCHES[:30], causal=False))
+
+
 def keys():
     frame, summary, meta, _, short = measured({"a": words(30)}, short=patterns(4, 3, words(10)))
     for table in (frame, summary):
@@ -163,7 +172,9 @@ def compared():
     return page.compared({"first": plain(), "second with a long name": other, "<b>": keys(), "deep": one()})
 
 
-ZOO = {f.__name__: f for f in (one, plain, largest, encoder, keys, corpus, hostile, unknown, evaluated, beside, compared)}
+ZOO = {
+    f.__name__: f for f in (one, plain, largest, encoder, images, keys, corpus, hostile, unknown, evaluated, beside, compared)
+}
 ZOO["swept heads"] = lambda: swept(layers=48, heads=64)
 ZOO["swept layers"] = lambda: swept("layers", texts=1)
 ZOO["swept positions"] = lambda: swept("positions", texts=1, tokens=RIGHT_TO_LEFT * 3, placebo=False)

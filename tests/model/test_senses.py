@@ -1,6 +1,8 @@
 """Encoders of images and of sound, against Hugging Face's own attentions (eager, float32, another copy, one input alone)."""
 
 import functools
+import json
+import re
 
 import numpy as np
 import pytest
@@ -102,6 +104,73 @@ def test_a_bridge_is_right_by_both_engines(family, engine):
     right(report, family)
 
 
+@pytest.mark.parametrize("family", most_slow([*SENSES, "Wav2Vec2ForPreTraining"], "vit", "siglip_vision"))
+def test_loaded_from_a_directory(family, tmp_path):
+    """A bridge where TransformerLens knows the class, else Hugging Face's own; of a checkpoint of pretraining, its body."""
+    own = "wav2vec2" if family.startswith("Wav2Vec2") else family
+    network = tiny_hf_model(own)
+    network.save_pretrained(tmp_path)
+    if own != family:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [family]}))
+    model = ss.load_model(tmp_path)
+    assert type(getattr(model, "original_model", model)) is type(network)
+    assert hasattr(model, "hook_dict") == (own in BRIDGED and own != "ast")
+    right(measured(own, model), own)
+
+
+def test_what_is_not_loaded(tmp_path):
+    transformers.CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path)
+    with pytest.raises(ss.SinkscopeError, match=r"CLIPModel has two towers: load one with transformers \(CLIPVisionModel"):
+        ss.load_model(tmp_path)
+    transformers.DebertaV2Config(architectures=["DebertaV2Model"]).save_pretrained(tmp_path)
+    with pytest.raises(ss.SinkscopeError, match="DebertaV2Model predicts no tokens, and reads neither images nor sound"):
+        ss.load_model(tmp_path)
+
+
+def test_image_files_on_the_command_line(tmp_path):
+    """The directory's own processor reads them: the same as in Python; and what can't be read."""
+    from PIL import Image
+    from typer.testing import CliRunner
+
+    from sinkscope.cli import app
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["measure", *map(str, arguments)])
+
+    place, out = tmp_path / "vit", tmp_path / "out"
+    network = tiny_hf_model("ViTForImageClassification")
+    network.save_pretrained(place)
+    values = np.random.default_rng(0).integers(0, 255, (2, 30, 40, 3), dtype=np.uint8)
+    files = [tmp_path / f"{name}.png" for name in "ab"]
+    for path, pixels in zip(files, values, strict=True):
+        Image.fromarray(pixels).save(path)
+    (tmp_path / "c.PNG").write_bytes(b"no image")
+    asked = [place, "--metric", "sink_mass", "--metric", "received_profile"]
+    assert "has no image processor that loads (OSError" in run(*asked, "--file", files[0]).stderr
+    processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(place)
+    result = run(*asked, "--file", files[0], "--file", files[1], "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "vit on 2 images of 17 positions" in result.stdout
+    report = ss.load_report(out)
+    for path in files:
+        given = processor(Image.open(path), return_tensors="pt")
+        with torch.no_grad():
+            a = torch.cat(network(**given, output_attentions=True).attentions)
+        np.testing.assert_allclose(table(report, "sink_mass", path.name), a[..., 0].mean(-1), atol=1e-5)
+    assert (out / "grid.png").exists()
+    for arguments, words in [
+        (["--text", "so it goes"], "on the command line, --file IMAGE.png"),
+        (["--text", "so it goes", "--file", files[0]], "images and text are given"),
+        (["--file", files[0], "--file", files[0]], "is given twice"),
+        (["--file", tmp_path / "d.png"], "no such file"),
+        (["--file", tmp_path / "c.PNG"], "can't read the image"),
+    ]:
+        found = run(*asked, *arguments)
+        assert (found.exit_code, words in found.stderr) == (1, True), found.output
+
+
 # --- positions ------------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +188,7 @@ def test_a_patch_is_where_its_name_says(family):
         with torch.no_grad():
             embedded = [model.embeddings(pixels)[0] for pixels in (inputs["pixel_values"], other)]
         (moved,) = (embedded[0] - embedded[1]).abs().amax(-1).nonzero().flatten().tolist()
-        assert names[moved] == f"({row},{column})"
+        assert names[moved] == f"patch {row},{column}"
 
 
 def test_registers_and_class_tokens_are_where_their_names_say():
@@ -136,19 +205,19 @@ def test_registers_and_class_tokens_are_where_their_names_say():
 def test_frequencies_are_rows_of_a_spectrum():
     model, inputs = tiny_hf_model("ast"), tiny_inputs("ast", 1)
     names = measured("ast", model, inputs, ["sink_mass"]).about["texts"][0]["tokens"]
-    assert names[:4] == ["[CLS]", "[DIST]", "(0,0)", "(0,1)"]
-    assert names[-1] == "(2,2)"  # 16 mel bins by 24 frames, 8 x 8 patches, strides 4 and 8
+    assert names[:4] == ["[CLS]", "[DIST]", "patch 0,0", "patch 0,1"]
+    assert names[-1] == "patch 2,2"  # 16 mel bins by 24 frames, 8 x 8 patches, strides 4 and 8
     other = inputs["input_values"].clone()
     other[0, 17, 0] += 1  # a late time, the lowest frequency
     with torch.no_grad():
         moved = (model.embeddings(other) - model.embeddings(inputs["input_values"]))[0].abs().amax(-1).nonzero()
-    assert [names[at] for at in moved.flatten().tolist()] == ["(0,2)"]
+    assert [names[at] for at in moved.flatten().tolist()] == ["patch 0,2"]
 
 
-def test_frames_are_named_by_time():
-    assert measured("whisper", metrics=["sink_mass"]).about["texts"][0]["tokens"][:3] == ["0 s", "0.02 s", "0.04 s"]
+def test_frames_are_numbered():
+    assert measured("whisper", metrics=["sink_mass"]).about["texts"][0]["tokens"][:3] == ["frame 0", "frame 1", "frame 2"]
     names = measured("wav2vec2", metrics=["sink_mass"]).about["texts"][0]["tokens"]
-    assert names[:3] == ["0 s", "0.000625 s", "0.00125 s"]  # strides 5 and 2 at 16 kHz
+    assert names[:3] == ["frame 0", "frame 1", "frame 2"]
     assert len(names) == len(set(names)) == expected("wav2vec2", 0).shape[-1]
 
 
@@ -199,7 +268,7 @@ def test_images_of_several_sizes():
     pixels = [torch.randn(3, *size, generator=torch.Generator().manual_seed(n)) for n, size in enumerate(sizes)]
     model = tiny_hf_model("dinov2")
     report = ss.measure(model, [{"pixel_values": one} for one in pixels], ["sink_mass", "received_profile"])
-    assert report.about["texts"][1]["tokens"][-1] == "(4,2)"
+    assert report.about["texts"][1]["tokens"][-1] == "patch 4,2"
     for n, one in enumerate(pixels):
         with torch.no_grad():
             a = torch.cat(tiny_hf_model("dinov2")(one[None], output_attentions=True).attentions)
@@ -271,14 +340,22 @@ def test_more_that_is_refused():
 
 def test_the_report(tmp_path):
     report = measured("dinov2_with_registers")
-    assert "3 texts of 20 tokens" in str(report)
+    assert "3 images of 20 positions" in str(report)
     assert set(report.sink_positions()["token"]) <= set(report.about["texts"][0]["tokens"])
     report.save(tmp_path)
     assert (tmp_path / "grid.png").stat().st_size > 5000
     again = ss.load_report(tmp_path)
     assert again.about["texts"][0]["tokens"][:2] == ["[CLS]", "[REG1]"]
     assert again.texts == ["image 0", "image 1", "image 2"]
-    assert "[REG4]" in report.page()
+    page = report.page()
+    assert "[REG4]" in page
+    assert "3 images, 60 positions." in page
+    assert again.about["sentences"]["sink_mass"].startswith("On average a position pays")
+    assert "of its attention to [CLS]; spread" in again.about["sentences"]["sink_mass"]
+    assert again.heatmap().get_title().endswith("mean of images")
+    assert set(again.intervals()["interval"]) <= {"t, logit, 3 images", "t, log, 3 images", "t, 3 images"}
+    words = re.sub(r"<(script|style).*?</\1>|<[^>]*>", "", page, flags=re.DOTALL)
+    assert not re.findall(r"(?i)\b(?:text|token)s?\b", words.partition("How this was measured")[0])
     assert again.grid(text="image 1").get_title().endswith("received_profile, image 1")
 
 
@@ -319,7 +396,7 @@ def test_whole_patterns():
     a = expected("vit", 0)
     shown = ss.attention_map(model, one, layer=1, head=2)
     np.testing.assert_allclose(shown["value"].to_numpy().reshape(17, 17), a[1, 2], atol=1e-5)
-    assert shown["key_token"].iloc[1] == "(0,0)"
+    assert shown["key_token"].iloc[1] == "patch 0,0"
     patterns = ss.attention_patterns(model, one)
     np.testing.assert_allclose(patterns["value"].to_numpy().reshape(a.shape), a, atol=1e-5)
 

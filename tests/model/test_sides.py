@@ -12,7 +12,19 @@ from tests.conftest import fingerprint, most_slow, table, total
 from tests.model.compare import close
 
 SIDES = ["decoder", "encoder", "cross"]
-RIGHT = ["t5", "marian", "bart", "pegasus", "m2m_100", "mt5", "mbart", "blenderbot", "switch", "t5gemma"]
+RIGHT = [
+    "t5",
+    "marian",
+    "bart",
+    "pegasus",
+    "m2m_100",
+    "mt5",
+    "mbart",
+    "blenderbot",
+    "switch",
+    "t5gemma",
+    "Florence2ForConditionalGeneration",
+]
 METRICS = ["sink_mass", "row_entropy", "received_profile", "effective_keys", "last_row_share", "first_to_rest_ratio"]
 KEY = 2
 

@@ -9,6 +9,7 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.reports.drawing import visible
 from sinkscope.reports.page.data import SCHEMA_VERSION
 from sinkscope.reports.page.sweep import LISTED
+from sinkscope.reports.words import nouns
 
 #: What of a report is about single texts, and stays in its own page.
 OWN = ("texts", "patterns", "attention", "by_text", "sinks", "profiled", "families", "colours")
@@ -42,6 +43,7 @@ def compared(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "kind": "compare",
         "of": kind,
+        "nouns": first.get("nouns") or nouns({}),
         "names": [visible(name) for name in reports],
         "reports": slim,
         "rows": _rows(slim, *ROWS[kind]) if kind != "sweep" else _dearest(_rows(slim, *ROWS[kind])),

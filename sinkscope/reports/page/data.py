@@ -30,6 +30,7 @@ from sinkscope.reports.page.glance import glance
 from sinkscope.reports.page.kinds import KINDS, QUIET, base, definition, kind, quiet
 from sinkscope.reports.page.pack import pack
 from sinkscope.reports.page.parts import facts
+from sinkscope.reports.words import nouns, said
 
 SCHEMA_VERSION = 1
 MOST_TOKENS = 8192  # of one text, shown
@@ -72,10 +73,11 @@ def measured(
         "model": visible(str(about.get("model", "a model"))),
         "n_texts": len(texts),
         "n_tokens": sum(text["n_tokens"] for text in texts),
-        "sentences": [visible(said) for said in about.get("sentences", {}).values()],
+        "sentences": [visible(words) for words in about.get("sentences", {}).values()],
         "notes": [visible(note) for note in about.get("notes", [])],
-        "glance": glance(whole, inside, keys),
-        "numbers": _numbers(whole, len(texts)),
+        "nouns": nouns(about),
+        "glance": glance(whole, inside, keys, about),
+        "numbers": _numbers(whole, len(texts), about),
         "by_text": _by_text(summary, labels),
         "profiled": profiled,
         "sinks": _sinks(frame, inside["texts"]),
@@ -103,7 +105,7 @@ def _inside(frame: DataFrame, texts: Sequence[Mapping[str, Any]]) -> dict[str, A
         "layers": layers,
         "heads": heads,
         "names": {metric: visible(labelled(metric)) for metric in metrics},
-        "definitions": {metric: said for metric in metrics if (said := definition(metric))},
+        "definitions": {metric: said(words, frame.attrs) for metric in metrics if (words := definition(metric))},
         "cells": cells,
         "scales": {
             metric: scale(by_head[by_head["metric"] == metric]["value"]) for metric in metrics if base(metric) == "cost"
@@ -143,7 +145,7 @@ def _band(frame: DataFrame, metric: str, layers: list[int]) -> dict[str, Any] | 
     series, count = layer_series(frame, metric)
     series = series.reindex(layers)
     low, high = floats(series["low"]), floats(series["high"])
-    return {"name": f"range of {count} texts", "low": low, "high": high} if count > 1 else None
+    return {"name": said(f"range of {count} texts", frame.attrs), "low": low, "high": high} if count > 1 else None
 
 
 def _text(text: Mapping[str, Any], rows: DataFrame, layers: list[int]) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def _patterns(patterns: DataFrame, keys: Sequence[int | str]) -> dict[str, Any]:
     }
 
 
-def _numbers(rows: DataFrame, n_texts: int) -> list[dict[str, Any]]:
+def _numbers(rows: DataFrame, n_texts: int, of: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Give the model-level numbers, by kind."""
     found = []
     if "low" not in rows:
@@ -200,8 +202,8 @@ def _numbers(rows: DataFrame, n_texts: int) -> list[dict[str, Any]]:
         name = f"{metric} (how many)" if metric.startswith("sink_positions") else labelled(metric)
         about = {"metric": metric, "name": visible(name), "kind": QUIET if quiet(value, null) else kind(metric)}
         numbers = {"value": known(value), "low": known(low), "high": known(high), "null": known(null)}
-        found.append(about | {"definition": definition(metric)} | numbers)
-    return sorted(found, key=lambda row: KINDS.index(row["kind"]))
+        found.append(about | {"definition": said(definition(metric), of)} | numbers)
+    return [row | {"kind": said(row["kind"], of)} for row in sorted(found, key=lambda row: KINDS.index(row["kind"]))]
 
 
 def _by_text(summary: DataFrame, labels: list[str]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ PARTS = (
     "heads",
     "patterns",
     "explorer",
+    "patches",
     "strip",
     "edits",
     "sweep",

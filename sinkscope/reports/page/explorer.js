@@ -1,6 +1,6 @@
 // One short text: a map of all heads' patterns, and of the picked head its rows and columns, token by token.
 
-import {extent, html, number, percent, roomFor, short, svg} from "./tools.js";
+import {extent, html, number, percent, roomFor, said, short, svg} from "./tools.js";
 import {explore} from "./keys.js";
 import {grid} from "./grid.js";
 import {patternsOf} from "./patterns.js";
@@ -38,7 +38,7 @@ export const drawExplorer = page => {
   redraw();
 };
 
-const sinkWords = ({sinks, tokens}) => sinks.length ? sinks.map(k => `position ${k} “${tokens[k]}”`).join(", ") : "no sink in this text";
+const sinkWords = ({sinks, tokens}) => sinks.length ? sinks.map(k => `position ${k} “${tokens[k]}”`).join(", ") : "no sink here";
 const takenWords = (patterns, head) => `${percent(patterns.takenOut(head))} of its attention goes to the sink (${sinkWords(patterns)})`;
 
 // Row after row, as many as fit into a frame: thousands of heads keep nobody waiting. A later call ends an earlier one.
@@ -67,10 +67,10 @@ const panel = (page, patterns, r, c, pinned) => {
   pin.onclick = () => page.pin(pinned ? null : [r, c]);
   const about = html("p", {class: "soft"}, facts(data, r, c));
   const out = html("p", {class: "soft taken"}), matrix = html("div", {class: "stack matrix"});
-  const text = html("div", {class: "tokens short"}), bars = html("div"), say = html("output", {"aria-live": "polite"});
+  const text = html("div", {class: `tokens short${said(data, "token") === "token" ? "" : " names"}`}), bars = html("div"), say = html("output", {"aria-live": "polite"});
   node.append(title, pin, about, out, matrix, text, say, bars);
   const spans = tokens.map(token => html("span", {role: "option", "aria-selected": "false"}, token));
-  const box = html("div", {role: "listbox", "aria-label": `tokens, layer ${from.layers[r]}, head ${from.heads[c]}`});
+  const box = html("div", {role: "listbox", "aria-label": `${said(data, "tokens")}, layer ${from.layers[r]}, head ${from.heads[c]}`});
   box.append(...spans);
   text.append(box);
   const reach = explore(box, spans, 1, i => page.pickToken(i));
@@ -88,7 +88,7 @@ const panel = (page, patterns, r, c, pinned) => {
     drawBars(page, patterns, at, i, weights, received);
     const gone = state.without ? `; ${percent(patterns.taken(head, i))} of its row taken out` : "";
     const best = largest(weights), by = largest(received);
-    say.textContent = `Token ${i} “${tokens[i]}” looks most at ${name(tokens, best, weights)}; most looks at it from ${name(tokens, by, received)}${gone}.`;
+    say.textContent = `${said(data, "Token")} ${i} “${tokens[i]}” looks most at ${name(tokens, best, weights)}; most looks at it from ${name(tokens, by, received)}${gone}.`;
     out.textContent = state.without ? `Without the sink: ${percent(patterns.takenOut(head))} of this head’s attention is taken out (${sinkWords(patterns)}), and each row shared out anew.` : `With the sink: ${takenWords(patterns, head)}.`;
   };
   return at;
@@ -105,7 +105,7 @@ const facts = (data, r, c) => {
   const wanted = ["sink_mass", "row_entropy", "value_drain", "sink_output_share"];
   const known = Object.keys(data.names).filter(metric => wanted.includes(metric.replace(/\[.*/, "")));
   const value = metric => { const grid = (data.cells[metric].all || Object.values(data.cells[metric])[0]).value; return Array.isArray(grid) ? grid[row][column] : grid; };
-  return known.length ? `All texts: ${known.map(metric => `${data.names[metric]} ${number(value(metric))}`).join("; ")}.` : "";
+  return known.length ? `${said(data, "All texts")}: ${known.map(metric => `${data.names[metric]} ${number(value(metric))}`).join("; ")}.` : "";
 };
 
 const drawMatrix = (page, patterns, at) => {
@@ -135,7 +135,7 @@ const drawMatrix = (page, patterns, at) => {
 const drawBars = (page, patterns, at, i, weights, received) => {
   const {state} = page, {T, tokens} = patterns, W = roomFor(at.bars, 560), H = 168, left = 40, middle = 80, tall = 62, step = (W - left - 6) / T;
   const most = Math.max(extent([...weights, ...received])[1], 0.05);
-  const drawing = svg("svg", {viewBox: `0 0 ${W} ${H}`, width: W, height: H, role: "img", "aria-label": `rows and columns of token ${i}`});
+  const drawing = svg("svg", {viewBox: `0 0 ${W} ${H}`, width: W, height: H, role: "img", "aria-label": `rows and columns of ${said(page.data, "token")} ${i}`});
   const word = (x, y, text, more = {}) => drawing.append(svg("text", {x, y, ...more}, text));
   const area = (values, sign, kind) => values.forEach((share, k) => {
     if (!share) return;

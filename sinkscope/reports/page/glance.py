@@ -11,19 +11,20 @@ from pandas import DataFrame
 
 from sinkscope.reports.drawing import labelled, visible
 from sinkscope.reports.page.kinds import base, quiet
-from sinkscope.reports.words import key_name, number, percent
+from sinkscope.reports.words import key_name, number, percent, said
 
 #: The metric that a reader should see first, if it was measured.
 FIRST = "sink_mass"
 
 
-def glance(rows: DataFrame, inside: Mapping[str, Any], keys: Sequence[int | str]) -> dict[str, Any]:
+def glance(rows: DataFrame, inside: Mapping[str, Any], keys: Sequence[int | str], about: Mapping[str, Any]) -> dict[str, Any]:
     """Choose the picture's metric and three numbers.
 
     Args:
         rows: the model-level numbers over all texts.
         inside: `layers`, `cells`, `texts` of the page's data.
         keys: the sink positions that were looked at.
+        about: how it was measured.
 
     Returns:
         `metric`: what is drawn by layer, or None; `text`: of which text, or `all`; `numbers`: each with `what`, `value` and
@@ -36,8 +37,8 @@ def glance(rows: DataFrame, inside: Mapping[str, Any], keys: Sequence[int | str]
     known = {name: (value, null) for name, value, null in given if not math.isnan(value)}
     numbers = []
     if metric is not None and base(metric) == FIRST and metric in known:
-        where = visible(key_name(list(keys)))
-        numbers.append(_number(f"of an average token's attention goes to {where}", *known[metric]))
+        where = visible(key_name(list(keys), about))
+        numbers.append(_number(said(f"of an average token's attention goes to {where}", about), *known[metric]))
         rate = next((name for name in known if base(name) == "sink_rate"), None)
         if rate is not None:
             bar = rate.partition("@")[2].partition("[")[0]

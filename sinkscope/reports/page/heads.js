@@ -1,6 +1,6 @@
 // The first picture, the map of heads, and the picture by layer: one metric, every head of it.
 
-import {at, costColours, extent, html, mean, number} from "./tools.js";
+import {at, costColours, extent, html, mean, number, said} from "./tools.js";
 import {chart} from "./chart.js";
 import {grid} from "./grid.js";
 
@@ -46,7 +46,7 @@ export const drawHeads = page => {
     say: (r, c) => {
       const error = at(cells.std_error, r, c);
       $("heat-readout").textContent = `Layer ${data.layers[r]}, head ${data.heads[c]}: ${number(value[r][c])}`
-        + (error === null ? "" : ` ± ${number(error)} (standard error across texts)`)
+        + (error === null ? "" : said(data, ` ± ${number(error)} (standard error across texts)`))
         + `; ${chance} ${number(at(cells.null, r, c))}`;
     },
     pick: (r, c) => page.pickHead(r, c),

@@ -1,6 +1,6 @@
 // What is on the page, drawn into a document or a shadow root.
 
-import {html, scale} from "./tools.js";
+import {html, said, scale} from "./tools.js";
 import {drawNumbers} from "./numbers.js";
 import {drawGlance, drawHeads, drawPairs, telling} from "./heads.js";
 import {drawExplorer} from "./explorer.js";
@@ -27,7 +27,7 @@ const drawMeasured = page => {
   if (!withCells("all") && data.texts.length) state.text = data.texts[0].label;
   const choices = data.texts.filter(text => text.label !== "all").map(text => [text.label, text.name]);
   picker($("metric-picker"), metrics.map(metric => [metric, data.names[metric]]), state.metric, metric => { state.metric = metric; drawHeads(page); });
-  picker($("text-picker"), withCells("all") ? [["all", "all texts (mean)"], ...choices] : choices, state.text, text => {
+  picker($("text-picker"), withCells("all") ? [["all", said(data, "all texts (mean)")], ...choices] : choices, state.text, text => {
     state.text = text;
     drawHeads(page);
     drawAlong(page);

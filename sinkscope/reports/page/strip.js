@@ -1,8 +1,9 @@
 // Along a text: attention received by layer and position, reduced to the screen by maxima; the text below goes with it.
 
-import {html, number, roomFor, svg, unpack} from "./tools.js";
+import {html, number, roomFor, said, svg, unpack} from "./tools.js";
 import {explore} from "./keys.js";
 import {chart} from "./chart.js";
+import {drawPatches} from "./patches.js";
 
 export const detail = ({data, state}) => data.texts.find(text => text.label === state.text)
   || data.texts.reduce((a, b) => b.tokens.length > a.tokens.length ? b : a, data.texts[0]);
@@ -39,13 +40,15 @@ export const drawAlong = page => {
   if (!profile) return;
   const along = {text, profile, name: data.profiled[name], position: 0, layer: 0};
   const cut = text.count > profile.count ? `, its first ${profile.count} of ${text.count} positions` : "";
-  $("strip-caption").textContent = `Attention received, by layer and position: ${along.name}; text: ${text.name}${cut}`;
+  $("strip-caption").textContent = `Attention received, by layer and position: ${along.name}; ${said(data, "text")}: ${text.name}${cut}`;
   const strip = drawStrip(page, along);
   const words = drawText(page, along, i => { strip(i); });
+  const patch = drawPatches(page, along, i => { page.along(i); });
   page.along = (i, layer) => {
     const there = Math.max(0, Math.min(profile.count - 1, i));
     strip(there, layer);
     if (words) words(there);
+    if (patch) patch(there);
   };
   drawLayer(page);
   page.listen("head", "along", () => drawLayer(page));
@@ -67,7 +70,7 @@ const drawStrip = (page, along) => {
   for (let row = 0; row <= layers; row++) paintRow(image, row, columns, count, k => row < layers ? profile.value(row, k) : profile.null[k], floor, colours);
   context.putImageData(image, 0, 0);
   const drawing = svg("svg", {viewBox: `0 0 ${W} ${height + 42}`, width: W, height: height + 42, role: "slider", tabindex: 0,
-    "aria-label": "position in the text; up and down change the layer", "aria-valuemin": 0, "aria-valuemax": count - 1, "aria-valuenow": 0,
+    "aria-label": said(data, "position in the text; up and down change the layer"), "aria-valuemin": 0, "aria-valuemax": count - 1, "aria-valuenow": 0,
     "aria-valuetext": about(page, along, 0, 0)});
   const word = (x, y, text, anchor = "middle") => drawing.append(svg("text", {x, y, "text-anchor": anchor}, text));
   const skip = Math.ceil(14 / high);
@@ -135,12 +138,12 @@ const drawText = (page, {text, profile}, show) => {
   if (host) host.hidden = !text.tokens.length;
   if (!host || host.hidden) return null;
   const shade = y => y ? Math.max(0, Math.min(1, 1 + Math.log(y) / Math.log(Math.max(2, text.count)))) : 0;
-  return windowed(host, text, i => ["--shade", shade(profile.mean[i])], show);
+  return windowed(host, {...text, of: said(page.data, "tokens")}, i => ["--shade", shade(profile.mean[i])], show);
 };
 
 // The tokens around a place, MOST at a time: what a strip of thousands of positions is scrolled through.
 const MOST = 500;
-export const windowed = (host, {tokens, name}, shaded, show) => {
+export const windowed = (host, {tokens, name, of = "tokens"}, shaded, show) => {
   let from = 0, spans = [], last = null;
   const fill = start => {
     from = Math.max(0, Math.min(start, tokens.length - MOST));
@@ -149,7 +152,7 @@ export const windowed = (host, {tokens, name}, shaded, show) => {
       if (share) span.style.setProperty(property, share.toFixed(3));
       return span;
     });
-    const box = html("div", {role: "listbox", "aria-label": `tokens of ${name}`});
+    const box = html("div", {role: "listbox", "aria-label": `${of} of ${name}`});
     box.append(...spans);
     host.replaceChildren(box);
     const before = from;
@@ -184,7 +187,7 @@ const drawLayer = page => {
   if (!profile) return;
   const x = thinned(profile, state.layer), layer = data.layers[state.layer], y = x.map(k => share(profile.value(state.layer, k)));
   const of = values => x.map(k => values[k]);
-  $("profile-caption").textContent = `Attention received by position in layer ${layer}, text: ${text.name}`;
+  $("profile-caption").textContent = `Attention received by position in layer ${layer}, ${said(data, "text")}: ${text.name}`;
   chart($("profile"), {
     x, log: profile.count > 64, first: true, xName: "key position", wide: 720, label: `attention received in layer ${layer}`,
     lines: [{kind: "main", name: `layer ${layer}, mean of heads`, y}, {kind: "pale", name: "mean of layers", y: of(profile.mean)},

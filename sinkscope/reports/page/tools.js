@@ -13,6 +13,8 @@ export const html = (name, attributes = {}, text = "") => fill(document.createEl
 export const number = x => x === null || x === undefined ? "–" : String(Number(x.toPrecision(3)));
 export const signed = x => x === null || x === undefined ? "–" : (x > 0 ? "+" : "") + number(x);
 export const percent = x => x === null || x === undefined ? "–" : `${(100 * x).toFixed(Math.abs(x) < 0.095 ? 1 : 0)}%`;
+export const said = ({nouns = {}}, words) =>  // of images and sound, what is written of texts and tokens
+  words.replace(/\b(text|token)(?=s?\b)/gi, word => { const noun = nouns[word.toLowerCase()] || word; return /^T/.test(word) ? noun[0].toUpperCase() + noun.slice(1) : noun; });
 export const short = (word, most) => word.length > most ? `${word.slice(0, most - 1)}…` : word;
 
 // A grid is rows of columns, or the one number that is in every cell.
