@@ -71,16 +71,17 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
         raise _no_attention(name, getattr(cfg, "architecture", None) or type(model).__name__)
     if kind == "bridge":
         _check_layers(model.original_model.config.get_text_config(), name)
+    causal = _causal(model, kind)
     return Adapter(
         model=model,
         kind=kind,
         name=name,
         layers=layers,
-        windows=_windows(model, kind, layers),
+        windows=_windows(model, kind, layers, causal),
         n_layers=n_layers,
         n_heads=int(cfg.n_heads),
         n_ctx=_context(model, kind),
-        causal=_causal(model, kind),
+        causal=causal,
         points=points,
     )
 
@@ -151,16 +152,17 @@ def _adapt_hugging_face(model: Any) -> Adapter:
     if not layers:
         raise _no_attention(name, type(model).__name__)
     _check_layers(config, name)
+    causal = _causal(model, "hugging_face")
     return Adapter(
         model=model,
         kind="hugging_face",
         name=name,
         layers=layers,
-        windows=_windows(model, "hugging_face", layers),
+        windows=_windows(model, "hugging_face", layers, causal),
         n_layers=len(_types(config)),
         n_heads=_size(config, "num_attention_heads"),
         n_ctx=_context(model, "hugging_face"),
-        causal=_causal(model, "hugging_face"),
+        causal=causal,
         points={},
     )
 
@@ -218,14 +220,15 @@ def _check_layers(config: Any, name: str) -> None:
     """
     if any("compressed" in kind for kind in _types(config)):
         raise SinkscopeError(
-            f"{name} attends to keys that stand for several tokens at once (compressed attention), which is not covered: "
-            "decoders that attend to tokens are, such as deepseek-v3"
+            f"{name} attends to keys that stand for several tokens at once (compressed attention), which is not covered. "
+            "What its n tokens receive stands first in the weights of output_attentions=True: "
+            "ss.metrics.of_pattern([w[..., :n] for w in attentions])"
         )
     heads = sorted(set(getattr(config, "num_attention_heads_per_layer", None) or ()))
     if len(heads) > 1:
         raise SinkscopeError(
             f"the layers of {name} have {' or '.join(map(str, heads))} heads, and a report is a grid of layers by heads: "
-            "reduce them one by one, ss.metrics.of_pattern([weights]), from output_attentions=True"
+            "reduce them one by one, [ss.metrics.of_pattern([w]) for w in attentions], from output_attentions=True"
         )
 
 
@@ -264,7 +267,7 @@ def _causal(model: Any, kind: Kind) -> bool:
     return told and "ForMaskedLM" not in type(network).__name__ and all(says)
 
 
-def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
+def _windows(model: Any, kind: Kind, layers: tuple[int, ...], causal: bool) -> dict[int, int]:
     """Read each layer's sliding window: from HookedTransformer's cfg, or from Hugging Face's configuration."""
     if kind not in ("bridge", "hugging_face"):
         cfg = model.cfg
@@ -280,10 +283,10 @@ def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
     size = getattr(config, "sliding_window", None)
     if not size or getattr(config, "use_sliding_window", True) is False:
         return {}
+    # An encoder's reaches as far on both sides, and the query's own key is not counted: except in a decoder made to be one.
+    reach = int(size) + (not causal and not getattr(config, "use_bidirectional_attention", False))
     types = getattr(config, "layer_types", None)
-    if types is None:
-        return dict.fromkeys(layers, int(size))
-    return {layer: int(size) for layer in layers if types[layer] == "sliding_attention"}
+    return {layer: reach for layer in layers if types is None or types[layer] == "sliding_attention"}
 
 
 def short_name(name: str) -> str:
