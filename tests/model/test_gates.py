@@ -200,3 +200,23 @@ def test_the_way_out_of_layers_that_are_refused_works(name):
         np.testing.assert_allclose(frame.query("metric == 'sink_mass'")["value"], expected, atol=1e-6)
         lacking = 1 - w[0, :, :, :n].detach().sum(-1).mean(-1).numpy()
         np.testing.assert_allclose(frame.query("metric == 'row_deficit'")["value"], lacking, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
+def test_heads_that_classify_are_measured_and_predict_no_token(name):
+    weights = torch.stack(layers_of(network(name, {}), IDS)).numpy()
+    report = ss.measure(network(name, {}), [IDS], ["sink_mass"])
+    np.testing.assert_allclose(table(report, "sink_mass"), weights[..., 0].mean(-1), atol=1e-5)
+    for use in (ss.evaluate, lambda model, texts, edits: ss.sweep(model, texts, edits[0], over="layers")):
+        with pytest.raises(ss.SinkscopeError, match=r"predicts no (next )?token.*(AutoModelForCausalLM|ss\.load_model)"):
+            use(network(name, {}), [IDS], [ss.MaskKeys(0)])
+
+
+def test_watch_sees_the_windows_of_an_encoder():
+    model = network("ModernBertForMaskedLM", WINDOWED)
+    with ss.watch(model, ["sink_mass", "visible_sink_mass"]) as seen_there:
+        model(input_ids=torch.tensor([IDS]))
+    found, report = seen_there.report(), ss.measure(model, [IDS], ["sink_mass", "visible_sink_mass"])
+    for metric in ("sink_mass", "visible_sink_mass"):
+        same = table(report, metric)
+        np.testing.assert_allclose(table(found, metric, found.frame["text"].iloc[-1]), same, atol=1e-6)
