@@ -153,24 +153,32 @@ def beside_clean(
     """
     scores = [Scores(len(sequence)) for _ in passes]
     targets = torch.arange(score_from, len(sequence))
+    room = adapter.room(min(rows, len(targets)) * len(passes))
     for part in torch.split(targets, rows):
-        _score(adapter, sequence, part, passes, scores)
+        _score(adapter, sequence, part, passes, scores, room)
         done((int(part[-1]) + 1 - score_from) / len(targets))
     return scores
 
 
-def _score(adapter: Adapter, sequence: TextTokens, part: Tensor, passes: Sequence[Passed], scores: Sequence[Scores]) -> None:
-    """Score some tokens of every pass; their logits are gone before the next ones' are made."""
+def _score(
+    adapter: Adapter,
+    sequence: TextTokens,
+    part: Tensor,
+    passes: Sequence[Passed],
+    scores: Sequence[Scores],
+    room: Tensor | None,
+) -> None:
+    """Score some tokens of every pass; their logits are gone, or overwritten in the room, when the next ones' are made."""
     there = [made.row_of[part] >= 0 for made in passes]
     states = [made.hidden[made.row_of[part][here].to(made.hidden.device)] for made, here in zip(passes, there, strict=True)]
-    logits = torch.split(adapter.logits(torch.cat(states)), [len(s) for s in states])
+    logits = torch.split(adapter.logits(torch.cat(states), room), [len(s) for s in states])
     clean = logits[0]
     step = len(part) if clean.is_cuda else max(1, min(len(part), CACHED // clean.shape[1]))
-    room = clean.new_empty(2, step, clean.shape[1])
+    aside = clean.new_empty(2, step, clean.shape[1])
     for start in range(0, len(part), step):
         few = slice(start, start + step)
         now = [_rows(mine, here, few) for mine, here in zip(logits, there, strict=True)]
-        _compare(sequence, part[few], [here[few] for here in there], now, scores, room)
+        _compare(sequence, part[few], [here[few] for here in there], now, scores, aside)
 
 
 def _rows(logits: Tensor, there: Tensor, few: slice) -> Tensor:

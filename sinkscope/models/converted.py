@@ -20,6 +20,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from sinkscope.errors import SinkscopeError
+
 #: What is larger is not kept, in bytes: a copy of a large model would surprise whoever pays for the disk.
 LARGEST = 2_000_000_000
 #: Written last: the digest of each of the other files.
@@ -68,6 +70,24 @@ def keep(place: Path | None, network: Any, tokenizer: Any) -> None:
                 if place.is_dir() and not place.is_symlink():
                     shutil.rmtree(place)
                 half.replace(place)
+
+
+def check_size(path: str, kind: Any, config: Any) -> None:
+    """See to it that a GGUF file can hold the model that its header names: who believes a damaged one fills the memory.
+
+    Raises:
+        SinkscopeError: there are fewer tensors than layers, or less than a bit for each weight.
+    """
+    import gguf
+
+    there, layers = len(gguf.GGUFReader(path).tensors), getattr(config, "num_hidden_layers", 1)
+    if layers > there:
+        raise SinkscopeError(f"its header names {layers:,} layers, and there are {there} tensors")
+    build = getattr(kind, "from_config", None) or kind._from_config  # of an Auto class, and of a model's
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in build(config).parameters())
+    if weights > 8 * (size := Path(path).stat().st_size):
+        raise SinkscopeError(f"its header names a model of {weights:,} weights, and it holds {size:,} bytes")
 
 
 def _save(network: Any, where: Path) -> None:

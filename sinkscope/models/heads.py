@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError
 from sinkscope.models.running import Running
@@ -29,8 +29,13 @@ class Heads(Running):
         network: Any = self.network
         return network.get_output_embeddings()
 
-    def logits(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
-        """Unembed some last hidden states of a decoder, in float32: never a whole text's at once."""
+    def logits(
+        self, hidden: Float[Tensor, "position d_model"], room: Float[Tensor, "row vocabulary"] | None = None
+    ) -> Float[Tensor, "position vocabulary"]:
+        """Unembed some last hidden states of a decoder, in float32: never a whole text's at once.
+
+        They may be made in a `room` that `room()` gave, in which nobody needs what is there any longer.
+        """
         if self.kind == "hooked_transformer":
             normed = self.model.ln_final(hidden[None]) if self.model.cfg.normalization_type is not None else hidden[None]
             logits: Tensor = self.model.unembed(normed)[0].float()
@@ -39,12 +44,30 @@ class Heads(Running):
         elif self.transforms:
             return self._whole_head(hidden)
         else:
-            logits = self.head(hidden[None])[0].float()
+            made = (
+                torch.mm(hidden, self.head.weight.T, out=room[: len(hidden)])
+                if room is not None
+                else self.head(hidden[None])[0]
+            )
+            logits = made.float()
             scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
             logits = logits if scale == 1 else logits * scale
             caps = (getattr(self.config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
             cap = next((cap for cap in caps if cap), None)
         return logits if cap is None else (logits / cap).tanh() * cap
+
+    def room(self, rows: int) -> Float[Tensor, "row vocabulary"] | None:
+        """Give memory in which `logits` makes up to so many rows again and again: fresh memory costs a tenth of the product.
+
+        None where the output layer is more than a product, or not that of torch alone.
+        """
+        head = None if self.kind == "hooked_transformer" or self.transforms else self.head
+        if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.bias is not None:
+            return None
+        touched = head._forward_pre_hooks or head._forward_hooks or "forward" in vars(head)
+        if touched or torch.is_autocast_enabled(head.weight.device.type):
+            return None
+        return head.weight.new_empty(rows, len(head.weight))
 
     def _whole_head(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
         """Run the model while its body gives these hidden states, whatever it is asked."""

@@ -157,8 +157,11 @@ def _load_hugging_face(source: _Source, dtype: torch.dtype, spread: dict[str, An
             if source.is_hub_name and not _hub_can_answer(source.location):
                 raise ConnectionError("no network")
             config = AutoConfig.from_pretrained(source.location, **given)
+            kind = _class_for(config)
+            if source.gguf:
+                converted.check_size(str(Path(source.location, source.gguf)), kind, config)
             safe = {} if source.gguf else {"use_safetensors": True}
-            network = _class_for(config).from_pretrained(
+            network = kind.from_pretrained(
                 source.location,
                 config=config,
                 attn_implementation="eager",

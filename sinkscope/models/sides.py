@@ -167,11 +167,13 @@ class Sided(Adapter):
         """Give the model as it runs this text's ids: beside its source."""
         return self if text.source is None else replace(self, source=text.source)
 
-    def logits(self, hidden: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocabulary"]:
+    def logits(
+        self, hidden: Float[Tensor, "position d_model"], room: Float[Tensor, "row vocabulary"] | None = None
+    ) -> Float[Tensor, "position vocabulary"]:
         """Unembed the decoder's last hidden states, as T5 scales them and with BART's bias."""
         network: Any = self.network
         scaled = getattr(network.config, "scale_decoder_outputs", False)
-        logits = super().logits(hidden * network.config.d_model**-0.5 if scaled else hidden)
+        logits = super().logits(hidden * network.config.d_model**-0.5 if scaled else hidden, room)
         bias = getattr(network, "final_logits_bias", None)
         return logits if bias is None else logits + bias[0].float()
 

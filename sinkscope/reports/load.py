@@ -33,7 +33,7 @@ CURVES = ["text", "intervention", "position", "loss"]
 PATTERNS = ["layer", "head", "query", "key", "query_token", "value"]
 #: What tells the rows of a table apart, where one row is expected.
 ONCE = {"attention": ["query", "key"], "effects": ["text", "intervention"], "details": ["text", "intervention"]}
-ONCE |= {"sweep": ["text", *sweep.PLACE]}
+ONCE |= {"curves": ["text", "intervention", "position"], "sweep": ["text", *sweep.PLACE]}
 SHOWN = ["query", "key", "query_token", "key_token", "value"]
 
 

@@ -48,6 +48,17 @@ def test_reports_of_every_version_open(folder, tmp_path):
     assert again.about == report.about
 
 
+@pytest.mark.parametrize("stem", ["effects", "details", "curves"])
+def test_a_row_that_stands_twice_is_said(tmp_path, stem):
+    """In a report of 0.1.0, whose files no checksum vouches for."""
+    shutil.copytree(next(p for p in SAVED if p.name == "evaluate" and p.parent.name == "0.1.0"), tmp_path / "r")
+    path = tmp_path / "r" / f"{stem}.parquet"
+    table = pd.read_parquet(path)
+    pd.concat([table, table.tail(1)], ignore_index=True).to_parquet(path)
+    with pytest.raises(ss.SinkscopeError, match=f"{stem}.parquet has two rows of one text and intervention"):
+        ss.load_report(tmp_path / "r")
+
+
 def test_every_version_is_there():
     assert {p.parent.name for p in SAVED} >= {"0.1.0"}
 
