@@ -70,8 +70,11 @@ class Calls:
         window, softcap, sinks, bias = (
             extra.pop(name, None) for name in ("sliding_window", "softcap", "s_aux", "position_bias")
         )
-        if window is not None and not must:
-            window += 1  # on both sides, Hugging Face's counts the keys before the query's own
+        chosen = extra.pop("indices", None)
+        if chosen is not None and chosen.shape[-1] < key.shape[2]:
+            raise SinkscopeError(
+                f"each query attends to the {chosen.shape[-1]} of {key.shape[2]} keys that an indexer chooses"
+            )
         causal = extra.pop("is_causal", None)
         causal = getattr(module, "is_causal", None) if causal is None else causal
         for name, given in extra.items():
@@ -84,6 +87,8 @@ class Calls:
         if causal is not None and bool(causal) != must:
             raise OtherwiseError(f"layer {layer} is {'causal' if causal else 'not causal'}, the model is not so")
         ours = self.adapter.windows.get(layer)
+        if window is not None and not must and (window + 1 == ours or not looked):
+            window += 1  # on both sides, T5Gemma's counts the keys before the query's own
         ours = None if isinstance(ours, Chunk) and key.shape[2] <= ours else ours  # within the first one, all keys are seen
         if looked and window != ours:
             raise OtherwiseError(f"layer {layer} has a sliding window of {window}, its configuration says {ours}")
@@ -95,7 +100,7 @@ class Calls:
             "window": window,
             "softcap": softcap,
             "sinks": sinks,
-            "key_mask": _key_mask(attention_mask, must),
+            "key_mask": _key_mask(attention_mask if chosen is None else None, must),
             "bias": bias if bias is not None and bool(bias.any()) else None,  # of layers that have none, T5 passes zeros
         }
         compute = self.compute if looked else _plainly
@@ -114,9 +119,9 @@ class Calls:
         layers = self.adapter.layers
         if self.made >= len(layers):
             raise SinkscopeError(f"attention was asked for more than {len(layers)} times, once per layer")
-        layer = layers[self.made]
+        layer, stack = layers[self.made], self.adapter.per_stack
         self.made += 1
-        if says not in (layer, None):
+        if says not in (layer % stack if stack else layer, None):
             raise SinkscopeError(f"layer {says} came where layer {layer} was expected")
         return layer
 

@@ -38,6 +38,7 @@ ENDLESS = 1 << 40
 def on(model: Any, edit: Edit) -> Iterator[Any]:
     """Edit every forward pass of a model until exit; yields the model."""
     adapter = adapt(model)
+    adapter.check_run_once("edits")
     for part in edit.parts():
         why = part.why_not_live()
         if why is not None:

@@ -30,18 +30,21 @@ class OtherwiseError(SinkscopeError):
 class Masks:
     """Stands for Hugging Face's mask function: causal masks need no tensor, an encoder's needs one row of keys.
 
-    An encoder-decoder asks for both (`either`), and for its cross-attention, where there may be fewer keys or more.
+    An encoder-decoder asks for both (`either`), and for its cross-attention, where there may be fewer keys or more. Where an
+    indexer chooses keys (`indexed`), it looks at the mask, which then must be a tensor.
     """
 
     causal: bool
     told: Told | None = None
     either: bool = False
+    indexed: bool = False
 
     @classmethod
     def of(cls, adapter: Adapter, told: Told | None = None) -> Masks:
         """Give those of a model."""
         by_itself = hasattr(adapter.config, "decoder_layers")  # BART's decoder: asks for the mask of a source it has not
-        return cls(adapter.causal, told, adapter.side is not None or (adapter.causal and by_itself))
+        either = adapter.side is not None or (adapter.causal and by_itself)
+        return cls(adapter.causal, told, either, adapter.chosen is not None)
 
     def __call__(
         self,
@@ -82,11 +85,18 @@ class Masks:
             if local_size is not None:
                 gap = rows - keys
                 expected = expected & ((gap < local_size) if causal else (gap.abs() <= local_size))
-            if not torch.equal(seen, expected) or not (causal or self.either or local_size is None):
+            if not torch.equal(seen, expected) or not (causal or self.told is None or local_size is None):
                 raise OtherwiseError(NEITHER)
             if self.told is not None:
                 self.told(kv_offset, kv_length, local_size)
+            if causal and self.indexed:
+                return _causal(q_offset, q_length, kv_offset, kv_length, extra.get("device"))
             if causal or attention_mask is None or bool(attention_mask.all()):
                 return None
             return attention_mask[:, None, None, :].bool()
         raise SinkscopeError(NEITHER)
+
+
+def _causal(q_offset: int, q_length: int, kv_offset: int, kv_length: int, device: Any) -> Tensor:
+    rows = torch.arange(q_length, device=device)[:, None] + q_offset
+    return (torch.arange(kv_length, device=device) + kv_offset <= rows)[None, None]

@@ -57,6 +57,7 @@ class Overheard:
         self.inside = {id(module) for module in text_model(adapter.network).modules()}
         self.proved: set[int] = set()
         self._here = threading.local()
+        adapter.check_run_once("watch and edits")
         edited = EDITED.get(id(adapter.network))
         if adapter.kind == "hugging_face" and edited is None:
             check_lookup()

@@ -132,8 +132,8 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]], longest: int) 
     own = registered_by_others(adapter.network) if adapter.kind == "hugging_face" else None
     if own is not None:
         return f"its attention is {own!r}, a function that somebody registered, whose place engine 'flash' would take"
-    if adapter.windows and not adapter.causal and adapter.side is None:
-        return "it is an encoder with sliding windows"
+    if adapter.windows and not adapter.causal and getattr(adapter.config, "use_bidirectional_attention", False):
+        return "it is a decoder that looks both ways, with sliding windows"
     chunk = min((size for size in adapter.windows.values() if isinstance(size, Chunk)), default=longest)
     if chunk < longest:
         return f"its layers attend in chunks of {chunk} tokens"

@@ -112,7 +112,7 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 def attention_bridges(adapter: Adapter) -> dict[int, tuple[int, Any]]:
     """Give the modules that a bridge has put around attention, by their `id`, with their layers; none without patterns."""
-    if adapter.kind != "bridge" or not adapter.shows_patterns:
+    if adapter.kind != "bridge" or not (adapter.shows_patterns or adapter.per_stack):
         return {}
     layers = {id(point): layer for layer, point in adapter.attention_points}
     return {

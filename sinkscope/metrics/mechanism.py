@@ -98,7 +98,7 @@ def sink_output_share(block: Block) -> Tensor:
     gate = block["gate"].float()
     z = (gate * block["output"].float()).norm(dim=-1)
     v = _at_key(block, _for_queries(block.value.float(), z.shape[2]))
-    added = (gate * v[:, None]).norm(dim=-1) if gate.shape[-1] > 1 else v.norm(dim=-1)[:, None]
+    added = (gate * v[:, None]).norm(dim=-1) if gate.shape[-1] > 1 else gate[..., 0] * v.norm(dim=-1)[:, None]
     shares: Tensor = block.mass * (added / z.clamp_min(torch.finfo(z.dtype).tiny)).transpose(1, 2)
     return shares
 
@@ -107,7 +107,8 @@ def sink_output_share(block: Block) -> Tensor:
 def gate_mean(block: Block) -> Tensor:
     """Mean of the gate on a head's output, over its numbers and the queries; 0 (closed) to 1, which it is without a gate.
 
-    mean over i and d of g[i, d]. Source: gated attention of Qiu et al. 2025, arXiv 2505.06708.
+    A gate that is a softplus (Laguna's) has no upper bound: it may amplify. mean over i and d of g[i, d]. Source: gated
+    attention of Qiu et al. 2025, arXiv 2505.06708.
     """
     return block["gate"].float().mean(-1).transpose(1, 2)
 

@@ -13,6 +13,7 @@ from sinkscope.block import Chunk
 from sinkscope.errors import SinkscopeError
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.identity import Kind, check_plain, text_model
+from sinkscope.models.uncovered import check_input, check_layers, check_two_sided, no_attention
 
 SMOLLM2 = "smollm2-135m"
 #: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network, and who listens there:
@@ -61,26 +62,29 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
     kind: Kind = "bridge"
     if not hasattr(model, "original_model"):
         kind = "hooked_encoder" if hasattr(model, "encoder_output") else "hooked_transformer"
+        check_two_sided(points)
     n_layers = int(cfg.n_layers)
     name = short_name(str(getattr(cfg, "model_name", None) or type(model).__name__))
     layers = tuple(layer for layer in range(n_layers) if f"blocks.{layer}.attn.hook_pattern" in points)
     if kind == "bridge":
-        _check_input(model.original_model, name)
+        check_input(model.original_model, name)
         layers = layers or _attending(model.original_model.config)  # where TransformerLens shows none, flash may do without
     if not layers:
-        raise _no_attention(name, getattr(cfg, "architecture", None) or type(model).__name__)
+        raise no_attention(name, getattr(cfg, "architecture", None) or type(model).__name__)
     if kind == "bridge":
-        _check_layers(model.original_model.config.get_text_config(), name)
+        config = model.original_model.config.get_text_config()
+        check_layers(config, _types(config), name)
+    causal = _causal(model, kind)
     return Adapter(
         model=model,
         kind=kind,
         name=name,
         layers=layers,
-        windows=_windows(model, kind, layers),
+        windows=_windows(model, kind, layers, causal),
         n_layers=n_layers,
         n_heads=int(cfg.n_heads),
         n_ctx=_context(model, kind),
-        causal=_causal(model, kind),
+        causal=causal,
         points=points,
     )
 
@@ -146,21 +150,22 @@ def _adapt_hugging_face(model: Any) -> Adapter:
         raise SinkscopeError(f"this {type(model).__name__} has weights on the meta device, which are none: load them first")
     config = model.config.get_text_config()
     name = short_name(str(getattr(config, "_name_or_path", "") or type(model).__name__))
-    _check_input(model, name)
+    check_input(model, name)
     layers = _attending(model.config)
     if not layers:
-        raise _no_attention(name, type(model).__name__)
-    _check_layers(config, name)
+        raise no_attention(name, type(model).__name__)
+    check_layers(config, _types(config), name)
+    causal = _causal(model, "hugging_face")
     return Adapter(
         model=model,
         kind="hugging_face",
         name=name,
         layers=layers,
-        windows=_windows(model, "hugging_face", layers),
+        windows=_windows(model, "hugging_face", layers, causal),
         n_layers=len(_types(config)),
         n_heads=_size(config, "num_attention_heads"),
         n_ctx=_context(model, "hugging_face"),
-        causal=_causal(model, "hugging_face"),
+        causal=causal,
         points={},
     )
 
@@ -185,49 +190,6 @@ def _attending(whole: Any) -> tuple[int, ...]:
         return ()
     attends = [kind == "hybrid" or (kind.endswith("attention") and "linear" not in kind) for kind in _types(config)]
     return tuple(layer for layer, here in enumerate(attends) if here)
-
-
-def _no_attention(name: str, architecture: str) -> SinkscopeError:
-    return SinkscopeError(
-        f"{name} ({architecture}) has no attention sink to measure here: there is no attention pattern in any layer. "
-        "State-space models are not covered; decoders such as gpt2 or smollm2-135m, BERT-type encoders and encoder-decoders "
-        "such as T5 are."
-    )
-
-
-def _check_input(network: Any, name: str) -> None:
-    """Refuse a model that reads no text.
-
-    Raises:
-        SinkscopeError: names what it reads.
-    """
-    if hasattr(network, "logit_scale") and hasattr(network, "text_model") and hasattr(network, "vision_model"):
-        raise SinkscopeError(f"{name} ({type(network).__name__}) has two towers: pass model.text_model or model.vision_model")
-    reads = getattr(network, "main_input_name", "input_ids")
-    if reads != "input_ids":
-        raise SinkscopeError(
-            f"{name} ({type(network).__name__}) reads {reads}, which ss.measure, ss.attention_map and ss.attention_patterns "
-            "take as its processor gives it; edits, losses, sweeps, masks, studies and watch take models that read text"
-        )
-
-
-def _check_layers(config: Any, name: str) -> None:
-    """Refuse a model whose layers have unequal numbers of heads, or keys that are no tokens.
-
-    Raises:
-        SinkscopeError: says which.
-    """
-    if any("compressed" in kind for kind in _types(config)):
-        raise SinkscopeError(
-            f"{name} attends to keys that stand for several tokens at once (compressed attention), which is not covered: "
-            "decoders that attend to tokens are, such as deepseek-v3"
-        )
-    heads = sorted(set(getattr(config, "num_attention_heads_per_layer", None) or ()))
-    if len(heads) > 1:
-        raise SinkscopeError(
-            f"the layers of {name} have {' or '.join(map(str, heads))} heads, and a report is a grid of layers by heads: "
-            "reduce them one by one, ss.metrics.of_pattern([weights]), from output_attentions=True"
-        )
 
 
 def _context(model: Any, kind: Kind) -> int | None:
@@ -266,7 +228,7 @@ def _causal(model: Any, kind: Kind) -> bool:
     return told and "ForMaskedLM" not in type(network).__name__ and all(says)
 
 
-def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
+def _windows(model: Any, kind: Kind, layers: tuple[int, ...], causal: bool) -> dict[int, int]:
     """Read each layer's sliding window: from HookedTransformer's cfg, or from Hugging Face's configuration."""
     if kind not in ("bridge", "hugging_face"):
         cfg = model.cfg
@@ -282,10 +244,10 @@ def _windows(model: Any, kind: Kind, layers: tuple[int, ...]) -> dict[int, int]:
     size = getattr(config, "sliding_window", None)
     if not size or getattr(config, "use_sliding_window", True) is False:
         return {}
+    # An encoder's reaches as far on both sides, and the query's own key is not counted: except in a decoder made to be one.
+    reach = int(size) + (not causal and not getattr(config, "use_bidirectional_attention", False))
     types = getattr(config, "layer_types", None)
-    if types is None:
-        return dict.fromkeys(layers, int(size))
-    return {layer: int(size) for layer in layers if types[layer] == "sliding_attention"}
+    return {layer: reach for layer in layers if types is None or types[layer] == "sliding_attention"}
 
 
 def short_name(name: str) -> str:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
+from sinkscope.models.gates import Gate, find_gates
 from sinkscope.models.versions import check_interfaces, rotary_options
 
-#: How the types of models begin whose heads' outputs are gated by the second half of a wider projection of queries.
-GATED = ("qwen3_next", "qwen3_5")
 Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
 #: The attentions of an encoder-decoder.
 Side = Literal["decoder", "encoder", "cross"]
@@ -110,6 +109,24 @@ class Identity:
         return int(size) if size and not compressed else None
 
     @property
+    def per_stack(self) -> int | None:
+        """Layers of a stack that is run several times in a pass (HRM's), each time as layers of its own; None elsewhere."""
+        size = None if self.kind not in ("bridge", "hugging_face") else getattr(self.config, "num_layers_per_stack", None)
+        return int(size) if size else None
+
+    def check_run_once(self, what: str) -> None:
+        """Refuse what tells layers apart by their modules, where a stack of them is run several times.
+
+        Raises:
+            SinkscopeError: it is; says what works.
+        """
+        if self.per_stack:
+            raise SinkscopeError(
+                f"{what} tell layers apart by their modules, and the {self.per_stack} layers of a stack of {self.name} are "
+                "run several times in a pass: ss.measure and ss.attention_map count the times"
+            )
+
+    @property
     def takes_pads(self) -> bool:
         """Whether texts of unequal length may share a batch: TransformerLens 3's two-way decoder attends to pads."""
         return self.causal or self.kind != "hooked_transformer"
@@ -143,7 +160,9 @@ class Identity:
 
     @property
     def attention_points(self) -> list[tuple[int, Any]]:
-        """The hook points of patterns, with their layers; of an encoder-decoder those of all its attentions."""
+        """The hook points of patterns, with their layers; of an encoder-decoder those of all its attentions, as of stacks."""
+        if self.per_stack:
+            return [(int(p.split(".")[1]), at) for p, at in self.points.items() if p.endswith("attn.hook_pattern")]
         return [(layer, self.hook_point(layer, "attn.hook_pattern")) for layer in self.layers]
 
     def attention_modules(self) -> Iterator[nn.Module]:
@@ -151,20 +170,16 @@ class Identity:
         return (module for module in self.network.modules() if hasattr(module, "_pattern"))
 
     @cached_property
-    def gates(self) -> dict[int, nn.Module]:
-        """The projection that gives each layer's output gates beside its queries; none where outputs are not gated."""
-        found: dict[int, nn.Module] = {}
-        if self.kind not in ("bridge", "hugging_face") or not str(self.config.model_type).startswith(GATED):
-            return found
-        for module in text_model(self.network).modules():
-            layer, projection = getattr(module, "layer_idx", None), getattr(module, "q_proj", None)
-            if layer in self.layers and isinstance(projection, nn.Module):
-                found[layer] = projection
-        return found
+    def gates(self) -> list[Gate]:
+        """What gates the heads of layers; nothing where outputs are not gated."""
+        if self.kind not in ("bridge", "hugging_face"):
+            return []
+        return find_gates(text_model(self.network), self.config, self.layers, self.n_heads)
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The layers themselves, each of which gives the residual stream after it."""
+        self.check_run_once("losses, edits and sweeps")
         inside = text_model(self.network).modules()
         lists = [m for m in inside if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
         if not lists:

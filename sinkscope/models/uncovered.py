@@ -1,0 +1,66 @@
+"""Models that are not covered, each refused with what works instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sinkscope.errors import SinkscopeError
+
+
+def no_attention(name: str, architecture: str) -> SinkscopeError:
+    """Say that there is nothing to measure."""
+    return SinkscopeError(
+        f"{name} ({architecture}) has no attention sink to measure here: there is no attention pattern in any layer. "
+        "State-space models are not covered; decoders such as gpt2 or smollm2-135m, BERT-type encoders and encoder-decoders "
+        "such as T5 are."
+    )
+
+
+def check_input(network: Any, name: str) -> None:
+    """Refuse a model that reads no text.
+
+    Raises:
+        SinkscopeError: names what it reads.
+    """
+    if hasattr(network, "logit_scale") and hasattr(network, "text_model") and hasattr(network, "vision_model"):
+        raise SinkscopeError(f"{name} ({type(network).__name__}) has two towers: pass model.text_model or model.vision_model")
+    reads = getattr(network, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise SinkscopeError(
+            f"{name} ({type(network).__name__}) reads {reads}, which ss.measure, ss.attention_map and ss.attention_patterns "
+            "take as its processor gives it; edits, losses, sweeps, masks, studies and watch take models that read text"
+        )
+
+
+def check_two_sided(points: Any) -> None:
+    """Refuse a HookedEncoderDecoder.
+
+    Raises:
+        SinkscopeError: names what works.
+    """
+    if "decoder.0.cross_attn.hook_pattern" in points:
+        raise SinkscopeError(
+            "a HookedEncoderDecoder is not covered. Hugging Face's own model is, as it is: give "
+            "T5ForConditionalGeneration.from_pretrained(name), or a TransformerBridge (ss.load_model(name)), with "
+            "side='decoder', 'encoder' or 'cross'"
+        )
+
+
+def check_layers(config: Any, types: list[str], name: str) -> None:
+    """Refuse a model whose layers have unequal numbers of heads, or keys that are no tokens.
+
+    Raises:
+        SinkscopeError: says which.
+    """
+    if any("compressed" in kind for kind in types):
+        raise SinkscopeError(
+            f"{name} attends to keys that stand for several tokens at once (compressed attention), which is not covered. "
+            "What its n tokens receive stands first in the weights of output_attentions=True: "
+            "ss.metrics.of_pattern([w[..., :n] for w in attentions])"
+        )
+    heads = sorted(set(getattr(config, "num_attention_heads_per_layer", None) or ()))
+    if len(heads) > 1:
+        raise SinkscopeError(
+            f"the layers of {name} have {' or '.join(map(str, heads))} heads, and a report is a grid of layers by heads: "
+            "reduce them one by one, [ss.metrics.of_pattern([w]) for w in attentions], from output_attentions=True"
+        )
