@@ -115,7 +115,7 @@ class SinkReport(Paged, Pictures):
         """
         rows = self.summary(ALL)
         single = self.totals[(self.totals["text"] != ALL) & self.totals["value"].notna()]
-        lengths = single["text"].map({t["label"]: t["n_tokens"] for t in self.about["texts"]})
+        lengths = single["text"].map({t["label"]: t["n_tokens"] for t in self.about["texts"]}).astype(float)
         counts, means = (getattr(lengths.groupby(single["metric"]), what)() for what in ("count", "mean"))
         found = []
         for name, value, error in zip(rows["metric"], rows["value"], rows["std_error"], strict=True):

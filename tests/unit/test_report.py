@@ -153,6 +153,16 @@ def test_a_missing_interval_says_why(llama, report):
     assert row["interval"] == "none: one of 3 texts"
 
 
+def test_a_report_without_a_number_has_a_page(llama):
+    @ss.metric(needs="mass")
+    def nothing(block):
+        return block.mass * np.nan
+
+    report = ss.measure(llama, TEXTS, nothing)
+    assert report.intervals()["value"].isna().all()
+    assert "nothing" in report.page()
+
+
 def test_a_metric_of_ones_own_keeps_to_its_unit(llama):
     @ss.metric(needs="mass", unit="share of attention")
     def mine(block):
