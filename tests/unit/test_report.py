@@ -153,14 +153,15 @@ def test_a_missing_interval_says_why(llama, report):
     assert row["interval"] == "none: one of 3 texts"
 
 
-def test_a_report_without_a_number_has_a_page(llama):
+def test_a_report_without_a_number_has_a_page(llama, tmp_path):
     @ss.metric(needs="mass")
     def nothing(block):
         return block.mass * np.nan
 
     report = ss.measure(llama, TEXTS, nothing)
-    assert report.intervals()["value"].isna().all()
-    assert "nothing" in report.page()
+    for same in (report, ss.load_report(report.save(tmp_path))):
+        assert same.intervals()["value"].isna().all()
+        assert "nothing" in same.page()
 
 
 def test_a_metric_of_ones_own_keeps_to_its_unit(llama):
