@@ -31,8 +31,11 @@ def quietly(monkeypatch, tmp_path):
     plt.close("all")
 
 
-#: A minute each, of long texts and of training; `make docs` runs them too.
+#: Half a minute or more each, of long texts, sweeps and training; `make docs` runs them too.
 SLOW = (
+    "plot_watch_training",
+    "plot_which_heads",
+    "plot_without_sinks",
     "plot_watch_generation",
     "plot_long_inputs",
     "plot_sliding_window",
