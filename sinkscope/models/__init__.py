@@ -7,7 +7,7 @@ are told apart by what they have (`hook_dict`, `cfg`), since merely asking 4.x f
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.adapting import SMOLLM2, adapt
 from sinkscope.models.load import load_model
-from sinkscope.models.sides import SIDES, adapt_side
+from sinkscope.models.looking import SIDES, adapt_side
 from sinkscope.models.wrap import bridge, wrapped
 
 __all__ = ["SIDES", "SMOLLM2", "Adapter", "adapt", "adapt_side", "bridge", "load_model", "wrapped"]

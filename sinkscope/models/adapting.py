@@ -173,7 +173,8 @@ def _types(config: Any) -> list[str]:
 def _size(config: Any, name: str) -> int:
     """Read a number of layers or of heads; of the decoder of an encoder-decoder by itself (BART's), the decoder's."""
     own = {"num_hidden_layers": "decoder_layers", "num_attention_heads": "decoder_attention_heads"}[name]
-    alone = getattr(config, "is_decoder", False) and not getattr(config, "is_encoder_decoder", False)
+    told = getattr(config, "is_decoder", False) or config.model_type == "whisper"  # whose decoder does not say so
+    alone = told and not getattr(config, "is_encoder_decoder", False)
     return int((getattr(config, own, None) if alone else None) or getattr(config, name))
 
 
@@ -233,7 +234,8 @@ def _context(model: Any, kind: Kind) -> int | None:
     """Read the longest input; TransformerLens makes a number up for models that have no limit (Bloom)."""
     if kind in ("bridge", "hugging_face"):
         config = getattr(model, "original_model", model).config.get_text_config()
-        sizes = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "n_positions")]
+        names = ("max_position_embeddings", "n_positions", "max_target_positions")
+        sizes = [getattr(config, name, None) or 0 for name in names]
         size = next((int(size) for size in sizes if size > 0), None)
         return size if size is None else size - _unusable(getattr(model, "original_model", model))
     return int(model.cfg.n_ctx)
@@ -254,7 +256,7 @@ def _causal(model: Any, kind: Kind) -> bool:
     if kind not in ("bridge", "hugging_face"):
         return told
     network = getattr(model, "original_model", model)
-    if type(network).__name__.startswith("CLIPText"):  # its modules say that they are not, and are called as if they were
+    if type(network).__name__.startswith(("CLIPText", "WhisperForCausal")):  # some modules, called as if they were, say not
         return True
     if getattr(network.config.get_text_config(), "is_decoder", False):  # BERT's, which TransformerLens takes for an encoder
         return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -17,14 +17,11 @@ from torch import Tensor, nn
 
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapter import Adapter
-from sinkscope.models.adapting import adapt, bare, is_encoder_decoder, reads, short_name
+from sinkscope.models.adapting import bare, short_name
 from sinkscope.models.identity import Side
-from sinkscope.models.senses import sensing
-from sinkscope.tokens import Batch, Targets, TextTokens, Tokens, resided, tokenize_pairs
-from sinkscope.tokens.features import READS
-from sinkscope.tokens.pairs import PAIRS
+from sinkscope.tokens import Batch, Targets, TextTokens, Tokens, resided, tokenize, tokenize_pairs
+from sinkscope.tokens.pairs import FORMS
 
-SIDES: tuple[Side, ...] = ("decoder", "encoder", "cross")
 #: What modules of cross-attention are called in Hugging Face's decoders.
 CROSS = frozenset({"encoder_attn", "EncDecAttention", "cross_attn"})
 #: Where a bridge keeps each side's attention of a layer.
@@ -34,39 +31,8 @@ POINTS["cross"] = "decoder_blocks.{}.cross_attn"
 GENERATED = 64
 
 
-def adapt_side(model: Any, side: str | None = None, *, features: bool = False) -> Adapter:
-    """Look at any model; of an encoder-decoder, at one of its attentions: the decoder's own if nothing is said.
-
-    Args:
-        model: the model.
-        side: one of `SIDES`.
-        features: take also models that read images or sound: for those who only look.
-
-    Raises:
-        SinkscopeError: no such side, or none of this model; see :func:`sinkscope.models.adapt`.
-    """
-    if side is not None and side not in SIDES:
-        raise unknown("side", side, SIDES)
-    senses, sided = reads(model) in READS, is_encoder_decoder(model)
-    if senses and sided and not (features and side == "encoder"):
-        raise SinkscopeError(
-            f"{type(getattr(model, 'original_model', model)).__name__} reads {reads(model)} and writes text: ss.measure and "
-            "ss.attention_map look at side='encoder'; what its decoder attends to is not covered yet"
-        )
-    if sided and not senses:
-        return _sided(model, next((known for known in SIDES if known == side), "decoder"))
-    adapter = sensing(model) if senses and features else adapt(model)
-    own = "decoder" if adapter.causal else "encoder"
-    if side not in (None, own):
-        raise SinkscopeError(
-            f"side={side!r}, but {adapter.name} is {'a decoder' if adapter.causal else 'an encoder'} alone, with one "
-            "attention: leave side out, or take an encoder-decoder such as T5, BART or Marian"
-        )
-    return adapter
-
-
-def _sided(model: Any, side: Side) -> Sided:
-    """Look at one side.
+def sided(model: Any, side: Side, kind: type[Sided] | None = None) -> Sided:
+    """Look at one side, by a kind of `Sided`.
 
     Raises:
         SinkscopeError: the model is edited, or is the inside of a bridge.
@@ -81,7 +47,7 @@ def _sided(model: Any, side: Side) -> Sided:
     config, n_layers = _stack(network, half).config, len(_layers(_stack(network, half)))
     named = getattr(getattr(model, "cfg", None), "model_name", None) or getattr(network.config, "_name_or_path", "")
     heads = getattr(config, f"{half}_attention_heads", None) or config.num_attention_heads
-    return Sided(
+    return (kind or Sided)(
         model=model,
         kind="hugging_face" if plain else "bridge",
         name=f"{short_name(str(named or type(network).__name__))} ({side})",
@@ -105,6 +71,8 @@ class Sided(Adapter):
     """
 
     source: TextTokens | None = None
+    #: What one of its sources is called in labels.
+    noun: ClassVar[str] = "text"
 
     @cached_property
     def _sides(self) -> dict[int, Side]:
@@ -161,12 +129,16 @@ class Sided(Adapter):
         if sources is None and self.source is not None:
             (sources,) = Tokens((self.source,) * len(ids), "").batches(len(ids), ids.device)
         if sources is None:
-            raise SinkscopeError(f"{self.name} needs a source for its target: give {PAIRS}")
-        real = sources.valid.long()
-        memory = encoder(input_ids=sources.ids, attention_mask=real, **how).last_hidden_state
-        given = {"encoder_hidden_states": memory, "encoder_attention_mask": real, "use_cache": False}
-        hidden = decoder(input_ids=ids, attention_mask=torch.ones_like(ids), **given, **how).last_hidden_state
+            raise SinkscopeError(f"{self.name} needs a source for its target: give {FORMS[self.noun]}")
+        given = self._memory(sources, how) | {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        hidden = decoder(input_ids=ids, **given, **how).last_hidden_state
         return hidden.to(ids.device)
+
+    def _memory(self, sources: Batch, how: dict[str, Any]) -> dict[str, Any]:
+        """Give what the decoder is handed of the sources."""
+        real = sources.valid.long()
+        memory = _stack(self.network, "encoder")(input_ids=sources.ids, attention_mask=real, **how).last_hidden_state
+        return {"encoder_hidden_states": memory, "encoder_attention_mask": real}
 
     def beside(self, text: TextTokens) -> Sided:
         """Give the model as it runs this text's ids: beside its source."""
@@ -189,11 +161,15 @@ class Sided(Adapter):
             raise SinkscopeError(
                 f"{type(network).__name__} predicts no token here: it needs a source, and a head for its logits"
             )
-        read = self.source.ids[None].to(ids.device)
         given = {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
-        output = network(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False, return_dict=True, **given)
+        output = network(**self._given(self.source), use_cache=False, return_dict=True, **given)
         own: Tensor = output.logits[0].float()
         return own
+
+    def _given(self, source: TextTokens) -> dict[str, Any]:
+        """Give one source as the whole model takes it."""
+        ids = source.ids[None].to(self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -209,7 +185,11 @@ class Sided(Adapter):
         if isinstance(texts, Tokens):
             return resided(super().tokenize(texts, **how), self.side or "decoder")
         targets = None if self.side == "encoder" else Targets(self.tokenizer, self._shifted, self._generated)
-        return tokenize_pairs(texts, targets, crossed=self.side == "cross", tokenizer=self.tokenizer, **how)
+        return tokenize_pairs(texts, targets, self._read, crossed=self.side == "cross", noun=self.noun, **how)
+
+    def _read(self, sources: dict[str, Any], **how: Any) -> Tokens:
+        """Make tokens of sources, by their labels."""
+        return tokenize(self.tokenizer, sources, causal=False, **how)
 
     def check(self, tokens: Tokens, *, bounded: bool = True) -> None:
         """Refuse what the model can't take, of targets and of their sources."""
@@ -244,7 +224,7 @@ class Sided(Adapter):
             raise SinkscopeError(f"{self.name} says no decoder_start_token_id: give targets as token ids")
         return [int(start), *labels[:-1]]
 
-    def _generated(self, source: Int[Tensor, " position"], most: int | None) -> Int[Tensor, " target"]:
+    def _generated(self, source: TextTokens, most: int | None) -> Int[Tensor, " target"]:
         """Generate a target greedily; its last token was never given to the decoder, and is left out.
 
         Raises:
@@ -254,15 +234,17 @@ class Sided(Adapter):
         if not hasattr(network, "generate") or network.get_output_embeddings() is None:
             raise SinkscopeError(
                 f"{type(network).__name__} has no language-model head to generate a target with, which side={self.side!r} "
-                f"needs: give {PAIRS}; or look at side='encoder'"
+                f"needs: give {FORMS[self.noun]}; or look at side='encoder'"
             )
-        ids = source[None].to(self.device)
         room = min(GENERATED if most is None else most, self.n_ctx or GENERATED)
         with self.quiet():
-            made = network.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False, num_beams=1
-            )
-        return torch.as_tensor(made[0, :-1]).cpu()
+            return torch.as_tensor(self._written(self._given(source), room))[:-1].cpu()
+
+    def _written(self, source: dict[str, Any], room: int) -> Int[Tensor, " position"]:
+        """Have the model write at most so many tokens greedily; give all that its decoder has seen, and the last."""
+        network: Any = self.network
+        written: Tensor = network.generate(**source, max_new_tokens=room, do_sample=False, num_beams=1)[0]
+        return written
 
 
 def _stack(network: Any, half: str) -> Any:

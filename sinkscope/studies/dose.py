@@ -53,7 +53,8 @@ def dose_response(
 
     Returns:
         A report with `delta_loss`, `kl` and `entropy_change` per group and factor (nats), and per group `best_factor` and the
-        `best_delta_loss` of it on the pieces that it was not chosen on; intervals are across pieces.
+        `best_delta_loss` of it on the pieces that it was not chosen on; intervals are across pieces, those of `best_factor`
+        the range of what single pieces would choose.
 
     Raises:
         SinkscopeError: fewer than four pieces; as :func:`sinkscope.evaluate`.
@@ -137,9 +138,12 @@ def _best(group: str, curve: Mapping[float, np.ndarray], of: str) -> list[Row]:
     """Choose a factor on every other piece, by loss and by entropy, and judge it on the rest."""
     rows: list[Row] = []
     for by, column in (("loss", 0), ("entropy", 2)):
-        best = min(sorted(curve), key=lambda f: float(curve[f][::2, column].mean()))
-        case = f"{group}, least {by}"
-        rows.append((case, "best_factor", Estimate(best), f"{of}, of every other one"))
+        chosen_on = {f: curve[f][::2, column] for f in sorted(curve)}
+        best = min(chosen_on, key=lambda f: float(chosen_on[f].mean()))
+        factors = np.array(list(chosen_on))
+        each = factors[np.argmin(np.stack(list(chosen_on.values())), axis=0)]
+        case, single = f"{group}, least {by}", Estimate(best, float(each.min()), float(each.max()))
+        rows.append((case, "best_factor", single, f"{of}, of every other one; range of single ones"))
         rows.append((case, "best_delta_loss", Estimate.of(curve[best][1::2, 0]), f"{of}, of the rest"))
     return rows
 
@@ -147,7 +151,8 @@ def _best(group: str, curve: Mapping[float, np.ndarray], of: str) -> list[Row]:
 def _say(model: str, of: str, groups: Sequence[str], value: Mapping[tuple[str, str], Estimate]) -> tuple[str, str]:
     """Say what was found, and what was not: a factor is better where the interval of its loss on the rest lies below 0."""
     real = [g for g in groups if g != PLACEBO]
-    factor = {g: value[f"{g}, least loss", "best_factor"].value for g in real}
+    chosen = {g: value[f"{g}, least loss", "best_factor"] for g in real}
+    factor = {g: best.value for g, best in chosen.items()}
     gain = {g: value[f"{g}, least loss", "best_delta_loss"] for g in real}
     better = [g for g in real if factor[g] != 1 and gain[g].high < 0]
     verdict = (
@@ -157,10 +162,10 @@ def _say(model: str, of: str, groups: Sequence[str], value: Mapping[tuple[str, s
         if better
         else "No weight of the first token was found to be better than the model's own."
     )
-    said = f"In {of} of {model}, the factor with the least loss on every other piece is "
-    said += "; ".join(f"{factor[g]:g} ({g}; on the rest {gain[g]} nats)" for g in real) + ". "
+    said = f"In {of} of {model}, the factor with the least loss on every other piece (single ones: range) is "
+    said += "; ".join(f"{chosen[g]} ({g}; on the rest {gain[g]} nats)" for g in real) + ". "
     rule = "all layers, least entropy"
-    said += f"The least entropy of predictions is at {value[rule, 'best_factor'].value:g} (all layers), which changes the "
+    said += f"The least entropy of predictions is at {value[rule, 'best_factor']} (all layers), which changes the "
     said += "loss by "
     said += f"{value[rule, 'best_delta_loss']}. "
     ends = [c for c in ("all layers, x0", "all layers, x4", f"{PLACEBO}, x0", f"{PLACEBO}, x4") if (c, "delta_loss") in value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,7 @@ def separate(entries: Iterable[Any], first: int = 0) -> Iterator[Any]:
     number = first
     for entry in entries:
         rows: list[Any] = [entry]
-        if is_encoding(entry) and entry.get(DECODER) is not None:
+        if (is_encoding(entry) or is_features(entry)) and entry.get(DECODER) is not None:
             rows = _pairs(entry, f"text {number}")
         elif is_encoding(entry):
             rows = rows_of(entry, f"text {number}")
@@ -107,8 +107,9 @@ def separate(entries: Iterable[Any], first: int = 0) -> Iterator[Any]:
 
 
 def _pairs(encoding: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
-    """Give the (source, target) pairs of an encoding with `decoder_input_ids`."""
-    sources = rows_of({k: v for k, v in encoding.items() if k not in (DECODER, DECODER_MASK)}, where)
+    """Give the (source, target) pairs of an encoding, or of features, with `decoder_input_ids`."""
+    read: Callable[..., list[Any]] = features_of if is_features(encoding) else rows_of
+    sources = read({k: v for k, v in encoding.items() if k not in (DECODER, DECODER_MASK)}, where)
     targets = rows_of({IDS: encoding[DECODER], "attention_mask": encoding.get(DECODER_MASK)}, f"the target of {where}")
     if len(sources) != len(targets):
         raise SinkscopeError(f"{where} has {len(sources)} sources and {len(targets)} targets")

@@ -14,12 +14,18 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.tokens.batches import TextTokens, Tokens
 from sinkscope.tokens.corpora import read_text
 from sinkscope.tokens.encodings import ids_of, is_encoding, separate
+from sinkscope.tokens.features import is_features
 from sinkscope.tokens.items import is_row, label_of
 from sinkscope.tokens.numbers import at_most
-from sinkscope.tokens.texts import strings_of, tokenize
+from sinkscope.tokens.texts import strings_of
 
 #: How an encoder-decoder's texts may look.
 PAIRS = "a (source, target) pair of strings or ids, an encoding with 'decoder_input_ids', or a row with 'source' and 'target'"
+#: The same, by what a source is called.
+FORMS = {
+    "text": PAIRS,
+    "sound": "a sound as its processor gives it, with 'decoder_input_ids' beside it or in a (sound, target) pair",
+}
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,12 @@ class Targets:
     Attributes:
         tokenizer: a Hugging Face tokenizer, or None where all are ids.
         shifted: labels -> the decoder's input: behind its start token, as in training.
-        generated: a source's ids, most tokens -> a target that the model makes.
+        generated: a source, most tokens -> a target that the model makes.
     """
 
     tokenizer: Any
     shifted: Callable[[list[int]], list[int]]
-    generated: Callable[[Tensor, int | None], Tensor]
+    generated: Callable[[TextTokens, int | None], Tensor]
 
     def ids(self, given: Any, source: TextTokens, most: int | None) -> tuple[Tensor, str]:
         """Give a target's ids, and how they came about.
@@ -44,7 +50,7 @@ class Targets:
         """
         where = f"the target of {source.label!r}"
         if given is None:
-            ids, how = self.generated(source.ids, most), "generated greedily from their sources"
+            ids, how = self.generated(source, most), "generated greedily from their sources"
         elif isinstance(given, str | Path):
             text = read_text(given) if isinstance(given, Path) else given
             ids, how = torch.tensor(self.shifted(self._labels(text, where))), "behind the decoder's start token"
@@ -65,24 +71,34 @@ class Targets:
         return found
 
 
-def tokenize_pairs(texts: Any, targets: Targets | None, *, crossed: bool = False, **how: Any) -> Tokens:
+def tokenize_pairs(
+    texts: Any,
+    targets: Targets | None,
+    read: Callable[..., Tokens],
+    *,
+    crossed: bool = False,
+    noun: str = "text",
+    **how: Any,
+) -> Tokens:
     """Turn sources and targets into token sequences.
 
     Args:
         texts: one or several of: a pair (a tuple of two: strings, paths or ids), a source alone, an encoding with
             `decoder_input_ids`, a row with `source` and `target`; or a mapping from label to one of these.
         targets: makes targets; None where the sources alone are looked at.
+        read: makes tokens of sources, given by their labels, with what is in `how` but the mask.
         crossed: whether keys will be the source's positions.
-        how: as for :func:`sinkscope.tokenize`: `tokenizer, bos, max_tokens, attention_mask, first`.
+        noun: what a source that has no label is called, with its number.
+        how: as for :func:`sinkscope.tokenize`: `bos, max_tokens, attention_mask, first`.
 
     Raises:
         SinkscopeError: as there; of a target, fewer than two tokens.
     """
     first, mask = how.get("first", 0), how.pop("attention_mask", None)
-    entries = _entries(texts, mask, first)
+    entries = _entries(texts, mask, first, noun)
     if not entries:
-        raise SinkscopeError(f"no texts given: give at least one, {PAIRS}")
-    sources = tokenize(texts={label: source for label, source, _ in entries}, causal=False, **how)
+        raise SinkscopeError(f"no {noun}s given: give at least one, {FORMS[noun]}")
+    sources = read({label: source for label, source, _ in entries}, **how)
     if targets is None:
         return sources
     most = at_most(how.get("max_tokens"))
@@ -108,11 +124,11 @@ def resided(tokens: Tokens, side: str) -> Tokens:
     return replace(tokens, sequences=tuple(replace(s, crossed=side == "cross") for s in tokens.sequences))
 
 
-def _entries(texts: Any, attention_mask: Any, first: int) -> list[tuple[str, Any, Any]]:
+def _entries(texts: Any, attention_mask: Any, first: int, noun: str) -> list[tuple[str, Any, Any]]:
     """Give (label, source, target or None)."""
     if attention_mask is not None:
         texts = {"input_ids": texts, "attention_mask": attention_mask}
-    if isinstance(texts, Mapping) and not is_encoding(texts) and not _is_named(texts):
+    if isinstance(texts, Mapping) and not (is_encoding(texts) or is_features(texts) or _is_named(texts)):
         found = []
         for label, one in texts.items():
             rows = list(separate([one]))
@@ -123,11 +139,11 @@ def _entries(texts: Any, attention_mask: Any, first: int) -> list[tuple[str, Any
     if isinstance(texts, Tensor) and texts.ndim == 1:
         texts = [texts]
     if not isinstance(texts, Iterable):
-        raise SinkscopeError(f"texts is a {type(texts).__name__}: expected one or several texts: {PAIRS}")
+        raise SinkscopeError(f"texts is a {type(texts).__name__}: expected one or several {noun}s: {FORMS[noun]}")
     found = []
     for i, entry in enumerate(separate(texts, first), first):
         source, target = _pair(entry)
-        found.append((label_of(source.name) if isinstance(source, Path) else f"text {i}", source, target))
+        found.append((label_of(source.name) if isinstance(source, Path) else f"{noun} {i}", source, target))
     return found
 
 

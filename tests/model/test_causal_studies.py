@@ -173,6 +173,13 @@ def test_the_best_dose_is_judged_on_other_texts():
     assert by_entropy[2].value == 1.0
 
 
+def test_the_best_dose_says_what_single_texts_would_choose():
+    alike = dose._best("g", {1.0: np.zeros((4, 3)), 2.0: np.full((4, 3), -1.0)}, "of")
+    apart = dose._best("g", {1.0: np.zeros((4, 3)), 2.0: np.array([[-1.0] * 3, [0] * 3, [0.5] * 3, [0] * 3])}, "of")
+    assert alike[0][2][:3] == (2.0, 2.0, 2.0)
+    assert apart[0][2][:3] == (2.0, 1.0, 2.0)
+
+
 def doses(factor, gain):
     rows = {}
     for group in ("all layers", dose.PLACEBO):

