@@ -51,7 +51,7 @@ class SinkReport(Paged, Pictures):
 
     def __post_init__(self) -> None:
         """Let pictures know what the frame is of."""
-        self.frame.attrs |= {name: self.about[name] for name in ("reads",) if name in self.about}
+        self.frame.attrs |= {name: self.about[name] for name in ("reads", "side") if name in self.about}
 
     @classmethod
     def assemble(

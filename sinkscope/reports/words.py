@@ -88,7 +88,7 @@ def nouns(about: Mapping[Any, Any]) -> dict[str, str]:
     >>> nouns({"reads": "pixel_values"})
     {'text': 'image', 'token': 'position'}
     """
-    kind = READS.get(str(about.get("reads")))
+    kind = READS.get(str(about.get("reads"))) if about.get("side") != "decoder" else None  # a target is text
     return {"text": "text", "token": "token"} if kind is None else {"text": kind[0], "token": "position"}
 
 
