@@ -524,3 +524,24 @@ def test_portions_of_logits_change_nothing(llama, monkeypatch, rows, numbers, ca
     parts = ss.evaluate(llama, [IDS], edits)
     for ours, theirs in ((parts.frame, whole.frame), (parts.details, whole.details), (parts.curves, whole.curves)):
         pd.testing.assert_frame_equal(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_an_output_layer_that_somebody_changed_is_called():
+    """A plain one alone is multiplied by hand, in memory that is used again."""
+
+    def halved(_module, _given, output):
+        return output * 0.5
+
+    ids = torch.randint(3, 60, (1, 24), generator=torch.Generator().manual_seed(0))
+    for change in ("nothing", "a hook", "a forward of its own"):
+        network = tiny_hf_model("llama")
+        if change == "a hook":
+            network.lm_head.register_forward_hook(halved)
+        elif change != "nothing":
+            own = network.lm_head.forward
+            network.lm_head.forward = lambda hidden, own=own: own(hidden) * 0.5
+        with torch.no_grad():
+            logits = network(ids).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+        effect = ss.evaluate(network, ids, "mask_keys(keys=[0])", score_from=1)
+        assert effect.summary().set_index("intervention").loc["none", "loss"] == pytest.approx(float(expected), abs=1e-5)
