@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Int
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
@@ -33,19 +33,8 @@ class Heard(Sided):
         """How many token ids the decoder takes; of frames, whose ids only number them, 0."""
         return 0 if self.side == "encoder" else super().vocabulary
 
-    def body(
-        self,
-        ids: Int[Tensor, "batch position"],
-        valid: Bool[Tensor, "batch position"],
-        cache: Any = None,
-        first: int = 0,
-        sources: Batch | None = None,
-        inputs: Shaped[Tensor, "batch ..."] | None = None,
-    ) -> Float[Tensor, "batch position d_model"]:
-        """Run the encoder on sounds, or the decoder beside them; see :meth:`Sided.body`."""
-        if self.side == "encoder":
-            return self.ears.body(ids, valid, inputs=inputs)
-        return super().body(ids, valid, sources=sources)
+    def _encoded(self, ids: Tensor, valid: Tensor, inputs: Tensor | None, how: dict[str, Any]) -> Tensor:
+        return self.ears.body(ids, valid, inputs=inputs)
 
     def check(self, tokens: Tokens, *, bounded: bool = True) -> None:
         """Refuse what the decoder can't take; sounds were looked at when they were read."""

@@ -19,6 +19,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.adapting import bare, short_name
 from sinkscope.models.identity import Side
+from sinkscope.models.uncovered import check_merged
 from sinkscope.tokens import Batch, Targets, TextTokens, Tokens, resided, tokenize, tokenize_pairs
 from sinkscope.tokens.pairs import FORMS
 
@@ -31,23 +32,19 @@ POINTS["cross"] = "decoder_blocks.{}.cross_attn"
 GENERATED = 64
 
 
-def sided(model: Any, side: Side, kind: type[Sided] | None = None) -> Sided:
+def sided(model: Any, side: Side, kind: type[Sided]) -> Sided:
     """Look at one side, by a kind of `Sided`.
 
     Raises:
         SinkscopeError: the model is edited, or is the inside of a bridge.
     """
     network, plain = bare(model)
-    if any("MergedAttention" in type(module).__name__ for module in network.modules()):  # and an encoder's uneven windows
-        raise SinkscopeError(
-            f"{type(network).__name__} has one softmax over target and source, which is not covered: reduce Hugging Face's "
-            "own, ss.metrics.of_pattern(attentions), from output_attentions=True, or take T5Gemma, whose attentions are three"
-        )
+    check_merged(network)
     half: Side = "encoder" if side == "encoder" else "decoder"
     config, n_layers = _stack(network, half).config, len(_layers(_stack(network, half)))
     named = getattr(getattr(model, "cfg", None), "model_name", None) or getattr(network.config, "_name_or_path", "")
     heads = getattr(config, f"{half}_attention_heads", None) or config.num_attention_heads
-    return (kind or Sided)(
+    return kind(
         model=model,
         kind="hugging_face" if plain else "bridge",
         name=f"{short_name(str(named or type(network).__name__))} ({side})",
@@ -120,19 +117,22 @@ class Sided(Adapter):
         Raises:
             SinkscopeError: a target without a source.
         """
-        encoder, decoder = _stack(self.network, "encoder"), _stack(self.network, "decoder")
         # A bridge's hooks on attention that is not looked up (LED) are fed only where it is asked for.
         how = {"output_attentions": self.kind == "bridge" and not self.asks_interface, "return_dict": True}
         if self.side == "encoder":
-            hidden: Tensor = encoder(input_ids=ids, attention_mask=valid.long(), **how).last_hidden_state
-            return hidden
+            return self._encoded(ids, valid, inputs, how)
         if sources is None and self.source is not None:
             (sources,) = Tokens((self.source,) * len(ids), "").batches(len(ids), ids.device)
         if sources is None:
             raise SinkscopeError(f"{self.name} needs a source for its target: give {FORMS[self.noun]}")
         given = self._memory(sources, how) | {"attention_mask": torch.ones_like(ids), "use_cache": False}
-        hidden = decoder(input_ids=ids, **given, **how).last_hidden_state
+        hidden: Tensor = _stack(self.network, "decoder")(input_ids=ids, **given, **how).last_hidden_state
         return hidden.to(ids.device)
+
+    def _encoded(self, ids: Tensor, valid: Tensor, inputs: Tensor | None, how: dict[str, Any]) -> Tensor:
+        """Run the encoder alone."""
+        hidden: Tensor = _stack(self.network, "encoder")(input_ids=ids, attention_mask=valid.long(), **how).last_hidden_state
+        return hidden
 
     def _memory(self, sources: Batch, how: dict[str, Any]) -> dict[str, Any]:
         """Give what the decoder is handed of the sources."""

@@ -46,6 +46,19 @@ def check_two_sided(points: Any) -> None:
         )
 
 
+def check_merged(network: Any) -> None:
+    """Refuse a decoder that attends to target and source at once (T5Gemma 2's, whose encoder's windows are uneven besides).
+
+    Raises:
+        SinkscopeError: names what works.
+    """
+    if any("MergedAttention" in type(module).__name__ for module in network.modules()):
+        raise SinkscopeError(
+            f"{type(network).__name__} has one softmax over target and source, which is not covered: reduce Hugging Face's "
+            "own, ss.metrics.of_pattern(attentions), from output_attentions=True, or take T5Gemma, whose attentions are three"
+        )
+
+
 def check_layers(config: Any, types: list[str], name: str) -> None:
     """Refuse a model whose layers have unequal numbers of heads, or keys that are no tokens.
 
