@@ -49,11 +49,15 @@ class Rows(Protocol):
 
 
 @runtime_checkable
-class EntropyRows(Protocol):
-    """Rows that know a cheaper way to their entropy than through the pattern."""
+class SummedRows(Protocol):
+    """Rows that know a cheaper way to their sums than through the pattern."""
 
     def entropy(self) -> Float[Tensor, "batch head query"]:
         """Give the entropy of each row in nats, 0 log 0 = 0."""
+        ...
+
+    def received(self, chosen: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head key"]:
+        """Give what each key receives from the chosen rows together."""
         ...
 
 
@@ -82,6 +86,13 @@ class PatternRows:
     def row_sum(self) -> Float[Tensor, "batch head query"]:
         """Sum over keys in float32, without a copy of the rows."""
         return self.values.sum(-1, dtype=torch.promote_types(self.values.dtype, torch.float32))
+
+
+def sum_of(
+    pattern: Float[Tensor, "batch head query key"], chosen: Bool[Tensor, "batch query"]
+) -> Float[Tensor, "batch head key"]:
+    """Add up the chosen rows; the others may hold anything."""
+    return (pattern if bool(chosen.all()) else torch.where(chosen[:, None, :, None], pattern, 0)).sum(2)
 
 
 class Chunk(int):
@@ -170,10 +181,16 @@ class Block:
     @cached_property
     def entropy(self) -> Float[Tensor, "batch head query"]:
         """Entropy of each row in nats, 0 log 0 = 0; rows are not renormalised."""
-        if isinstance(self.rows, EntropyRows):
+        if isinstance(self.rows, SummedRows):
             return self.rows.entropy()
         products = self.pattern.clamp_min(torch.finfo(self.pattern.dtype).tiny).log_().mul_(self.pattern)
         return -(products @ products.new_ones(products.shape[-1]))  # a third of the time of torch.special.entr, summed
+
+    def received(self, chosen: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head key"]:
+        """Sum of the pattern over some of its rows."""
+        if isinstance(self.rows, SummedRows):
+            return self.rows.received(chosen)
+        return sum_of(self.pattern, chosen)
 
     @property
     def value(self) -> Float[Tensor, "batch key kv_head d_head"]:

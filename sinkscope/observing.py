@@ -73,6 +73,7 @@ class Observing:
         tick: Callable[[int], None],
     ) -> None:
         """Run every batch that is not to be skipped, and hand over what its observer has seen; `tick` counts text-layers."""
+        formed = any(m.reads == "pattern" for m in self._ready if "pattern" in m.needs)
         for tokens, (capture, where) in corpus:
             with surely(capture) if where is None else nullcontext():
                 for batch in tokens.batches(self.batch_size if self.adapter.takes_pads else 1, self.adapter.device):
@@ -82,7 +83,7 @@ class Observing:
                         continue
                     observer = self._observer(batch, where, capture.chunk)  # a rule may run the model by itself
                     with nullcontext() if where is None else surely(capture):
-                        capture.run(batch, observer, partial(tick, n))
+                        capture.run(batch, observer, partial(tick, n), formed)
                     keep(batch, observer)
 
     @property

@@ -50,8 +50,10 @@ class Capture(Protocol):
         """Restore the model, if it is not."""
         ...
 
-    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
+    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None], formed: bool = True) -> Tensor:
         """Run the model's body once and hand every block to `on_block`, calling `tick` after each layer.
+
+        `formed` is False where no metric looks at a pattern itself.
 
         Returns the last hidden state.
         """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.capture.held import Held
+from sinkscope.capture.rows import GPU_BYTES
 from sinkscope.capture.stream import Rotation, turn
 from sinkscope.edit import NOTHING, Edit
 from sinkscope.errors import SinkscopeError
 
-#: Query rows at a time.
-ROWS = 128
+#: Query rows at a time; on a GPU, where every block costs two dozen launches, as many as `GPU_BYTES` of scores hold, and no
+#: more than this.
+ROWS, GPU_ROWS = 128, 1024
 
 
 def attend(
@@ -56,9 +59,8 @@ def attend(
     straight = int(at[-1]) == held - 1
     keys_held, values_held = Held.of(edit, layer, "keys", key, at, rotation), Held.of(edit, layer, "values", value, at)
     out = query.new_empty(query.shape[0], n, heads, value.shape[3]).transpose(1, 2)
-    received = torch.zeros(held, dtype=torch.float64)
-    for start in range(0, n, ROWS):
-        stop = min(start + ROWS, n)
+    received = torch.zeros(held, dtype=torch.float64, device=query.device if query.is_cuda else "cpu")
+    for start, stop in _cuts(query, len(edit.reach(layer, int(at[-1]), int(at[-1]) + 1))):
         rows = at[held - n + start : held - n + stop]
         reach = edit.reach(layer, int(rows[0]), int(rows[-1]) + 1)
         if window is not None:
@@ -92,9 +94,18 @@ def attend(
         if zeroed is not None:
             weights = weights.masked_fill(zeroed, 0)
         look(rows, reach, weights.detach())
-        received[index] += weights.detach().sum((0, 1, 2)).double().cpu()
+        received[pick] += weights.detach().sum((0, 1, 2)).to(received.device).double()
         out[:, :, start:stop] = values_held.mixed(weights, pick, rows).to(out.dtype)
-    return edit.outputs(layer, out, at[held - n :]), received
+    return edit.outputs(layer, out, at[held - n :]), received.cpu()
+
+
+def _cuts(query: Tensor, seen: int) -> Iterator[tuple[int, int]]:
+    """Cut the rows, of which the last sees so many keys."""
+    b, heads, n, _ = query.shape
+    area, step = GPU_BYTES / (4 * b * heads), ROWS
+    if query.is_cuda:
+        step = min(max(ROWS, int((math.sqrt(seen**2 + 4 * area) - seen) / 2)), GPU_ROWS)
+    return ((start, min(start + step, n)) for start in range(0, n, step))
 
 
 def _plus(scores: Tensor, bias: Tensor | None) -> Tensor:

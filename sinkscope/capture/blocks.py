@@ -31,6 +31,7 @@ class Pass:
     """One forward pass over a batch, or over a chunk of its rows that begins at `start`.
 
     A block is made as soon as all that one of the `groups` needs has come. Metrics see float32 whatever autocast says.
+    `formed` is False where none looks at a pattern itself, so that whole rows need not exist.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Pass:
         start: int,
         on_block: OnBlock,
         tick: Callable[[], None],
+        formed: bool = True,
     ) -> None:
+        self.formed = formed
         self.adapter, self.groups, self.batch, self.start = adapter, groups, batch, start
         self.on_block, self.tick = on_block, tick
         self.layer = -1
@@ -123,7 +126,7 @@ class Pass:
             n = min(value.shape[query_axis(name)] for name, value in rest.items())
         device = next(iter(rest.values())).device if source is None else source.device
         lengths = self.batch.lengths.to(device)
-        for start, stop in source.cuts() if source is not None and group == {"pattern"} else [(0, n)]:
+        for start, stop in source.cuts(self.formed) if source is not None and group == {"pattern"} else [(0, n)]:
             rows: Rows = NoRows() if source is None else source.rows(start, stop)
             yield Block(
                 layer=self.layer,

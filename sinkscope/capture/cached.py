@@ -39,8 +39,8 @@ class CachedCapture:
     def close(self) -> None:
         """Touch nothing."""
 
-    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
-        """Hand out what the cache holds of these texts.
+    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None], formed: bool = True) -> Tensor:
+        """Hand out what the cache holds of these texts: patterns, which are formed.
 
         Raises:
             SinkscopeError: it lacks something, or holds NaN or infinity.

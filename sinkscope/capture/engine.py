@@ -91,8 +91,10 @@ class Capture:
         self._pass = None
         self._undo.close()
 
-    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None]) -> Tensor:
+    def run(self, batch: Batch, on_block: OnBlock, tick: Callable[[], None], formed: bool = True) -> Tensor:
         """Run the body over one batch, in one shot or chunk by chunk, calling `tick` after each layer.
+
+        `formed` is False where no metric looks at a pattern itself.
 
         Returns:
             The last hidden state, `[batch, position, d_model]`; of the last chunk alone, where there are several.
@@ -109,7 +111,7 @@ class Capture:
             for start in range(0, length, step):
                 stop = min(start + step, length)
                 self.feed.begin()
-                self._pass = Pass(self.adapter, self.groups, batch, start, on_block, ticks)
+                self._pass = Pass(self.adapter, self.groups, batch, start, on_block, ticks, formed)
                 hidden = self.adapter.body(batch.ids[:, start:stop], batch.valid[:, start:stop], cache, **batch.beside)
                 if self._pass.unseen:
                     raise self.feed.inert(self._pass.unseen[0])

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-#: Query rows at a time where attention runs in blocks.
-ROWS = 256
+#: Query rows at a time where attention runs in blocks; by a GPU's kernels, which form no scores.
+ROWS, GPU_ROWS = 256, 1024
 
 
 def attention_with_lse(
@@ -68,7 +68,8 @@ def attention_with_lse(
     else:
         out = q.new_empty(q.shape[0], t, q.shape[1], v.shape[3]).transpose(1, 2)  # Hugging Face wants it so
         lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        for rows, keys, seen in _blocks(q, k.shape[2], causal, window if banded else None):
+        step = GPU_ROWS if q.is_cuda and softcap is None else ROWS
+        for rows, keys, seen in _blocks(q, k.shape[2], causal, window if banded else None, step):
             here: Tensor | None
             if key_mask is not None and seen is not None:  # a pad's row may see no key at all, and must stay a number
                 here = _additive(seen & key_mask[:, None, None, keys], q.dtype, torch.finfo(q.dtype).min)
@@ -89,11 +90,13 @@ def attention_with_lse(
     return out, lse
 
 
-def _blocks(q: Tensor, n_keys: int, causal: bool, window: int | None) -> Iterator[tuple[slice, slice, Tensor | None]]:
+def _blocks(
+    q: Tensor, n_keys: int, causal: bool, window: int | None, step: int
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Cut the rows; give, with each block, the keys in its reach and which of them each row sees (None: all)."""
     t = q.shape[2]
-    for start in range(0, t, ROWS):
-        stop = min(start + ROWS, t)
+    for start in range(0, t, step):
+        stop = min(start + step, t)
         first = 0 if window is None else max(0, start - window + 1)
         last = stop if causal else n_keys if window is None else min(n_keys, stop + window - 1)
         seen = None

@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.block import PatternRows, Rows
+from sinkscope.block import PatternRows, Rows, sum_of
 from sinkscope.capture.op import scores_of
 
 #: Rows that a metric sees at a time, at most: bounds its temporaries, whatever the length.
@@ -47,8 +49,8 @@ class Source(Protocol):
         """Give some of them, counted from the first of this pass."""
         ...
 
-    def cuts(self) -> Iterator[tuple[int, int]]:
-        """Cut the rows for metrics that look at whole ones."""
+    def cuts(self, formed: bool = True) -> Iterator[tuple[int, int]]:
+        """Cut the rows for metrics that look at whole ones, or (not `formed`) at no more than their sums."""
         ...
 
     def finite(self, real: Bool[Tensor, "batch row"]) -> bool:
@@ -78,7 +80,7 @@ class StoredPattern:
         """Give some rows, and the keys up to the last of them."""
         return PatternRows(self.values[:, :, start:stop, : self.start + stop if self.causal else None])
 
-    def cuts(self) -> Iterator[tuple[int, int]]:
+    def cuts(self, formed: bool = True) -> Iterator[tuple[int, int]]:
         """Cut into blocks that stay in a processor's cache, as far as that goes."""
         b, h, n, keys = self.values.shape
         rows = min(max(FEWEST, STORED // (4 * b * h * keys)), ROWS)
@@ -138,12 +140,29 @@ class Scores:
         """Tell whether the log-sum-exps are good to float32: CUDA's kernels multiply in parts, 1e-5 off for large scores."""
         return not self.q.is_cuda
 
+    @cached_property
+    def kernels(self) -> ModuleType | None:
+        """Give what adds rows up without forming them, where there is such a thing."""
+        plain = self.bias is None and self.softcap is None and not self.q.requires_grad
+        fits = self.q.dtype == self.k.dtype != torch.float64 and self.q.shape[3] <= 256
+        if not (self.q.is_cuda and plain and fits and find_spec("triton")):
+            return None
+        from sinkscope.capture import kernels
+
+        return kernels if kernels.usable(self.q.device, self.q.dtype) else None
+
     def rows(self, start: int, stop: int) -> ScoredRows:
         """Give some rows; nothing is computed before it is asked for."""
         return ScoredRows(self, start, stop)
 
-    def cuts(self) -> Iterator[tuple[int, int]]:
-        """Cut into blocks of about `BYTES`, and at most `ROWS` rows: fewer, where rows are long; larger ones on a GPU."""
+    def cuts(self, formed: bool = True) -> Iterator[tuple[int, int]]:
+        """Cut into blocks of about `BYTES`, and at most `ROWS` rows: fewer, where rows are long; larger ones on a GPU.
+
+        Where they need not be formed, and a kernel adds them up, they are not cut.
+        """
+        if not formed and self.kernels is not None:
+            yield 0, self.n
+            return
         size, most = (GPU_BYTES, GPU_ROWS) if self.q.is_cuda else (BYTES, ROWS)
         area = size / (4 * self.q.shape[0] * self.q.shape[1])
         start = 0
@@ -195,7 +214,18 @@ class ScoredRows:
 
     def entropy(self) -> Float[Tensor, "batch head query"]:
         """Give the entropy of each row, -sum A log A: the logarithms were at hand."""
-        return self._whole[1]
+        if self._sums is None:
+            return self._whole[1]
+        total, product = self._sums
+        factor = self._mend(total)
+        return -factor * (product + factor.log() * total)
+
+    def received(self, chosen: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head key"]:
+        """Give what each key receives from the chosen rows together."""
+        if self._sums is None or self.of.kernels is None:
+            return sum_of(self.pattern(), chosen)
+        shift = self.of.lse - self._mend(self._sums[0]).log()
+        return self._add_up("queries", torch.where(chosen[:, None], shift, torch.inf))[0]
 
     @property
     def _reach(self) -> slice:
@@ -218,6 +248,23 @@ class ScoredRows:
         band[..., keys.start - first : keys.stop - first].masked_fill_(~seen.mT, 0)
 
     @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor] | None:
+        """The sums of A and of A log A over each row, where all rows are there and a kernel adds them up."""
+        if self.of.kernels is None or (self.start, self.stop) != (0, self.of.n):
+            return None
+        return self._add_up("keys", self.of.lse)
+
+    def _add_up(self, over: str, shift: Tensor) -> tuple[Tensor, Tensor]:
+        of = self.of
+        given = {"scale": of.scale, "causal": of.causal, "window": of.window, "key_mask": of.key_mask}
+        return of.kernels.add_up(of.q, of.k, shift, over=over, **given)  # type: ignore[union-attr, no-any-return]
+
+    def _mend(self, total: Float[Tensor, "batch head query"]) -> Float[Tensor, "batch head query"]:
+        """Give what rows are to be multiplied by: their sum is known, and rounding, no more, is mended."""
+        factor = self.row_sum() / total
+        return torch.where((factor - 1).abs() < ROUNDING, factor, 1.0)  # for the proof to see what is wrong
+
+    @cached_property
     def _whole(self) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch head query"]]:
         """The keys in reach, and the entropy: its logarithms live in memory that the next block takes over."""
         of, reach, rows = self.of, self._reach, slice(self.start, self.stop)
@@ -235,8 +282,7 @@ class ScoredRows:
         if of.key_mask is not None:
             band.masked_fill_(~of.key_mask[:, None, None, reach], 0)
         if not of.exact:
-            factor = (self.row_sum() / (band @ band.new_ones(band.shape[-1])))[..., None]
-            factor = torch.where((factor - 1).abs() < ROUNDING, factor, 1.0)  # for the proof to see what is wrong
+            factor = self._mend(band @ band.new_ones(band.shape[-1]))[..., None]
             band.mul_(factor)
             logs.add_(factor.log())
         return band, -torch.linalg.vecdot(logs, band)

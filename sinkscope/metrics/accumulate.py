@@ -45,9 +45,18 @@ class RowMean:
         Raises:
             SinkscopeError: the metric raised, or returned the wrong shape; names it and the layer.
         """
-        kept, chosen = self.chosen(block, counted)
-        sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32))
+        if self.metric.reads == "received":
+            chosen = self.rows_of(block, counted)
+            sums = block.received(chosen)
+        else:
+            kept, chosen = self.chosen(block, counted)
+            sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32))
         self.add(sums.double().cpu().numpy(), chosen.sum(-1).double().cpu().numpy(), place)
+
+    def rows_of(self, block: Block, counted: Tensor | None) -> Bool[Tensor, "batch query"]:
+        """Tell which rows enter: real ones that the metric chooses, and that count."""
+        chosen = block.valid & self.metric.over(block)
+        return chosen if counted is None else chosen & counted.to(chosen.device)
 
     def chosen(self, block: Block, counted: Tensor | None, absent: float = 0.0) -> tuple[Tensor, Tensor]:
         """Apply the metric; give its values, with something else in the rows that do not enter, and which do."""
@@ -68,8 +77,7 @@ class RowMean:
             )
         if block.rows_version() != version:
             raise MetricError(f"metric {self.metric.name!r} changes the block's pattern in place: work on a copy")
-        chosen = block.valid & self.metric.over(block)
-        chosen = chosen if counted is None else chosen & counted.to(chosen.device)
+        chosen = self.rows_of(block, counted)
         kept = values if values.is_floating_point() else values.float()
         if not bool(chosen.all()):
             kept = torch.where(chosen.reshape(batch, 1, -1, *[1] * (len(shape) - 3)), kept, absent)

@@ -43,6 +43,8 @@ class Metric:
         at_key: it looks at the sink key, so that its rows carry the key's position.
         unit: unit of the value, for axes.
         per_query: report one number per query, not their mean.
+        reads: what it takes of whole rows: `"pattern"`; `"entropy"`, `block.entropy` alone; or `"received"`, where `fn` gives
+            the pattern itself, and its mean over queries is all that is asked for. For these two no row need be formed.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Metric:
     at_key: bool = False
     unit: str = ""
     per_query: bool = False
+    reads: Literal["pattern", "entropy", "received"] = "pattern"
 
     @property
     def doc(self) -> str:
@@ -161,6 +164,7 @@ def metric(
     at_key: bool = ...,
     unit: str = ...,
     per_query: bool = ...,
+    reads: Literal["pattern", "entropy", "received"] = ...,
 ) -> Callable[[Callable[[Block], Tensor]], Metric]: ...
 def metric(
     fn: Callable[[Block], Tensor] | None = None,
@@ -174,6 +178,7 @@ def metric(
     at_key: bool = False,
     unit: str = "",
     per_query: bool = False,
+    reads: Literal["pattern", "entropy", "received"] = "pattern",
 ) -> Metric | Callable[[Callable[[Block], Tensor]], Metric]:
     """Make a metric of a function of a block.
 
@@ -189,6 +194,7 @@ def metric(
         at_key: it looks at `block.keys`, the sink key; what needs mass does.
         unit: for axes.
         per_query: report one number per query, in the column `query`, not their mean.
+        reads: see :class:`Metric`; a long text takes a fraction of the time on a GPU where nothing reads the pattern itself.
 
     Raises:
         SinkscopeError: a function without a name, or thresholds per query.
@@ -210,7 +216,7 @@ def metric(
         if per_query and thresholds:
             raise SinkscopeError(f"metric {label!r}: a threshold is applied to a mean over queries, not per query")
         chance = null if attention_only else None
-        return Metric(label, fn, wanted, over, chance, thresholds, at_key or "mass" in wanted, unit, per_query)
+        return Metric(label, fn, wanted, over, chance, thresholds, at_key or "mass" in wanted, unit, per_query, reads)
 
     return make(fn) if fn is not None else make
 

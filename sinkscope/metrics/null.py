@@ -33,16 +33,20 @@ class UniformRows:
         seen = gap >= 0 if self.causal else torch.ones_like(gap, dtype=torch.bool)
         return seen if self.window is None else seen & in_reach(queries, keys, self.window)
 
-    def _share(self) -> Tensor:
+    def _reach(self) -> tuple[Tensor, Tensor]:
+        """Give the first key that each row sees, and the one after the last."""
         queries = torch.arange(self.start, self.stop)
-        last = queries + 1 if self.causal else torch.full_like(queries, self.length)
+        first, last = torch.zeros_like(queries), queries + 1 if self.causal else torch.full_like(queries, self.length)
         if isinstance(self.window, Chunk):
-            return 1.0 / (queries % self.window + 1).double()
-        if self.window is not None:
+            first = queries // self.window * self.window
+        elif self.window is not None:
             first = (queries - self.window + 1).clamp(min=0)
             last = last if self.causal else torch.minimum(last, queries + self.window)
-            return 1.0 / (last - first).double()
-        return 1.0 / last.double()
+        return first, last
+
+    def _share(self) -> Tensor:
+        first, last = self._reach()
+        return 1.0 / (last - first).double()
 
     def pattern(self) -> Float[Tensor, "batch head query key"]:
         """Give the whole rows."""
@@ -58,6 +62,20 @@ class UniformRows:
     def row_sum(self) -> Float[Tensor, "batch head query"]:
         """Give ones."""
         return torch.ones(1, 1, self.stop - self.start, dtype=torch.float64)
+
+    def entropy(self) -> Float[Tensor, "batch head query"]:
+        """Give the logarithm of how many keys a row sees."""
+        return -self._share().log()[None, None]
+
+    def received(self, chosen: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head key"]:
+        """Give what keys receive, from where each row's begin and end; 0, and no rounding, where no chosen row sees a key."""
+        kept = chosen[0]
+        first, last = (edge[kept] for edge in self._reach())
+        keys = torch.arange(self.stop if self.causal else self.length)
+        seen = (torch.bincount(first, minlength=len(keys) + 1) - torch.bincount(last, minlength=len(keys) + 1)).cumsum(0)
+        share = self._share()[kept]
+        sums = torch.zeros(len(keys) + 1, dtype=torch.float64).index_add_(0, first, share).index_add_(0, last, -share)
+        return sums.cumsum(0)[keys].where(seen[keys] > 0, 0)[None, None]
 
 
 def uniform_mean(
@@ -94,8 +112,9 @@ def uniform_mean(
         return np.array(math.nan)
     window = window if metric.null == "visible" else None
     mean = accumulator(metric)
-    for start in range(0, length, ROWS):
-        stop = min(start + ROWS, length)
+    step = ROWS if metric.reads == "pattern" else length
+    for start in range(0, length, step):
+        stop = min(start + step, length)
         rows = UniformRows(start, stop, n_keys or length, causal, window)
         mean.update(
             Block(

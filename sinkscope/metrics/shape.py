@@ -14,25 +14,25 @@ def with_a_choice(block: Block) -> Tensor:
     return block.n_visible > 1
 
 
-@metric(needs="pattern", unit="nats")
+@metric(needs="pattern", reads="entropy", unit="nats")
 def row_entropy(block: Block) -> Tensor:
     """Mean entropy of an attention row, in nats; 0 (one key) to log T. Null: mean of log(i + 1)."""
     return block.entropy
 
 
-@metric(needs="pattern", over=with_a_choice, unit="share of the maximum")
+@metric(needs="pattern", reads="entropy", over=with_a_choice, unit="share of the maximum")
 def normalized_row_entropy(block: Block) -> Tensor:
     """Mean of row entropy over log(i + 1), its maximum, for rows with a choice; 0 to 1, null 1."""
     return block.entropy / block.n_visible[:, None, :].clamp(min=2).to(block.entropy.dtype).log()
 
 
-@metric(needs="pattern", unit="keys")
+@metric(needs="pattern", reads="entropy", unit="keys")
 def effective_keys(block: Block) -> Tensor:
     """Mean number of keys that a row is spread over, exp(entropy); 1 to T. Null: mean of i + 1."""
     return block.entropy.exp()
 
 
-@metric(needs="pattern", unit="share of attention")
+@metric(needs="pattern", reads="received", unit="share of attention")
 def head_profile(block: Block) -> Tensor:
     """Mean over queries of A[i, k] for every key, per head; large: one row per (layer, head, key)."""
     return block.pattern

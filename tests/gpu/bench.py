@@ -87,6 +87,17 @@ def measured(metrics: list[str] | None, engine: str, chunk: int | None, network:
     return ss.measure(network if engine == "flash" else bridge, ids, metrics, engine=engine, chunk=chunk)
 
 
+@ss.metric(needs="pattern")
+def largest(block: ss.Block) -> torch.Tensor:
+    """Mean of the largest weight in a row."""
+    return block.pattern.amax(-1)
+
+
+def formed(network: Any, _: Any, ids: torch.Tensor) -> Any:
+    """Metrics of whole rows, and one for which these must be formed."""
+    return ss.measure(network, ids, ["row_entropy", "received_profile", largest], engine="flash")
+
+
 def evaluated(network: Any, _: Any, ids: torch.Tensor) -> Any:
     """The dense pass and two windows, losses and divergences included."""
     return ss.evaluate(network, ids, [ss.Window(WINDOW), ss.SinkWindow(WINDOW, sinks=4)])
@@ -103,6 +114,9 @@ WAYS = {
     "repeated": Way("the same with key heads repeated: what float32 needs for a fused kernel", partial(body, "repeated")),
     "mass": Way("`measure`, flash, first-token metrics", partial(measured, FIRST_TOKEN, "flash", None)),
     "all": Way("`measure`, flash, all metrics", partial(measured, None, "flash", None)),
+    "formed": Way(
+        "`measure`, flash, whole rows: entropy, profile, a metric of one's own that reads the pattern", formed, 16_384
+    ),
     "edited": Way("the body under `SinkWindow(256, sinks=4).on(model)`", edited),
     "attentions": Way("Hugging Face `output_attentions=True`, then a reduction", partial(body, "eager")),
     "evaluate": Way("`evaluate`: none, `Window(256)`, `SinkWindow(256, sinks=4)`", evaluated, lengths=(4096, 16_384, 128)),
@@ -252,31 +266,12 @@ def times(bench: Bench, lengths: tuple[int, ...]) -> None:
         with bench.guarded(f"profiles, {dtype}"):
             profile(bench, "mass", pair, dtype, lengths[0])
             profile(bench, "all", pair, dtype, tokens)
-        probe(bench, pair, dtype, tokens)
     for tokens, dtype, name in late:
         if cell(bench, models[dtype], dtype, tokens, [name], math.inf):
             failed = math.inf in (s for (w, d, _), s in bench.seconds.items() if (w, d) == (name, dtype))
             why = "it failed on fewer tokens" if failed else f"it would take too long: {bench.left():.0f} s were left"
             bench.record.found["skipped"].append(f"{name}, {dtype}, {tokens:,} tokens: {why}")
     bench.record.write()
-
-
-def probe(bench: Bench, models: tuple[Any, Any], dtype: str, tokens: int) -> None:
-    """All metrics with larger blocks of whole rows: what is best on a CPU's cache need not be here."""
-    from sinkscope.capture import rows
-
-    before = rows.GPU_BYTES, rows.GPU_ROWS
-    run = partial(WAYS["all"].run, *models, bench.ids(tokens))
-    for megabytes, most in ((16, 256), (64, 256), (256, 512), (1024, 2048)):
-        if bench.left() < 30:
-            return
-        with bench.guarded(f"blocks of {megabytes} MB, {dtype}"):
-            rows.GPU_BYTES, rows.GPU_ROWS = megabytes << 20, most
-            bench.once(run)
-            seconds, peak = bench.once(run)
-            row = {"what": f"at most {megabytes} MB and {most}", "dtype": dtype, "tokens": tokens, "seconds": seconds}
-            bench.record.found.setdefault("probes", []).append(row | {"peak_mb": peak and round(peak)})
-        rows.GPU_BYTES, rows.GPU_ROWS = before
 
 
 def profile(bench: Bench, way: str, models: tuple[Any, Any], dtype: str, tokens: int) -> None:

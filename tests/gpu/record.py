@@ -37,9 +37,6 @@ def table(found: dict[str, Any]) -> str:
         parts += [f"## {dtype}", _timings([t for t in found["timings"] if t["dtype"] == dtype])]
     if found["numbers"]:
         parts += ["## Numbers", _rows(("what", "largest difference", "where"), _numbers(found["numbers"]))]
-    if found.get("probes"):
-        rows = [(p["what"], p["dtype"], p["tokens"], f"{p['seconds'] * 1e3:.1f}", f"{p['peak_mb']}") for p in found["probes"]]
-        parts += ["## Size of blocks of whole rows", _rows(("rows at a time", "dtype", "tokens", "ms", "peak MB"), rows)]
     if found["skipped"]:
         parts += ["## Not run", "\n".join(f"- {line}" for line in found["skipped"])]
     if found["errors"]:

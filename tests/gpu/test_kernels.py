@@ -58,6 +58,38 @@ def test_cuda_is_the_same(name, dtype, record_property):
         torch.testing.assert_close(rows.row_sum().double().cpu(), expected.sum(-1), atol=EXACT[dtype], rtol=0)
 
 
+@dtypes
+@pytest.mark.parametrize("name", CASES)
+def test_sums_without_rows(name, dtype, record_property):
+    """Entropies, and what keys receive from some rows, by the kernel that forms neither."""
+    scores, pattern = compare(*case(name, dtype), record_property)
+    fits = scores.softcap is None and scores.bias is None
+    assert (scores.kernels is not None) == (fits and DEVICE.type == "cuda")
+    assert (list(scores.cuts(formed=False)) == [(0, scores.n)]) or scores.kernels is None
+    rows = scores.rows(0, scores.n)
+    chosen = torch.rand(len(pattern), scores.n, generator=torch.Generator().manual_seed(0)) < 0.7
+    entropy = torch.special.entr(pattern).sum(-1)
+    torch.testing.assert_close(rows.entropy().double().cpu(), entropy, atol=10 * EXACT[dtype], rtol=0)
+    received = (pattern * chosen[:, None, :, None]).sum(2)
+    found = rows.received(chosen.to(DEVICE)).double().cpu()
+    record_property(f"received {dtype}".replace("torch.", ""), float((found - received).abs().max()))
+    torch.testing.assert_close(found, received, atol=10 * EXACT[dtype], rtol=1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("t", [1, 31, 129, 1000])
+@pytest.mark.parametrize("d", [4, 20, 80, 128, 192, 256])
+def test_sums_of_any_size(d, t, causal, dtype, record_property):
+    """The same where tiles end elsewhere than texts and heads do."""
+    q, k, v = drawn(t, dtype, d=d)
+    scores, pattern = compare(q, k, v, {"scale": d**-0.5 / 2, "causal": causal}, record_property)
+    rows, chosen = scores.rows(0, t), torch.ones(2, t, dtype=torch.bool, device=DEVICE)
+    entropy = torch.special.entr(pattern).sum(-1)
+    torch.testing.assert_close(rows.entropy().double().cpu(), entropy, atol=10 * EXACT[dtype], rtol=0)
+    torch.testing.assert_close(rows.received(chosen).double().cpu(), pattern.sum(2), atol=10 * EXACT[dtype], rtol=1e-5)
+
+
 def drawn(t, dtype, *, d=16, d_value=None, heads=4, kv=2):
     generator = torch.Generator().manual_seed(t)
     shapes = ((heads, d), (kv, d), (kv, d_value or d))
@@ -138,6 +170,8 @@ def test_memory_grows_with_the_length_alone(how, dtype):
     linear = 8 * t * 64 * 4
     assert torch.cuda.max_memory_allocated() - before < 8 * linear
     scores = Scores(q, k, lse, **how)
+    scores.rows(0, t).received(torch.ones(1, t, dtype=torch.bool, device=DEVICE))
+    assert torch.cuda.max_memory_allocated() - before < 8 * linear
     for start, stop in list(scores.cuts())[-3:]:
         scores.rows(start, stop).pattern()
     assert torch.cuda.max_memory_allocated() - before < 8 * t * t * 4 / 8
