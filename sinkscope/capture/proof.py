@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sinkscope.block import Block, Chunk
+from sinkscope.block import Block, Chunk, sum_of
 from sinkscope.capture.blocks import ATTENTION
 from sinkscope.capture.engine import Capture
 from sinkscope.capture.flash import SUPPLIED, flash
@@ -160,7 +160,10 @@ def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:
 
 @dataclass
 class _Look:
-    """What an engine says of real rows: last hidden state, mass on key 0 by layer, how far rows miss their sums, and 1."""
+    """What an engine says of real rows: last hidden state, mass on key 0 by layer, and by how much rows are off.
+
+    `gap` is from what they sum up to, `off` from 1.
+    """
 
     hidden: Tensor
     mass: list[Tensor]
@@ -180,6 +183,9 @@ def _look(capture: Capture, batch: Batch) -> _Look:
             whole[:, rows] = found
             gaps.append(float((block.pattern.sum(-1) - block.row_sum).transpose(1, 2)[real].abs().max()))
             off.append(float((block.pattern.sum(-1) - 1).transpose(1, 2)[real].abs().max()))
+            received, entropy = sum_of(block.pattern, real), torch.special.entr(block.pattern).sum(-1)  # of formed rows
+            gaps.append(float((block.received(real) - received).abs().max()))
+            gaps.append(float((block.entropy - entropy).transpose(1, 2)[real].abs().max()))
 
     hidden = capture.run(batch, keep, lambda: None)
     found = [m[batch.valid.to(m.device)] for m in mass.values()]

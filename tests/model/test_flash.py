@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import sinkscope as ss
 from sinkscope.capture import call, flash, proof
+from sinkscope.capture.rows import ScoredRows
 from sinkscope.models import adapt, bridge
 from sinkscope.testing import FAMILIES, tiny_hf_model, tiny_model, tiny_tokenizer
 from tests.conftest import fingerprint, table, total
@@ -371,3 +372,13 @@ def test_a_model_is_proved_anew_at_every_call(monkeypatch):
     for calls in (1, 2):
         ss.measure(model, IDS, ["sink_mass"])
         assert len(proved) == calls
+
+
+@pytest.mark.parametrize("sums", ["entropy", "received"])
+def test_sums_that_are_wrong_are_found_out(sums, monkeypatch):
+    """A kernel may be wrong on a GPU that nobody has tried: the proof compares it with rows that are formed."""
+    model, right = ss.testing.tiny_hf_model("llama"), getattr(ScoredRows, sums)
+    assert ss.measure(model, [[1, 5, 6, 7]], ["row_entropy", "head_profile"]).about["engine"] == "flash"
+    monkeypatch.setattr(ScoredRows, sums, lambda self, *given: right(self, *given) * 1.01)
+    with pytest.raises(ss.SinkscopeError, match="rows miss their sums"):
+        ss.measure(model, [[1, 5, 6, 7]], ["row_entropy", "head_profile"])

@@ -224,3 +224,39 @@ def test_products_in_tf32_are_noticed(switch, value):
     finally:
         torch.set_float32_matmul_precision("highest")
         products.fp32_precision = everywhere.fp32_precision = "none"
+
+
+class Slowly:
+    """What the GPU's kernel adds up, by the textbook."""
+
+    @staticmethod
+    def add_up(q, k, shift, *, over, scale, causal, window=None, key_mask=None):
+        logs = scale * q.double() @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).double().mT - shift.double()[..., None]
+        gap = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+        seen = (gap >= 0 if causal else gap == gap) & (gap.abs() < (window or k.shape[2] + q.shape[2]))
+        seen = seen if key_mask is None else seen & key_mask[:, None, None]
+        shares = logs.exp().where(seen, 0)
+        axis = -1 if over == "keys" else -2
+        return shares.sum(axis).float(), (shares * logs).where(seen, 0).nan_to_num().sum(axis).float()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sums_that_a_kernel_makes(name, monkeypatch):
+    """Entropies and what keys receive: rows are not cut, and rounding of the log-sum-exps is mended, no more."""
+    _, scores, (_, pattern, _) = scores_and_truth(name)
+    if scores.softcap is not None or scores.bias is not None:
+        assert scores.kernels is None
+        return
+    monkeypatch.setattr(rows_module.Scores, "kernels", Slowly)
+    assert list(scores.cuts(formed=False)) == [(0, T)]
+    assert len(list(scores.cuts())) > 1
+    chosen = torch.rand(len(pattern), T, generator=torch.Generator().manual_seed(0)) < 0.7
+    entropy, received = torch.special.entr(pattern).sum(-1), (pattern * chosen[:, None, :, None]).sum(2)
+    for off, allowed in ((0.0, 1e-4), (1e-4, 1e-4), (0.1, None)):
+        rows = dataclasses.replace(scores, lse=scores.lse + off).rows(0, T)
+        if allowed is None:  # the proof of the engine must see it
+            assert float((rows.entropy().double() - entropy).abs().max()) > 0.05
+            assert float((rows.received(chosen).double() - received).abs().max()) > 0.05
+            continue
+        torch.testing.assert_close(rows.entropy().double(), entropy, atol=allowed, rtol=1e-5)
+        torch.testing.assert_close(rows.received(chosen).double(), received, atol=allowed, rtol=1e-5)
