@@ -11,19 +11,22 @@ Triton comes with PyTorch for CUDA. Where it is not there, or does not run, bloc
 from __future__ import annotations
 
 from functools import cache
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
-import triton
-import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch for a CPU comes without it
+    triton = None
 
 #: How float32 is multiplied.
 PRECISION = "tf32x3"
 
 
-@triton.jit(do_not_specialize=["n_own", "n_other", "window"])
 @no_type_check
 def _add_up(
     own, other, shift, mask, total, product, n_own, n_other, window, scale, heads, own_group, other_group,
@@ -83,6 +86,11 @@ def _add_up(
         tl.store(product + at, products, mask=mine < n_own)
 
 
+@cache
+def _compiled() -> Any:
+    return triton.jit(_add_up, do_not_specialize=["n_own", "n_other", "window"])
+
+
 def add_up(
     q: Float[Tensor, "batch head query d_head"],
     k: Float[Tensor, "batch kv_head key d_head"],
@@ -112,7 +120,7 @@ def add_up(
     exact, wide = q.dtype == torch.float32, max(16, triton.next_power_of_2(d))
     size = (64 if exact else 128) if wide <= 128 else (32 if exact else 64)
     step = min(size, 64)
-    _add_up[triton.cdiv(n, size), b * h](
+    _compiled()[triton.cdiv(n, size), b * h](
         own, other, shift.contiguous(), q if key_mask is None else key_mask.contiguous(), total, product,
         n, other.shape[2], window or 0, scale, h, *(groups[::-1] if keys else groups), *own.stride(), *other.stride(),
         KEYS=keys, CAUSAL=causal, BANDED=window is not None, MASKED=key_mask is not None,
