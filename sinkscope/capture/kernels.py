@@ -2,7 +2,7 @@
 
 A block of whole rows is written and read a dozen times. Here a tile of scores becomes shares of attention and is added up
 while it is in registers. Products of half precision are exact in float32; those of float32 are made of three in TF32, as
-PyTorch's fused attention makes them, which loses nothing that float32 has.
+PyTorch's fused attention makes them: rows sum up to 1 within 1e-5.
 
 Triton comes with PyTorch for CUDA. Where it is not there, or does not run, blocks are formed as on a CPU: :func:`usable`.
 """
