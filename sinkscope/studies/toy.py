@@ -14,9 +14,11 @@ Losses are in nats. Sinks are measured over the queries from 1 on, for query 0 h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from threading import Lock
+from typing import NamedTuple, TypeVar
 
 import pandas as pd
 import torch
@@ -29,6 +31,11 @@ from sinkscope.metrics.across import SHARE, t_interval
 from sinkscope.runs.progress import bar
 from sinkscope.studies.bigrams import BigramBackcopy
 from sinkscope.studies.kinds import ATTENTIONS, Attention
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+#: Held by whoever draws from torch's default generator, of which there is one for all threads.
+DRAWING = Lock()
 
 
 class Run(NamedTuple):
@@ -130,7 +137,7 @@ def train(
         raise SinkscopeError(f"width={width} is no multiple of heads={heads}")
     marks, rows = {*range(0, steps // 5, max(1, every // 4)), *range(0, steps, every), steps}, []
     with one_thread(), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
-        with torch.random.fork_rng(devices=[]):
+        with DRAWING, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = Toy(task, attention, layers=layers, width=width, heads=heads, logit=logit)
             generator = torch.default_generator.clone_state()
@@ -160,6 +167,19 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def side_by_side(train: Callable[[Given], Made], cases: Iterable[Given]) -> Iterator[Made]:
+    """Train several models at once, as many as torch may use threads; give what comes of them in the order of the cases.
+
+    Each runs on one thread, and none bears on another. An interrupt waits for those that are being trained.
+    """
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    with one_thread():
+        try:
+            yield from pool.map(train, cases)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def losses(logits: Float[Tensor, "n length token"], ids: Int[Tensor, "n length"]) -> Float[Tensor, "n length-1"]:

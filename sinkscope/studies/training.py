@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -21,7 +22,7 @@ from sinkscope.runs.progress import bar
 from sinkscope.studies.bigrams import BigramBackcopy
 from sinkscope.studies.report import Estimate, Pictures, Row, StudyReport, asked, losses, sinks, tabulate
 from sinkscope.studies.texts import pieces, setting
-from sinkscope.studies.toy import train
+from sinkscope.studies.toy import side_by_side, train
 
 #: A sink has emerged when its mass exceeds uniform attention by this much.
 MARGIN = 0.1
@@ -84,13 +85,16 @@ def emergence(
     if seeds < 2:
         raise SinkscopeError(f"seeds={seeds}: one model has no interval; train at least two")
     task = BigramBackcopy()
+
+    def trained(of: tuple[str, int]) -> pd.DataFrame:
+        case, seed = of
+        return train(task, steps=steps, seed=seed, every=max(1, steps // 8), **CASES[case]).assign(case=case)
+
     runs = []
     with bar(progress, len(CASES) * seeds, "emergence", "model") as tick:
-        for case, how in CASES.items():
-            for seed in range(seeds):
-                run = train(task, steps=steps, seed=seed, every=max(1, steps // 8), **how)
-                runs.append(run.assign(case=case))
-                tick(1)
+        for run in side_by_side(trained, product(CASES, range(seeds))):
+            runs.append(run)
+            tick(1)
     history = pd.concat(runs, ignore_index=True)
     of = f"{steps} steps, {seeds} seeds"
     rows: list[Row] = []

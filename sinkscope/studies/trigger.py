@@ -26,7 +26,7 @@ from sinkscope.reports.drawing import LINE, MARK, NULL, SERIES, WIDE, finish
 from sinkscope.runs.progress import bar
 from sinkscope.studies.kinds import ATTENTIONS, Attention
 from sinkscope.studies.report import Estimate, Row, StudyReport, asked, beside, tabulate
-from sinkscope.studies.toy import one_thread
+from sinkscope.studies.toy import DRAWING, one_thread, side_by_side
 
 WIDTH = LENGTH = 16
 #: A task is learned where less than this share of the target's variance is left, and a head sinks from this weight on.
@@ -77,7 +77,7 @@ def train(attention: str, size: int, *, steps: int, seeds: int) -> dict[str, lis
     """
     with one_thread(), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         models = []
-        with torch.random.fork_rng(devices=[]):
+        with DRAWING, torch.random.fork_rng(devices=[]):
             for seed in range(seeds):
                 torch.default_generator.manual_seed(seed)
                 models.append(Model(attention, size))
@@ -150,13 +150,17 @@ def necessity(
         raise SinkscopeError(f"seeds={seeds}: one model has no interval; train at least two")
     of, null = f"{steps} steps, {seeds} seeds", float((1 / torch.arange(2, LENGTH + 1)).mean())
     rows: list[Row] = []
-    with bar(progress, sum(size**2 * len(_kinds(size)) for size in sizes), "necessity", "head") as tick:
-        for size in sizes:
-            for kind in _kinds(size):
-                for name, values in train(kind, size, steps=steps, seeds=seeds).items():
-                    chance = null if name.startswith("first") else float("nan")
-                    rows.append((f"{kind}, {size}x{size}", name, Estimate.of(values, chance, BOUNDS.get(name, SHARE)), of))
-                tick(size**2)
+    cases = [(kind, size) for size in sizes for kind in _kinds(size)]
+
+    def trained(case: tuple[str, int]) -> dict[str, list[float]]:
+        return train(*case, steps=steps, seeds=seeds)
+
+    with bar(progress, sum(size**2 for _, size in cases), "necessity", "head") as tick:
+        for (kind, size), found in zip(cases, side_by_side(trained, cases), strict=True):
+            for name, values in found.items():
+                chance = null if name.startswith("first") else float("nan")
+                rows.append((f"{kind}, {size}x{size}", name, Estimate.of(values, chance, BOUNDS.get(name, SHARE)), of))
+            tick(size**2)
     table = tabulate("necessity", "trigger-mean", rows)
     value = {(case, quantity): estimate for case, quantity, estimate, _ in rows}
     verdict, said = _say(value, of, sizes)

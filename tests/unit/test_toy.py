@@ -11,7 +11,7 @@ from torch import Generator
 from sinkscope.errors import SinkscopeError
 from sinkscope.studies.bigrams import BigramBackcopy
 from sinkscope.studies.kinds import ATTENTIONS, weigh
-from sinkscope.studies.toy import Run, Toy, look, losses, train
+from sinkscope.studies.toy import Run, Toy, look, losses, side_by_side, train
 
 TASK = BigramBackcopy(vocabulary=8, triggers=2, length=16)
 SMALL = {"steps": 6, "every": 3, "layers": 2, "width": 8, "heads": 2, "batch": 4, "held_out": 5}
@@ -269,6 +269,21 @@ def test_it_learns_with_whatever_the_caller_has_switched_off():
     assert threads == torch.get_num_threads()
     first, last = plain["excess_loss"].iloc[[0, -1]]
     assert last < first / 3
+
+
+def test_side_by_side_is_as_one_after_the_other():
+    def run(seed):
+        if seed == 9:
+            raise ValueError("no model")
+        return train(TASK, seed=seed, **SMALL)
+
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    for history, seed in zip(side_by_side(run, range(6)), range(6), strict=True):
+        pd.testing.assert_frame_equal(history, run(seed))
+    with pytest.raises(ValueError, match="no model"):
+        list(side_by_side(run, [0, 9, 1]))
+    assert torch.equal(state, torch.get_rng_state())
+    assert threads == torch.get_num_threads()
 
 
 def test_attentions_start_from_the_same_weights():
