@@ -39,6 +39,7 @@ def evaluate(
     texts: Any,
     interventions: Intervention | str | Sequence[Intervention | str],
     *,
+    side: str | None = None,
     score_from: int = 1,
     placebo: bool | SupportsIndex = False,
     bos: bool | None = None,
@@ -52,9 +53,12 @@ def evaluate(
 
     Args:
         model: a TransformerBridge, a HookedTransformer, or a plain Hugging Face decoder whose attention asks Hugging Face's
-            attention interface; of an encoder-decoder, its decoder's own attention is edited. It is left exactly as it was.
+            attention interface. It is left exactly as it was.
         texts: as for :func:`sinkscope.measure`.
         interventions: one or several, as objects or in text form, such as `"sink_window(size=256, sinks=4)"`.
+        side: of an encoder-decoder, which attention is edited: `"decoder"` (its own; None is that), `"encoder"` or `"cross"`.
+            The loss is the target's. In the latter two keys are the source's tokens, and windows are refused; in
+            cross-attention no key is the query itself, so a key that is masked is hidden from all.
         score_from: score the predictions of tokens at this position (0-based) and later ones.
         placebo: run each edit's placebo beside it, which does the same where no sink is; a number: as many, of different
             seeds. The report has their mean and spread beside the edit, and across texts tests one against the other.
@@ -74,7 +78,7 @@ def evaluate(
         SinkscopeError: bad input; keys outside a text; positions that a streaming window can't be defined for.
         InertHookError: an edit that would do nothing on this model; names what works.
     """
-    adapter, share = adapt_side(model), Share.of(distributed)
+    adapter, share = adapt_side(model, side, whole=True), Share.of(distributed)
     asked = named(interventions)
     edits, placebos = with_placebos(asked, placebo)
     score_from, most = whole_number(score_from, "score_from"), at_most(max_tokens)
@@ -140,7 +144,8 @@ def check(
             )
         for name, edit in edits:
             with _placebo_of(placebos.get(name)):
-                edit.check(len(s))
+                for part in edit.parts():
+                    part.check(len(s if part.at_queries and adapter.side == "cross" else s.keyed))
     for name, edit in edits:
         with _placebo_of(placebos.get(name)):
             edit.check_model(adapter.layers, adapter.n_heads)
@@ -208,8 +213,8 @@ class _One:
 
     def _settled(self, ready: _Ready, sequence: TextTokens, other: TextTokens | None) -> Routes:
         """Locate in a text what edits leave open."""
-        way, look = ready.ways[len(sequence)], Looks(self.adapter.beside(sequence), ready.capture, other)
-        return Routes(way.clean, tuple(r.settled(r.edit.settle(sequence.ids, look)) for r in way.edited))
+        way, look = ready.ways[len(sequence)], Looks(self.adapter.within(sequence), ready.capture, other)
+        return Routes(way.clean, tuple(r.settled(r.edit.settle(sequence.keyed.ids, look)) for r in way.edited))
 
     def _run(self, capture: Edited, sequence: TextTokens, way: Routes, tick: Callable[[int], None]) -> Found:
         """Run all edits on one text; beside the unedited pass where the context holds it, else alone, piece by piece.

@@ -53,6 +53,8 @@ class Edit:
     #: What it edits: "input", "scores", "pattern", "values", "keys" or "rotated keys" (as a cache holds them), "output" (of a
     #: head), "neurons" or "residual". A model may discard some.
     touches: ClassVar[frozenset[str]] = frozenset()
+    #: Whether the positions that it names are those of queries, not of keys.
+    at_queries: ClassVar[bool] = False
     #: Whether its settling looks at another text of the call.
     borrows: ClassVar[bool] = False
 

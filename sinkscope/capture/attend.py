@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.capture.held import Held
@@ -32,6 +32,7 @@ def attend(
     given: dict[str, Any],
     rotation: Rotation | None = None,
     look: Callable[[Tensor, Tensor, Tensor], None] = lambda *_: None,
+    crossing: Int[Tensor, " query"] | None = None,
 ) -> tuple[Float[Tensor, "batch head query d_value"], Float[Tensor, " key"]]:
     """Attend as edited; a window costs tokens x window.
 
@@ -42,29 +43,30 @@ def attend(
         key: those of all keys that are held; grouped keys are not expanded.
         value: theirs.
         at: the text's positions of the keys, ascending, on the CPU; the last of them are the queries'.
-        length: tokens in the text.
-        given: `scale, softcap, sinks, window` of the layer, and a `bias` of positions where it has one.
+        length: tokens in the text whose positions are the keys.
+        given: `scale, causal, softcap, sinks, window` of the layer, and a `bias` of positions where it has one.
         rotation: needed by an edit that moves positions into a cache.
         look: is shown (positions of some queries, positions of the keys in their reach, weights), block by block.
+        crossing: in cross-attention, the queries' positions in their own text: no key is then a query's own.
 
     Returns:
         The output, and the attention that each key received, summed over batch, heads and queries, in float64 on the CPU.
+
+    Raises:
+        SinkscopeError: positions inside a cache where a layer has a window of its own; every key is hidden.
     """
     edit = edit if edit.edits(layer) else NOTHING
     n, held, heads = query.shape[2], key.shape[2], query.shape[1]
-    sinks, window = given["sinks"], given["window"]
     cache, value = edit.cache(layer), edit.values(layer, value, at, heads, length)
-    if cache is not None and window is not None and window < int(at[-1]) + 1:
+    if cache is not None and given["window"] is not None and given["window"] < int(at[-1]) + 1:
         raise SinkscopeError(f"layer {layer} has a sliding window of its own: {edit} is not defined there")
-    straight = int(at[-1]) == held - 1
+    straight, asking = int(at[-1]) == held - 1, at[held - n :] if crossing is None else crossing
     keys_held, values_held = Held.of(edit, layer, "keys", key, at, rotation), Held.of(edit, layer, "values", value, at)
     out = query.new_empty(query.shape[0], n, heads, value.shape[3]).transpose(1, 2)
     received = torch.zeros(held, dtype=torch.float64, device=query.device if query.is_cuda else "cpu")
     for start, stop in _cuts(query, len(edit.reach(layer, int(at[-1]), int(at[-1]) + 1))):
-        rows = at[held - n + start : held - n + stop]
-        reach = edit.reach(layer, int(rows[0]), int(rows[-1]) + 1)
-        if window is not None:
-            reach = reach[reach > int(rows[0]) - window]
+        rows = asking[start:stop]
+        reach = _reach(edit, layer, rows, at, given)
         index = reach if straight else torch.searchsorted(at, reach)
         first, last = int(index[0]), int(index[-1]) + 1
         pick: Any = slice(first, last) if last - first == len(index) else index
@@ -80,15 +82,11 @@ def attend(
         own = given.get("bias")
         scores = _plus(scores, None if own is None else own[:, :, start:stop][..., index.to(q.device)])
         scores = _plus(scores, edit.biases(layer, keys[0], heads, length))
-        gap = queries - keys
-        hidden = gap < 0 if window is None else (gap < 0) | (gap >= window)
-        also = edit.hides(layer, queries, keys, heads, length)
-        if also is not None:
-            hidden = hidden | (also & (gap != 0))
+        hidden = _hidden(edit, layer, queries, keys, heads, length, given, crossing is not None)
         scores.masked_fill_(hidden, float("-inf"))
         lse = scores.logsumexp(-1, keepdim=True)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None, None])
+        if given["sinks"] is not None:
+            lse = torch.logaddexp(lse, given["sinks"].to(lse.dtype)[:, None, None])
         weights = (scores - lse).exp_() if scores.requires_grad else scores.sub_(lse).exp_()  # in place without gradients
         zeroed = edit.zeroes(layer, keys[0], heads, length)
         if zeroed is not None:
@@ -96,7 +94,35 @@ def attend(
         look(rows, reach, weights.detach())
         received[pick] += weights.detach().sum((0, 1, 2)).to(received.device).double()
         out[:, :, start:stop] = values_held.mixed(weights, pick, rows).to(out.dtype)
-    return edit.outputs(layer, out, at[held - n :]), received.cpu()
+    return edit.outputs(layer, out, asking), received.cpu()
+
+
+def _reach(edit: Edit, layer: int, rows: Tensor, at: Tensor, given: dict[str, Any]) -> Int[Tensor, " key"]:
+    """Give the keys that some queries may see at all: where attention is not causal, every one."""
+    if not given["causal"]:
+        return at
+    reach, window = edit.reach(layer, int(rows[0]), int(rows[-1]) + 1), given["window"]
+    return reach if window is None else reach[reach > int(rows[0]) - window]
+
+
+def _hidden(
+    edit: Edit, layer: int, queries: Tensor, keys: Tensor, heads: int, length: int, given: dict[str, Any], crossed: bool
+) -> Bool[Tensor, "*head query key"]:
+    """Tell which keys are not seen; a query always sees itself, where there is such a key.
+
+    Raises:
+        SinkscopeError: no key is left.
+    """
+    gap, window = queries - keys, given["window"]
+    hidden = gap < 0 if given["causal"] else torch.zeros_like(gap, dtype=torch.bool)
+    if window is not None:
+        hidden = hidden | ((gap if given["causal"] else gap.abs()) >= window)
+    also = edit.hides(layer, queries, keys, heads, length)
+    if also is not None:
+        hidden = hidden | (also if crossed else also & (gap != 0))
+        if crossed and bool(hidden.all(-1).any()):
+            raise SinkscopeError(f"{edit} hides all {length} keys of a source in layer {layer}: leave one")
+    return hidden
 
 
 def _cuts(query: Tensor, seen: int) -> Iterator[tuple[int, int]]:

@@ -140,7 +140,8 @@ class InsideCapture:
         return self._finite(self._body(batch.ids), batch)
 
     def _begin(self, edit: Edit, batch: Batch, tick: Tick, first: int = 0, counts: bool = True) -> None:
-        self._edit, self._tick, self._stream, self._length = edit, tick, None, batch.ids.shape[1]
+        self._edit, self._tick, self._stream = edit, tick, None
+        self._length = len(batch.sequences[0].keyed)
         self._first, self._counts, self._beside = first, counts, self.adapter.beside(batch.sequences[0])
         self.received = torch.zeros(self._length, dtype=torch.float64)
 
@@ -148,7 +149,8 @@ class InsideCapture:
         """Give what was found, if it is a number everywhere."""
         if bool(torch.isfinite(hidden).all()):
             return hidden
-        whole = self._first == 0 and self._length <= (self.adapter.n_ctx or self._length)
+        length = batch.ids.shape[1]
+        whole = self._first == 0 and length <= (self.adapter.n_ctx or length)
         where = self._first_bad(batch) if whole else "in a layer"
         raise SinkscopeError(
             f"NaN or infinity {where} of {self.adapter.name} under {self._edit} (text {batch.sequences[0].label!r})"
@@ -157,7 +159,8 @@ class InsideCapture:
     def _body(self, ids: Int[Tensor, "batch position"], start: int = 0) -> Float[Tensor, "batch position d_model"]:
         """Run the body; the text's positions begin at `start`, the model's where the stream says."""
         self._calls.made = sum(layer < self._first for layer in self.adapter.layers)
-        self._at = torch.arange(start, start + ids.shape[1])
+        of_source = self.adapter.side in ("encoder", "cross")
+        self._at = torch.arange(self._length) if of_source else torch.arange(start, start + ids.shape[1])
         first = start if self._stream is None else self._stream.base
         hidden = self._beside.body(ids, torch.ones_like(ids, dtype=torch.bool), first=first)
         if self._calls.made != len(self.adapter.layers):
@@ -207,7 +210,9 @@ class InsideCapture:
             rotation = Rotation(self.frequencies, shift)
             if self._stream is not None:
                 at, key, value = self._stream.join(layer, at, key, value, rotation, self._cache(layer)[1])
-        out, received = attend(self._edit, layer, query, key, value, at, self._length, given, rotation)
+        crossing = torch.arange(query.shape[2]) if self.adapter.side == "cross" else None
+        what = (self._edit, layer, query, key, value, at, self._length, given, rotation)
+        out, received = attend(*what, crossing=crossing)
         self.received[at] += received
         if self._stream is not None:
             end = int(at[-1]) + 1
@@ -221,4 +226,5 @@ class InsideCapture:
 
     def _first_bad(self, batch: Batch) -> str:
         self._calls.made = 0
-        return (first_bad_layer if self.adapter.shows_patterns else first_bad_module)(self.adapter, batch)
+        layers = self.adapter.shows_patterns and self.adapter.side != "encoder"  # whose positions are not the batch's
+        return (first_bad_layer if layers else first_bad_module)(self.adapter, batch)

@@ -23,7 +23,7 @@ def check_logits(adapter: Adapter, tokens: Tokens) -> int:
     Raises:
         SinkscopeError: it does not, or the model predicts no next token.
     """
-    if not adapter.causal and adapter.side != "cross":
+    if not adapter.predicts:
         raise SinkscopeError(f"{adapter.name} is an encoder, which predicts no next token whose loss could be taken")
     ids, adapter = tokens.sequences[0].ids[None, :8].to(adapter.device), adapter.beside(tokens.sequences[0])
     with adapter.quiet(), dropping_patterns(adapter):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sinkscope.capture import points, proof
 from sinkscope.capture.edited import Edited, InsideCapture
 from sinkscope.capture.neurons import neurons_of
 from sinkscope.capture.routes import way
 from sinkscope.capture.stream import frequencies
+from sinkscope.capture.there import check_there
 from sinkscope.edit import Edit
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
@@ -27,7 +29,8 @@ def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
         InertHookError: no edit can be made inside this model's attention, or this one would be discarded; says what works.
         SinkscopeError: positions that can't be moved into a cache.
     """
-    why_not = proof.plan(adapter, GROUPS, tokens) if adapter.causal else "it is an encoder, which predicts no next token"
+    check_there(adapter, edits)
+    why_not = _proved(adapter, tokens) if adapter.predicts else "it is an encoder, which predicts no next token"
     if not isinstance(why_not, str):
         longest = max(len(s) for s in tokens.sequences)
         turns = any(way(adapter, e, longest) == "streamed" or any(map(e.cache, adapter.layers)) for e in edits)
@@ -46,3 +49,13 @@ def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
         "attention interface: use a TransformerBridge (ss.load_model(name)) or a plain Hugging Face decoder that asks "
         "it, such as GPT-2, OPT, Llama, Mistral, Qwen, Gemma, GPT-NeoX, Phi or gpt-oss"
     )
+
+def _proved(adapter: Adapter, tokens: Tokens) -> Any:
+    """Give an engine that is proved, or say why there is none."""
+    found: Any = ""
+    for part, its in adapter.proofs(tokens):
+        found = proof.plan(part, GROUPS, its)
+        if isinstance(found, str):
+            return found
+    return found
+

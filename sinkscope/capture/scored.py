@@ -88,9 +88,11 @@ def passed(
     at_once: Callable[[int, Tensor], None] | None = None,
 ) -> Passed:
     """Run once. `at_once(first position, hidden)` takes pieces that then are not kept."""
-    ids, origin = route.edit.input(sequence.ids)
-    strings = tuple(sequence.strings[int(i)] for i in origin)
-    (batch,) = Tokens((replace(sequence, ids=ids, strings=strings),), "").batches(1, adapter.device)
+    text, across = sequence.keyed, sequence.keyed is not sequence  # whose positions are edited: it, or its source
+    ids, origin = route.edit.input(text.ids)
+    strings = tuple(text.strings[int(i)] for i in origin)
+    edited = replace(text, ids=ids, strings=strings)
+    (batch,) = Tokens((replace(sequence, source=edited) if across else edited,), "").batches(1, adapter.device)
     pieces, done = [], 0
     for piece in capture.pieces(batch, route, tick):
         if at_once is None:
@@ -98,10 +100,13 @@ def passed(
         else:
             at_once(done, piece)
         done += len(piece)
-    received = capture.received / (len(adapter.layers) * adapter.n_heads * len(ids))
-    first, same = (origin == 0).nonzero().flatten().tolist(), ids == sequence.ids[origin]
-    row_of = torch.full((len(sequence),), -1)
-    row_of[origin[same]] = torch.arange(len(ids))[same] - 1
+    queries = len(sequence if adapter.side == "cross" else ids)
+    received = capture.received / (len(adapter.layers) * adapter.n_heads * queries)
+    first, same = (origin == 0).nonzero().flatten().tolist(), ids == text.ids[origin]
+    row_of = torch.arange(len(sequence)) - 1
+    if not across:
+        row_of = torch.full((len(sequence),), -1)
+        row_of[origin[same]] = torch.arange(len(ids))[same] - 1
     hidden = torch.cat(pieces) if pieces else NO_STATES
     if bool(received.isnan().any()):
         return Passed(route, hidden, row_of)

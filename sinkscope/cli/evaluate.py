@@ -18,6 +18,7 @@ from sinkscope.cli.options import (
     Model,
     Out,
     PerText,
+    Side,
     Targets,
     Texts,
     intervention_names,
@@ -36,6 +37,7 @@ def evaluate(
     text: Texts = None,
     file: Files = None,
     target: Targets = None,
+    side: Side = None,
     intervention: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,7 +65,7 @@ def evaluate(
         edits = [parse(i) for i in intervention or ["window(size=256)", "sink_window(size=256, sinks=4)"]]
         given = paired(texts(text or [], file or []), target or [])
         how: dict[str, Any] = {"score_from": score_from, "placebo": placebo, "bos": bos, "max_tokens": max_tokens}
-        how |= {"per_text": per_text, "progress": True, "resume": out}
+        how |= {"side": side, "per_text": per_text, "progress": True, "resume": out}
         report = carried_out(
             model,
             out,

@@ -69,6 +69,7 @@ class _Queries(_Places):
     """Edits at some query positions; `heads` are query heads, None for all."""
 
     at: ClassVar[str] = "positions"
+    at_queries: ClassVar[bool] = True
     positions: Where
     heads: Where = field(default=None, kw_only=True)
 

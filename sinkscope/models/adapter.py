@@ -55,6 +55,14 @@ class Adapter(Heads):
         """Give the model as it runs this text's ids: an encoder-decoder, beside its source."""
         return self
 
+    def within(self, text: TextTokens) -> Adapter:
+        """Give the model as it runs the text whose positions are edited; of a source, its encoder alone."""
+        return self.beside(text)
+
+    def proofs(self, tokens: Tokens) -> list[tuple[Adapter, Tokens]]:
+        """Give what must be proved before it is edited: an encoder with its decoder, as the two that they are."""
+        return [(self, tokens)]
+
     def state(self) -> dict[str, Any]:
         """Give what numbers depend on besides the texts: weights, buffers, configuration, switches, hooks, patched code.
 

@@ -46,8 +46,8 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
     if is_encoder_decoder(model):
         raise SinkscopeError(
             f"{type(getattr(model, 'original_model', model)).__name__} is an encoder-decoder, which has three attentions: "
-            "ss.measure, ss.attention_map and ss.attention_patterns look at one of them (side='decoder', 'encoder' or "
-            "'cross'); everything else takes decoders such as gpt2 and encoders such as BERT"
+            "ss.measure, ss.evaluate, ss.attention_map and ss.attention_patterns look at one of them (side='decoder', "
+            "'encoder' or 'cross'); everything else takes decoders such as gpt2 and encoders such as BERT"
         )
     cfg, points = getattr(model, "cfg", None), getattr(model, "hook_dict", None)
     if cfg is None or points is None:

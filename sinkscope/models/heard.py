@@ -29,16 +29,21 @@ class Heard(Sided):
         return sensing(self.model)
 
     @property
+    def hears(self) -> bool:
+        """Whether positions in an encoder are those of a sound."""
+        return True
+
+    @property
     def vocabulary(self) -> int:
         """How many token ids the decoder takes; of frames, whose ids only number them, 0."""
-        return 0 if self.side == "encoder" else super().vocabulary
+        return 0 if self.alone else super().vocabulary
 
     def _encoded(self, ids: Tensor, valid: Tensor, inputs: Tensor | None, how: dict[str, Any]) -> Tensor:
         return self.ears.body(ids, valid, inputs=inputs)
 
     def check(self, tokens: Tokens, *, bounded: bool = True) -> None:
         """Refuse what the decoder can't take; sounds were looked at when they were read."""
-        Adapter.check(self, tokens, bounded=bounded and self.side != "encoder")
+        Adapter.check(self, tokens, bounded=bounded and not self.alone)
 
     def tokenize(self, texts: Any, **how: Any) -> Tokens:
         """Take what the model's processor gives, `decoder_input_ids` beside it or in a (sound, target) pair."""
@@ -52,7 +57,7 @@ class Heard(Sided):
 
     def _read(self, sources: dict[str, Any], **how: Any) -> Tokens:
         """Take one sound under each label; they are whole, `max_tokens` is for targets."""
-        if self.side != "encoder":
+        if not self.alone:
             how.pop("max_tokens", None)
         found = self.ears.tokenize(sources, **how)
         if len(found) != len(sources):

@@ -55,6 +55,16 @@ class Identity:
         return None
 
     @property
+    def predicts(self) -> bool:
+        """Whether a run gives next tokens, of which there is a loss."""
+        return self.causal
+
+    @property
+    def hears(self) -> bool:
+        """Whether positions in an encoder are those of a sound."""
+        return False
+
+    @property
     def asks_interface(self) -> bool:
         """Whether Hugging Face's code of this model looks its attention function up, where another can stand."""
         return hasattr(sys.modules[type(self.network).__module__], "ALL_ATTENTION_FUNCTIONS")

@@ -16,13 +16,14 @@ from sinkscope.tokens.features import READS
 SIDES: tuple[Side, ...] = ("decoder", "encoder", "cross")
 
 
-def adapt_side(model: Any, side: str | None = None, *, features: bool = False) -> Adapter:
+def adapt_side(model: Any, side: str | None = None, *, features: bool = False, whole: bool = False) -> Adapter:
     """Look at any model; of an encoder-decoder, at one of its attentions: the decoder's own if nothing is said.
 
     Args:
         model: the model.
         side: one of `SIDES`.
         features: take also encoders of images or sound: for those who only look.
+        whole: run the decoder too where the encoder is looked at: for those who take losses.
 
     Raises:
         SinkscopeError: no such side, or none of this model; see :func:`sinkscope.models.adapt`.
@@ -32,7 +33,7 @@ def adapt_side(model: Any, side: str | None = None, *, features: bool = False) -
     senses = reads(model) in READS
     if is_encoder_decoder(model):
         half: Side = next((known for known in SIDES if known == side), "decoder")
-        return sided(model, half, Heard if senses else Sided)
+        return sided(model, half, Heard if senses else Sided, whole=whole)
     adapter = sensing(model) if senses and features else adapt(model)
     own = "decoder" if adapter.causal else "encoder"
     if side not in (None, own):

@@ -19,6 +19,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.adapting import bare, short_name
 from sinkscope.models.identity import Side
+from sinkscope.models.stacks import layers_of, longest_input, stack_of, vocabulary_of, windows_of
 from sinkscope.models.uncovered import check_merged
 from sinkscope.tokens import Batch, Targets, TextTokens, Tokens, resided, tokenize, tokenize_pairs
 from sinkscope.tokens.pairs import FORMS
@@ -32,8 +33,8 @@ POINTS["cross"] = "decoder_blocks.{}.cross_attn"
 GENERATED = 64
 
 
-def sided(model: Any, side: Side, kind: type[Sided]) -> Sided:
-    """Look at one side, by a kind of `Sided`.
+def sided(model: Any, side: Side, kind: type[Sided], *, whole: bool = False) -> Sided:
+    """Look at one side, by a kind of `Sided`; `whole`: run the decoder too where the encoder is looked at.
 
     Raises:
         SinkscopeError: the model is edited, or is the inside of a bridge.
@@ -41,7 +42,8 @@ def sided(model: Any, side: Side, kind: type[Sided]) -> Sided:
     network, plain = bare(model)
     check_merged(network)
     half: Side = "encoder" if side == "encoder" else "decoder"
-    config, n_layers = _stack(network, half).config, len(_layers(_stack(network, half)))
+    config, n_layers = stack_of(network, half).config, len(layers_of(stack_of(network, half)))
+    last: Side = "decoder" if whole else half
     named = getattr(getattr(model, "cfg", None), "model_name", None) or getattr(network.config, "_name_or_path", "")
     heads = getattr(config, f"{half}_attention_heads", None) or config.num_attention_heads
     return kind(
@@ -49,13 +51,14 @@ def sided(model: Any, side: Side, kind: type[Sided]) -> Sided:
         kind="hugging_face" if plain else "bridge",
         name=f"{short_name(str(named or type(network).__name__))} ({side})",
         layers=tuple(range(n_layers)),
-        windows={} if side == "cross" else _windows(config, n_layers, half),
+        windows={} if side == "cross" else windows_of(config, n_layers, half),
         n_layers=n_layers,
         n_heads=int(heads),
-        n_ctx=_longest(config, half),
+        n_ctx=longest_input(stack_of(network, last).config, last),
         causal=side == "decoder",
         points={} if plain else model.hook_dict,
         side=side,
+        whole=whole,
     )
 
 
@@ -65,17 +68,19 @@ class Sided(Adapter):
 
     Attributes:
         source: what the encoder reads where nothing else is said.
+        whole: whether the decoder is run too where the encoder is looked at, so that there is a loss.
     """
 
     source: TextTokens | None = None
+    whole: bool = False
     #: What one of its sources is called in labels.
     noun: ClassVar[str] = "text"
 
     @cached_property
     def _sides(self) -> dict[int, Side]:
         """Which attention each module belongs to, by its `id`."""
-        found: dict[int, Side] = {id(module): "encoder" for module in _stack(self.network, "encoder").modules()}
-        for name, module in _stack(self.network, "decoder").named_modules():
+        found: dict[int, Side] = {id(module): "encoder" for module in stack_of(self.network, "encoder").modules()}
+        for name, module in stack_of(self.network, "decoder").named_modules():
             found[id(module)] = "cross" if CROSS & set(name.split(".")) else "decoder"
         return found
 
@@ -84,9 +89,19 @@ class Sided(Adapter):
         return self._sides.get(id(module))
 
     @property
+    def alone(self) -> bool:
+        """Whether the encoder is run, and no decoder after it."""
+        return self.side == "encoder" and not self.whole
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a run gives next tokens, of which there is a loss."""
+        return not self.alone
+
+    @property
     def trunk(self) -> nn.Module:
         """The stack that gives the last hidden state."""
-        stack: nn.Module = _stack(self.network, "encoder" if self.side == "encoder" else "decoder")
+        stack: nn.Module = stack_of(self.network, "encoder" if self.alone else "decoder")
         return stack
 
     @property
@@ -98,7 +113,7 @@ class Sided(Adapter):
     @property
     def vocabulary(self) -> int:
         """How many token ids that stack takes; 0 where it does not say."""
-        return _vocabulary(self.trunk)
+        return vocabulary_of(self.trunk)
 
     def body(
         self,
@@ -109,7 +124,7 @@ class Sided(Adapter):
         sources: Batch | None = None,
         inputs: Shaped[Tensor, "batch ..."] | None = None,
     ) -> Float[Tensor, "batch position d_model"]:
-        """Run the encoder, and unless it is what is looked at, the decoder on what it gives.
+        """Run the encoder, and unless it alone is looked at, the decoder on what it gives.
 
         Targets need no mask of their pads: real rows never see them. But their mask is given, of ones, since some decoders
         would take tokens for pads by their id.
@@ -119,30 +134,42 @@ class Sided(Adapter):
         """
         # A bridge's hooks on attention that is not looked up (LED) are fed only where it is asked for.
         how = {"output_attentions": self.kind == "bridge" and not self.asks_interface, "return_dict": True}
-        if self.side == "encoder":
+        if self.alone:
             return self._encoded(ids, valid, inputs, how)
         if sources is None and self.source is not None:
             (sources,) = Tokens((self.source,) * len(ids), "").batches(len(ids), ids.device)
         if sources is None:
             raise SinkscopeError(f"{self.name} needs a source for its target: give {FORMS[self.noun]}")
         given = self._memory(sources, how) | {"attention_mask": torch.ones_like(ids), "use_cache": False}
-        hidden: Tensor = _stack(self.network, "decoder")(input_ids=ids, **given, **how).last_hidden_state
+        hidden: Tensor = stack_of(self.network, "decoder")(input_ids=ids, **given, **how).last_hidden_state
         return hidden.to(ids.device)
 
     def _encoded(self, ids: Tensor, valid: Tensor, inputs: Tensor | None, how: dict[str, Any]) -> Tensor:
         """Run the encoder alone."""
-        hidden: Tensor = _stack(self.network, "encoder")(input_ids=ids, attention_mask=valid.long(), **how).last_hidden_state
+        encoder = stack_of(self.network, "encoder")
+        hidden: Tensor = encoder(input_ids=ids, attention_mask=valid.long(), **how).last_hidden_state
         return hidden
 
     def _memory(self, sources: Batch, how: dict[str, Any]) -> dict[str, Any]:
         """Give what the decoder is handed of the sources."""
         real = sources.valid.long()
-        memory = _stack(self.network, "encoder")(input_ids=sources.ids, attention_mask=real, **how).last_hidden_state
+        memory = stack_of(self.network, "encoder")(input_ids=sources.ids, attention_mask=real, **how).last_hidden_state
         return {"encoder_hidden_states": memory, "encoder_attention_mask": real}
 
     def beside(self, text: TextTokens) -> Sided:
         """Give the model as it runs this text's ids: beside its source."""
         return self if text.source is None else replace(self, source=text.source)
+
+    def within(self, text: TextTokens) -> Sided:
+        """Give the model as it runs the text whose positions are edited; of a source, its encoder alone."""
+        return replace(self.beside(text), whole=False)
+
+    def proofs(self, tokens: Tokens) -> list[tuple[Adapter, Tokens]]:
+        """Give what must be proved before it is edited: an encoder with its decoder, as the two that they are."""
+        sides: tuple[Side, ...] = ("decoder", "encoder")
+        if not self.whole or self.side != "encoder":
+            return [(self, tokens)]
+        return [(sided(self.model, side, type(self)), resided(tokens, side)) for side in sides]
 
     def logits(
         self, hidden: Float[Tensor, "position d_model"], room: Float[Tensor, "row vocabulary"] | None = None
@@ -173,8 +200,8 @@ class Sided(Adapter):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The stack's layers."""
-        return list(_layers(self.trunk))
+        """The layers of the stack that is looked at."""
+        return list(layers_of(stack_of(self.network, "encoder" if self.side == "encoder" else "decoder")))
 
     def why_no_cache(self, length: int) -> str | None:
         """Say why nothing is run in chunks."""
@@ -183,9 +210,9 @@ class Sided(Adapter):
     def tokenize(self, texts: Any, **how: Any) -> Tokens:
         """Tokenise sources and targets by this model's conventions; see :func:`sinkscope.tokens.tokenize_pairs`."""
         if isinstance(texts, Tokens):
-            return resided(super().tokenize(texts, **how), self.side or "decoder")
-        targets = None if self.side == "encoder" else Targets(self.tokenizer, self._shifted, self._generated)
-        return tokenize_pairs(texts, targets, self._read, crossed=self.side == "cross", noun=self.noun, **how)
+            return resided(super().tokenize(texts, **how), self.side or "decoder", alone=self.alone)
+        targets = None if self.alone else Targets(self.tokenizer, self._shifted, self._generated)
+        return tokenize_pairs(texts, targets, self._read, crossed=self.side != "decoder", noun=self.noun, **how)
 
     def _read(self, sources: dict[str, Any], **how: Any) -> Tokens:
         """Make tokens of sources, by their labels."""
@@ -194,10 +221,10 @@ class Sided(Adapter):
     def check(self, tokens: Tokens, *, bounded: bool = True) -> None:
         """Refuse what the model can't take, of targets and of their sources."""
         super().check(tokens, bounded=bounded)
-        encoder: Any = _stack(self.network, "encoder")
-        longest = _longest(encoder.config, "encoder") if bounded else None
+        encoder: Any = stack_of(self.network, "encoder")
+        longest = longest_input(encoder.config, "encoder") if bounded else None
         for source in (s.source for s in tokens.sequences if s.source is not None):
-            self._check_text(source, longest, _vocabulary(encoder))
+            self._check_text(source, longest, vocabulary_of(encoder))
 
     def hook_point(self, layer: int, name: str) -> Any:
         """Give this side's hook point of a layer: `attn.` is its attention."""
@@ -245,37 +272,3 @@ class Sided(Adapter):
         network: Any = self.network
         written: Tensor = network.generate(**source, max_new_tokens=room, do_sample=False, num_beams=1)[0]
         return written
-
-
-def _stack(network: Any, half: str) -> Any:
-    """Find the encoder or the decoder; of Florence-2, inside the BART that it gives for a decoder."""
-    found = network.get_encoder() if half == "encoder" else network.get_decoder()
-    return inside if isinstance(inside := getattr(found, half, None), nn.Module) else found
-
-
-def _layers(stack: Any) -> nn.ModuleList:
-    """Find the list of a stack's layers."""
-    found = next((child for child in stack.children() if isinstance(child, nn.ModuleList)), None)
-    if found is None:
-        raise SinkscopeError(f"the layers of {type(stack).__name__} were not found")
-    return found
-
-
-def _longest(config: Any, half: str) -> int | None:
-    """Read the longest input of a stack; relative positions bound none."""
-    if getattr(config, "relative_attention_num_buckets", None):
-        return None
-    names = (f"max_{half}_position_embeddings", "max_target_positions", "max_position_embeddings", "n_positions")
-    return next((int(size) for name in names if (size := getattr(config, name, None))), None)
-
-
-def _windows(config: Any, n_layers: int, half: str) -> dict[int, int]:
-    """Read sliding windows; an encoder's reach as far on both sides, the query's own key not counted."""
-    size, types = getattr(config, "sliding_window", None) or 0, getattr(config, "layer_types", None) or [""] * n_layers
-    reach = int(size) + (half == "encoder")
-    return {layer: reach for layer in range(n_layers) if size and types[layer] == "sliding_attention"}
-
-
-def _vocabulary(stack: Any) -> int:
-    weight = getattr(stack.get_input_embeddings(), "weight", None)
-    return 0 if weight is None else int(weight.shape[0])

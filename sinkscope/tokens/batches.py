@@ -21,9 +21,9 @@ from sinkscope.errors import SinkscopeError
 class TextTokens:
     """One text: its label, its ids `[position]`, and its tokens as strings.
 
-    What the decoder of an encoder-decoder is given has a `source`, which the encoder reads; where its cross-attention is
-    looked at, `crossed` says that keys are the source's positions. An image or a sound has `inputs`, what the model reads in
-    place of ids; its ids then only number its positions, and its strings name them.
+    What the decoder of an encoder-decoder is given has a `source`, which the encoder reads; where the source's positions are
+    the keys that are looked at, it is `crossed`. An image or a sound has `inputs`, what the model reads in place of ids; its
+    ids then only number its positions, and its strings name them.
     """
 
     label: str
@@ -39,7 +39,7 @@ class TextTokens:
 
     @property
     def keyed(self) -> TextTokens:
-        """The text whose positions are the keys: this one, or in cross-attention its source."""
+        """The text whose positions are the keys: this one, or its source."""
         return self.source if self.crossed and self.source is not None else self
 
     @property

@@ -110,18 +110,18 @@ def tokenize_pairs(
     return Tokens(tuple(made), f"sources: {sources.bos}; targets: {', '.join(dict.fromkeys(ways))}")
 
 
-def resided(tokens: Tokens, side: str) -> Tokens:
-    """Look at the tokens of an encoder-decoder from another side.
+def resided(tokens: Tokens, side: str, *, alone: bool = True) -> Tokens:
+    """Look at the tokens of an encoder-decoder from another side; of the encoder, `alone` or with their targets.
 
     Raises:
         SinkscopeError: they have no sources.
     """
-    if side == "encoder":
+    if side == "encoder" and alone:
         return replace(tokens, sequences=tuple(s.source or s for s in tokens.sequences))
-    alone = next((s for s in tokens.sequences if s.source is None), None)
-    if alone is not None:
-        raise SinkscopeError(f"{alone.label!r} has no source, which side={side!r} needs: give {PAIRS}")
-    return replace(tokens, sequences=tuple(replace(s, crossed=side == "cross") for s in tokens.sequences))
+    without = next((s for s in tokens.sequences if s.source is None), None)
+    if without is not None:
+        raise SinkscopeError(f"{without.label!r} has no source, which side={side!r} needs: give {PAIRS}")
+    return replace(tokens, sequences=tuple(replace(s, crossed=side != "decoder") for s in tokens.sequences))
 
 
 def _entries(texts: Any, attention_mask: Any, first: int, noun: str) -> list[tuple[str, Any, Any]]:
