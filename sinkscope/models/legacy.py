@@ -1,6 +1,6 @@
-"""HookedTransformer and HookedEncoder, which TransformerLens has up to 3.9: built from a loaded Hugging Face model.
+"""HookedTransformer, HookedEncoder and HookedEncoderDecoder, which TransformerLens has up to 3.9.
 
-TransformerLens builds these by name, from a list that many models (SmolLM2) are not on; given a directory with a config,
+They are built from a loaded Hugging Face model. TransformerLens builds these by name, from a list that many models (SmolLM2) are not on; given a directory with a config,
 its own conversion of configuration and weights works for every architecture that it knows.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sinkscope.errors import SinkscopeError
+from sinkscope.models.hooked_sides import is_hooked
 from sinkscope.models.versions import has_bridge
 
 #: Outputs are wrong that differ by this much of their mean size; rounding makes 1e-6, in half precision 1e-2.
@@ -21,7 +22,9 @@ WRONG, WRONG_IN_HALF = 1e-3, 5e-2
 
 
 def convert(network: Any, tokenizer: Any, name: str) -> Any:
-    """Make a HookedTransformer of a decoder, or a HookedEncoder of a BERT model; weights are not folded or centred.
+    """Make a HookedTransformer of a decoder, a HookedEncoder of a BERT model, a HookedEncoderDecoder of a T5.
+
+    Weights are not folded or centred.
 
     Args:
         network: the Hugging Face model, on its device.
@@ -31,7 +34,7 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
     Raises:
         SinkscopeError: an architecture that this TransformerLens can't convert, or converts to another model; says which.
     """
-    from transformer_lens import HookedEncoder, HookedTransformer
+    from transformer_lens import HookedEncoder, HookedEncoderDecoder, HookedTransformer
     from transformer_lens import loading_from_pretrained as loading
 
     architecture = network.config.architectures[0]
@@ -53,8 +56,9 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
     if tokenizer is None:
         cfg.tokenizer_name = None  # or it would be looked for in the directory that is gone
     try:
-        if architecture.startswith("Bert"):
-            encoder = HookedEncoder(cfg, tokenizer, move_to_device=False)
+        if architecture.startswith(("Bert", "T5")):
+            make = HookedEncoder if architecture.startswith("Bert") else HookedEncoderDecoder
+            encoder = make(cfg, tokenizer, move_to_device=False)
             encoder.load_state_dict(weights, strict=False)
             return _proved(encoder.to(network.device).eval(), network, name)
         model = HookedTransformer(cfg, tokenizer, move_to_device=False, default_padding_side="right")
@@ -76,6 +80,9 @@ def _proved(model: Any, network: Any, name: str) -> Any:
     with torch.no_grad():
         if hasattr(model, "encoder_output"):
             ours, theirs = model.encoder_output(ids), network.base_model(ids).last_hidden_state
+        elif is_hooked(model):
+            ours = model(ids, decoder_input=ids, one_zero_attention_mask=torch.ones_like(ids))
+            theirs = network(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits
         else:
             ours, theirs = model(ids, attention_mask=torch.ones_like(ids)), network(ids, use_cache=False).logits
     gap = float((ours - theirs).abs().float().mean() / theirs.abs().float().mean())

@@ -48,7 +48,7 @@ def load_model(
             directory, or a `.gguf` file. Weights are read from safetensors and GGUF only,
             and no code of the repository is run.
         backend: `"bridge"` gives a TransformerBridge, which TransformerLens has from 3.0 on; `"hooked_transformer"` a
-            HookedTransformer, or for BERT models a HookedEncoder, which it has up to 3.9.
+            HookedTransformer, for BERT models a HookedEncoder, for T5 a HookedEncoderDecoder, which it has up to 3.9.
         device: where to put it; None takes the GPU when there is one.
         dtype: of the weights.
         device_map: for a model that is too large for one device: `"auto"`, or module -> device, as accelerate takes it.

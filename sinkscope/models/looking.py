@@ -8,6 +8,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.adapting import adapt, is_encoder_decoder, reads
 from sinkscope.models.heard import Heard
+from sinkscope.models.hooked_sides import hooked_sided, is_hooked
 from sinkscope.models.identity import Side
 from sinkscope.models.senses import sensing
 from sinkscope.models.sides import Sided, sided
@@ -31,8 +32,10 @@ def adapt_side(model: Any, side: str | None = None, *, features: bool = False, w
     if side is not None and side not in SIDES:
         raise unknown("side", side, SIDES)
     senses = reads(model) in READS
+    half: Side = next((known for known in SIDES if known == side), "decoder")
+    if is_hooked(model) and not whole:
+        return hooked_sided(model, half)
     if is_encoder_decoder(model):
-        half: Side = next((known for known in SIDES if known == side), "decoder")
         return sided(model, half, Heard if senses else Sided, whole=whole)
     adapter = sensing(model) if senses and features else adapt(model)
     own = "decoder" if adapter.causal else "encoder"

@@ -26,9 +26,6 @@ from sinkscope.tokens.pairs import FORMS
 
 #: What modules of cross-attention are called in Hugging Face's decoders.
 CROSS = frozenset({"encoder_attn", "EncDecAttention", "cross_attn"})
-#: Where a bridge keeps each side's attention of a layer.
-POINTS: dict[Side, str] = {"encoder": "encoder_blocks.{}.attn", "decoder": "decoder_blocks.{}.self_attn", "cross": ""}
-POINTS["cross"] = "decoder_blocks.{}.cross_attn"
 #: Tokens of a target that is generated, at most, where nothing else is said.
 GENERATED = 64
 
@@ -75,6 +72,12 @@ class Sided(Adapter):
     whole: bool = False
     #: What one of its sources is called in labels.
     noun: ClassVar[str] = "text"
+    #: Where a bridge keeps each side's attention of a layer.
+    places: ClassVar[dict[Side, str]] = {
+        "encoder": "encoder_blocks.{}.attn",
+        "decoder": "decoder_blocks.{}.self_attn",
+        "cross": "decoder_blocks.{}.cross_attn",
+    }
 
     @cached_property
     def _sides(self) -> dict[int, Side]:
@@ -136,13 +139,21 @@ class Sided(Adapter):
         how = {"output_attentions": self.kind == "bridge" and not self.asks_interface, "return_dict": True}
         if self.alone:
             return self._encoded(ids, valid, inputs, how)
+        given = self._memory(self.sources_of(ids, sources), how) | {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        hidden: Tensor = stack_of(self.network, "decoder")(input_ids=ids, **given, **how).last_hidden_state
+        return hidden.to(ids.device)
+
+    def sources_of(self, ids: Int[Tensor, "batch position"], sources: Batch | None) -> Batch:
+        """Give the sources of some targets: those given, or for each the one that stands beside.
+
+        Raises:
+            SinkscopeError: there is none.
+        """
         if sources is None and self.source is not None:
             (sources,) = Tokens((self.source,) * len(ids), "").batches(len(ids), ids.device)
         if sources is None:
             raise SinkscopeError(f"{self.name} needs a source for its target: give {FORMS[self.noun]}")
-        given = self._memory(sources, how) | {"attention_mask": torch.ones_like(ids), "use_cache": False}
-        hidden: Tensor = stack_of(self.network, "decoder")(input_ids=ids, **given, **how).last_hidden_state
-        return hidden.to(ids.device)
+        return sources
 
     def _encoded(self, ids: Tensor, valid: Tensor, inputs: Tensor | None, how: dict[str, Any]) -> Tensor:
         """Run the encoder alone."""
@@ -228,7 +239,7 @@ class Sided(Adapter):
 
     def hook_point(self, layer: int, name: str) -> Any:
         """Give this side's hook point of a layer: `attn.` is its attention."""
-        place = POINTS[self.side or "decoder"].format(layer)
+        place = self.places[self.side or "decoder"].format(layer)
         full = name.replace("attn", place, 1) if name.startswith("attn.") else f"{place.rpartition('.')[0]}.{name}"
         if full not in self.points:
             raise unknown("hook point", full, [p for p in self.points if p.startswith(place.rpartition(".")[0])])

@@ -33,16 +33,16 @@ def check_input(network: Any, name: str) -> None:
 
 
 def check_two_sided(points: Any) -> None:
-    """Refuse a HookedEncoderDecoder.
+    """Refuse a HookedEncoderDecoder where more is asked than to look at one side.
 
     Raises:
         SinkscopeError: names what works.
     """
     if "decoder.0.cross_attn.hook_pattern" in points:
         raise SinkscopeError(
-            "a HookedEncoderDecoder is not covered. Hugging Face's own model is, as it is: give "
-            "T5ForConditionalGeneration.from_pretrained(name), or a TransformerBridge (ss.load_model(name)), with "
-            "side='decoder', 'encoder' or 'cross'"
+            "a HookedEncoderDecoder is looked at by ss.measure, ss.attention_map and ss.attention_patterns (side='decoder', "
+            "'encoder' or 'cross'), and nothing else is covered. Of Hugging Face's own model, as it is, losses and edits are: "
+            "give T5ForConditionalGeneration.from_pretrained(name), or a TransformerBridge (ss.load_model(name))"
         )
 
 

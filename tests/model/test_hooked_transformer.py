@@ -142,20 +142,3 @@ def test_smollm2_takes_text_with_bos_first(smollm2_hooked, smollm2_expected):
     np.testing.assert_array_equal(table(report, "sink_mass"), table(by_ids, "sink_mass"))
 
 
-@on_39
-def test_a_hooked_encoder_decoder_is_refused_and_the_way_out_works():
-    from transformer_lens import HookedEncoderDecoder
-
-    sizes = {"n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "d_mlp": 64, "d_vocab": 64, "n_ctx": 64}
-    sizes |= {"act_fn": "relu", "normalization_type": "RMS", "use_normalization_before_and_after": False}
-    sizes |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "device": "cpu"}
-    model = HookedEncoderDecoder(sizes)
-    for use in (
-        lambda: ss.measure(model, [([1, 2, 3], [1, 4])]),
-        lambda: ss.measure(model, [([1, 2, 3], [1, 4])], side="cross"),
-        lambda: ss.evaluate(model, [[1, 2, 3]], [ss.MaskKeys(0)]),
-        lambda: ss.watch(model),
-    ):
-        with pytest.raises(ss.SinkscopeError, match=r"HookedEncoderDecoder is not covered.*T5ForConditionalGeneration"):
-            use()
-    assert ss.measure(tiny_hf_model("t5"), [([1, 2, 3], [1, 4])], side="cross").about["side"] == "cross"
