@@ -22,7 +22,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.interventions import Intervention, parse
 from sinkscope.interventions.asked import with_placebos
 from sinkscope.interventions.places import OVER, Place, at, fits, places, seeds
-from sinkscope.models import Adapter, adapt
+from sinkscope.models import Adapter, adapt_side
 from sinkscope.reports.sweep import Row, SweepReport
 from sinkscope.results import NONE, Effects
 from sinkscope.runs.fingerprint import fingerprint
@@ -42,6 +42,7 @@ def sweep(
     edit: Intervention | str,
     over: str = "heads",
     *,
+    side: str | None = None,
     placebo: bool | SupportsIndex | None = None,
     positions: Sequence[SupportsIndex] | None = None,
     score_from: int = 1,
@@ -61,9 +62,10 @@ def sweep(
         texts: as for :func:`sinkscope.measure`.
         edit: an intervention or its text form, such as `"zero_value(0)"`. Layers and heads that it names bound the sweep.
         over: `"heads"` (each head of each layer), `"layers"` or `"positions"` (in place of those that the edit names).
+        side: as for :func:`sinkscope.evaluate`.
         placebo: run the edit's placebo at each place as well? A number: so many draws, of which the mean is reported. None:
             once, where the edit has one; never where it is another place of the sweep.
-        positions: those to go over; None for all of each text but the last, which predicts nothing.
+        positions: those to go over; None for all of each text but the last, which predicts nothing (of a source, all).
         score_from: as for :func:`sinkscope.evaluate`, like `bos` and `max_tokens`.
         bos: BOS first?
         max_tokens: tokens kept of each text.
@@ -78,7 +80,7 @@ def sweep(
         SinkscopeError: bad input; an edit that can't be made head by head, or has no placebo where one is asked for.
         InertHookError: an edit that would do nothing on this model; names what works.
     """
-    adapter, share = adapt(model), Share.of(distributed)
+    adapter, share = adapt_side(model, side, whole=True), Share.of(distributed)
     made = _Made.of(adapter, edit, over, placebo, positions)
     score_from, most = whole_number(score_from, "score_from"), at_most(max_tokens)
 
@@ -86,9 +88,10 @@ def sweep(
         tokens = adapter.tokenize(some, bos=bos, max_tokens=most, first=first)
         adapter.check(tokens)
         ways = {}
-        for n in {len(s) for s in tokens.sequences}:
+        for n in set(map(made.length, tokens.sequences)):
             ways[n] = routes(adapter, list(made.named(n).items()), n, NONE)
-            check(adapter, _of_length(tokens, n), list(made.named(n).items()), {n: ways[n]}, score_from, {})
+            alike = Tokens(tuple(s for s in tokens.sequences if made.length(s) == n), tokens.bos)
+            check(adapter, alike, list(made.named(n).items()), {n: ways[n]}, score_from, {})
         return tokens, _Ready(plan(adapter, tokens, list(made.named(max(ways)).values())), ways)
 
     corpus = Corpus(texts, PORTION, prepare)
@@ -99,22 +102,19 @@ def sweep(
     store = Store.of(resume, about | adapter.state() | {"edit": fingerprint(made.edit)} if resume else {})
     with saying(progress and share.rank == 0, "proving which layers all runs can share ..."), surely(ready.capture):
         begun = starts(adapter, ready.capture, tokens.sequences[0], ready.firsts(adapter))
-    one = _One(adapter, made.edit, score_from, vocabulary, begun)
+    one, lengths = _One(adapter, made, score_from, vocabulary, begun), dict[str, int]()
     effects = Effects(len(tokens) <= PER_TEXT)
     with claimed(resume if share.rank == 0 else None), bar(progress and share.rank == 0, one.total(corpus), "sweep") as tick:
         numbers = count()
         for tokens, ready in corpus:
             for s, other in zip(tokens.sequences, following(tokens.sequences, corpus.head[0].sequences[0]), strict=True):
+                lengths[s.label] = made.length(s)
                 if share.mine(next(numbers)):
                     one.text(ready, s, other, store, effects, tick)
                 else:
-                    tick(one.ticks(ready.ways[len(s)]))
+                    tick(one.ticks(ready.ways[made.length(s)]))
     effects, about = gathered(effects, share, corpus.labels, about | {"shared": one.shared}, adapter)
-    return SweepReport.assemble(effects.runs, {label: made.rows(n) for label, n in corpus.labels.items()}, about)
-
-
-def _of_length(tokens: Tokens, length: int) -> Tokens:
-    return Tokens(tuple(s for s in tokens.sequences if len(s) == length), tokens.bos)
+    return SweepReport.assemble(effects.runs, {label: made.rows(n) for label, n in lengths.items()}, about)
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,19 @@ class _Made:
         return cls(adapter, edit, over, seeds(edit, over, placebo), placebo is not None, chosen)
 
     @property
+    def of_source(self) -> bool:
+        """Whether the positions that the edit names are those of a source."""
+        return self.adapter.side == "encoder" or (self.adapter.side == "cross" and not self.edit.at_queries)
+
+    def text(self, sequence: TextTokens) -> TextTokens:
+        """Give the text whose positions the edit names."""
+        return sequence.keyed if self.of_source else sequence
+
+    def length(self, sequence: TextTokens) -> int:
+        """Count its tokens."""
+        return len(self.text(sequence))
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """For the report."""
         of = {"edit": str(self.edit), "over": self.over, "placebo": self.seeds}
@@ -163,7 +176,7 @@ class _Made:
     def at(self, length: int) -> dict[Place, list[Intervention]]:
         """Give each place's edit, and its placebos after it."""
         if length not in self._known:
-            positions = range(length - 1) if self.positions is None else self.positions
+            positions = range(length - (not self.of_source)) if self.positions is None else self.positions
             every = places(self.edit, self.over, self.adapter.layers, self.adapter.n_heads, positions)
             edits = {place: at(self.edit, place) for place in every}
             drawn = {place: self._placebos(edit) for place, edit in edits.items()}
@@ -201,7 +214,7 @@ class _One:
     """What is done with one text; a tick of the bar is a layer of one run, or as much of scoring."""
 
     adapter: Adapter
-    edit: Intervention
+    made: _Made
     score_from: int
     vocabulary: int
     starts: dict[int, int]
@@ -231,7 +244,7 @@ class _One:
     def total(self, corpus: Corpus[_Ready]) -> int | None:
         """Count those of all texts, if that is known before they are read."""
         tokens, ready = corpus.head
-        counts = [self.ticks(ready.ways[len(s)]) for s in tokens.sequences]
+        counts = [self.ticks(ready.ways[self.made.length(s)]) for s in tokens.sequences]
         if corpus.total == len(tokens):
             return sum(counts)
         return corpus.total and (corpus.total * counts[0] if len(set(counts)) == 1 else None)
@@ -246,15 +259,15 @@ class _One:
         tick: Callable[[int], None],
     ) -> None:
         """Add what is found in a text: what was kept of an interrupted run, or run now and kept, part by part."""
-        look = Looks(self.adapter, ready.capture, other)
-        texts = [s for s in (sequence, other if self.edit.borrows else None) if s is not None]
+        look, n = Looks(self.adapter.within(sequence), ready.capture, other), self.made.length(sequence)
+        texts = [s for s in (sequence, other if self.made.edit.borrows else None) if s is not None]
         todo: list[tuple[Store, list[Route]]] = []
         done: list[Found] = []
-        for part in parts(self.adapter, ready.ways[len(sequence)].edited, len(sequence)):
+        for part in parts(self.adapter, ready.ways[n].edited, n):
             here = replace(store, run=f"{store.run} {[route.name for route in part]}")
             found = kept_runs(here, *texts)
             if found is None:
-                todo.append((here, [route.settled(route.edit.settle(sequence.ids, look)) for route in part]))
+                todo.append((here, [route.settled(route.edit.settle(sequence.keyed.ids, look)) for route in part]))
             else:
                 tick(sum(self._layers(route) + self._scoring for route in part))
                 done.append(found)
@@ -264,7 +277,7 @@ class _One:
         else:
             tick(len(self.adapter.layers))
         located = {name: made for _, of in done for name, made in of.items()}
-        into.add([run for runs, _ in done for run in runs], located, sequence)
+        into.add([run for runs, _ in done for run in runs], located, self.made.text(sequence))
 
     def _run(
         self,

@@ -159,8 +159,7 @@ class InsideCapture:
     def _body(self, ids: Int[Tensor, "batch position"], start: int = 0) -> Float[Tensor, "batch position d_model"]:
         """Run the body; the text's positions begin at `start`, the model's where the stream says."""
         self._calls.made = sum(layer < self._first for layer in self.adapter.layers)
-        of_source = self.adapter.side in ("encoder", "cross")
-        self._at = torch.arange(self._length) if of_source else torch.arange(start, start + ids.shape[1])
+        self._at = torch.arange(self._length) if self.adapter.side == "encoder" else torch.arange(start, start + ids.shape[1])
         first = start if self._stream is None else self._stream.base
         hidden = self._beside.body(ids, torch.ones_like(ids, dtype=torch.bool), first=first)
         if self._calls.made != len(self.adapter.layers):
@@ -210,7 +209,9 @@ class InsideCapture:
             rotation = Rotation(self.frequencies, shift)
             if self._stream is not None:
                 at, key, value = self._stream.join(layer, at, key, value, rotation, self._cache(layer)[1])
-        crossing = torch.arange(query.shape[2]) if self.adapter.side == "cross" else None
+        crossing = None
+        if self.adapter.side == "cross":
+            at, crossing = torch.arange(self._length), at
         what = (self._edit, layer, query, key, value, at, self._length, given, rotation)
         out, received = attend(*what, crossing=crossing)
         self.received[at] += received

@@ -50,6 +50,7 @@ def plan(adapter: Adapter, tokens: Tokens, edits: Sequence[Edit]) -> Edited:
         "it, such as GPT-2, OPT, Llama, Mistral, Qwen, Gemma, GPT-NeoX, Phi or gpt-oss"
     )
 
+
 def _proved(adapter: Adapter, tokens: Tokens) -> Any:
     """Give an engine that is proved, or say why there is none."""
     found: Any = ""
@@ -58,4 +59,3 @@ def _proved(adapter: Adapter, tokens: Tokens) -> Any:
         if isinstance(found, str):
             return found
     return found
-

@@ -95,7 +95,7 @@ def starts(adapter: Adapter, capture: Edited, sequence: TextTokens, firsts: Coll
     Returns:
         First edited layer -> the last layer up to it that may be begun with; 0 where all must be run.
     """
-    few = TextTokens(sequence.label, sequence.ids[:TOKENS], sequence.strings[:TOKENS])
+    few = sequence.first(TOKENS)
     one, several = (batch_of(few, copies, adapter) for copies in (1, COPIES))
     prefix, idle = Prefix(adapter), _idle
     with prefix.keeping(firsts):

@@ -10,7 +10,8 @@ from sinkscope.models import Adapter
 
 #: What works on both sides, for those who are refused.
 WORKS = (
-    "take mask_keys, scale_attention, bias_scores, zero_attention, zero_value, mean_value, replace_value, zero_head or mean_head"
+    "take mask_keys, scale_attention, bias_scores, zero_attention, zero_value, mean_value, replace_value, zero_head or "
+    "mean_head"
 )
 #: What an edit of a cache touches.
 CACHE = frozenset({"held", "keys", "rotated keys"})
@@ -40,7 +41,7 @@ def _anywhere(edit: Edit) -> str | None:
     if edit.borrows:
         return f"values of another text are not looked at in an encoder-decoder: {WORKS}"
     if edit.touches & CACHE:
-        return f"it rounds what a cache holds as tokens come, and here all keys are there at once: edit side='decoder', or {WORKS}"
+        return f"it rounds what a cache holds as tokens come, and here all keys come at once: edit side='decoder', or {WORKS}"
     return None
 
 

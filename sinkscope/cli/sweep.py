@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sinkscope.cli.inputs import errors, texts
+from sinkscope.cli.inputs import errors, paired, texts
 from sinkscope.cli.options import (
     AsJson,
     Bos,
@@ -17,6 +17,8 @@ from sinkscope.cli.options import (
     MaxTokens,
     Model,
     Out,
+    Side,
+    Targets,
     Texts,
     intervention_names,
 )
@@ -32,6 +34,8 @@ def sweep(
     model: Model,
     text: Texts = None,
     file: Files = None,
+    target: Targets = None,
+    side: Side = None,
     edit: Annotated[
         str,
         typer.Option("--edit", help='What is done at each place, such as "mask_keys(0)".', autocompletion=intervention_names),
@@ -58,9 +62,9 @@ def sweep(
         from sinkscope.interventions import parse
         from sinkscope.sweeps import sweep as run
 
-        made, given = parse(edit), texts(text or [], file or [])
+        made, given = parse(edit), paired(texts(text or [], file or []), target or [])
         how: dict[str, Any] = {"score_from": score_from, "bos": bos, "max_tokens": max_tokens, "positions": position or None}
-        how |= {"placebo": placebo, "progress": True, "resume": out}
+        how |= {"side": side, "placebo": placebo, "progress": True, "resume": out}
         report = carried_out(
             model,
             out,

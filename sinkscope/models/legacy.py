@@ -1,7 +1,8 @@
 """HookedTransformer, HookedEncoder and HookedEncoderDecoder, which TransformerLens has up to 3.9.
 
-They are built from a loaded Hugging Face model. TransformerLens builds these by name, from a list that many models (SmolLM2) are not on; given a directory with a config,
-its own conversion of configuration and weights works for every architecture that it knows.
+They are built from a loaded Hugging Face model. TransformerLens builds these by name, from a list that many models (SmolLM2)
+are not on; given a directory with a config, its own conversion of configuration and weights works for every architecture that
+it knows.
 """
 
 from __future__ import annotations

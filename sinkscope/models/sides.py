@@ -139,7 +139,10 @@ class Sided(Adapter):
         how = {"output_attentions": self.kind == "bridge" and not self.asks_interface, "return_dict": True}
         if self.alone:
             return self._encoded(ids, valid, inputs, how)
-        given = self._memory(self.sources_of(ids, sources), how) | {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        given = self._memory(self.sources_of(ids, sources), how) | {
+            "attention_mask": torch.ones_like(ids),
+            "use_cache": False,
+        }
         hidden: Tensor = stack_of(self.network, "decoder")(input_ids=ids, **given, **how).last_hidden_state
         return hidden.to(ids.device)
 

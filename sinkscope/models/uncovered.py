@@ -41,8 +41,8 @@ def check_two_sided(points: Any) -> None:
     if "decoder.0.cross_attn.hook_pattern" in points:
         raise SinkscopeError(
             "a HookedEncoderDecoder is looked at by ss.measure, ss.attention_map and ss.attention_patterns (side='decoder', "
-            "'encoder' or 'cross'), and nothing else is covered. Of Hugging Face's own model, as it is, losses and edits are: "
-            "give T5ForConditionalGeneration.from_pretrained(name), or a TransformerBridge (ss.load_model(name))"
+            "'encoder' or 'cross'), and nothing else is covered. Of Hugging Face's own model losses and edits are: give "
+            "T5ForConditionalGeneration.from_pretrained(name), or a TransformerBridge (ss.load_model(name))"
         )
 
 

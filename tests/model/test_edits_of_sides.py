@@ -12,6 +12,7 @@ import sinkscope as ss
 from sinkscope.testing import tiny_hf_model, tiny_inputs, tiny_tokenizer
 from tests.conftest import fingerprint, most_slow
 from tests.model.test_sides import PAIRS
+from tests.model.test_whisper import model as whisper
 
 SIDES = ["encoder", "cross"]
 FAMILIES = ["t5", "bart", "marian", "pegasus", "m2m_100", "t5gemma", "switch", "mbart"]
@@ -117,9 +118,9 @@ def by_hand(side):
     edits = {
         "mask_keys(keys=[0])": Hand(scores=unseen(side)),
         "zero_attention(keys=[0])": Hand(weights=lambda w: at(w, 0)(0.0)),
-        "zero_attention(keys=[-1], heads=[2], layers=[1])": Hand((1,), weights=last_of_head_2),
+        "zero_attention(keys=[-1], layers=[1], heads=[2])": Hand((1,), weights=last_of_head_2),
         "scale_attention(keys=[0], factor=0.25)": Hand(weights=scaled(0.25)),
-        "scale_attention(keys=[3], factor=4, heads=[1], layers=[1])": Hand((1,), weights=scaled(4, 3, 1)),
+        "scale_attention(keys=[3], factor=4, layers=[1], heads=[1])": Hand((1,), weights=scaled(4, 3, 1)),
         "bias_scores(keys=[2], bias=1.5)": Hand(scores=lambda s: at(s, 2)(lambda old: old + 1.5)),
         "zero_value(keys=[0])": Hand(values=lambda v: at(v, first, slice(None))(0.0)),
         "mean_value(keys=[0])": Hand(values=lambda v: at(v, 0, slice(None))(v.mean(2))),
@@ -216,7 +217,9 @@ def test_the_source_loses_and_swaps_tokens(family):
     for label, (source, target) in PAIRS.items():
         same(effect, edits[0], label, losses(network, source[1:], target))
         same(effect, edits[1], label, losses(network, [source[0], 9, *source[2:]], target))
-    assert set(effect.frame["tokens"]) == {len(t) - 1 for _, t in PAIRS.values()} | {sum(len(t) - 1 for _, t in PAIRS.values())}
+    assert set(effect.frame["tokens"]) == {len(t) - 1 for _, t in PAIRS.values()} | {
+        sum(len(t) - 1 for _, t in PAIRS.values())
+    }
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
@@ -241,7 +244,7 @@ def test_behind_the_encoders_attention(family):
         args[0][..., [0, 5]] = 0
 
     for label, pair in PAIRS.items():
-        number = float(re.search(r"to=\(?([-\d.e]+)", effect.about["located"][label][drawn])[1])
+        number = float(re.search(r"to=\[?([-\d.e]+)", effect.about["located"][label][drawn])[1])
         ways = {
             given: lambda: layers[0].register_forward_hook(set_to(2.0)),
             drawn: lambda: layers[0].register_forward_hook(set_to(number)),  # noqa: B023
@@ -276,10 +279,10 @@ def test_the_sink_is_the_sides(side):
 @pytest.mark.parametrize("side", SIDES)
 def test_a_sound_is_edited_too(side):
     """Whisper's frames are the keys."""
-    model, network = tiny_hf_model("whisper"), tiny_hf_model("whisper")
-    sound, target = tiny_inputs("whisper")["input_features"], [1, 7, 9, 20, 31]
-    hands = {name: by_hand(side)[name] for name in ("mask_keys(keys=[0])", "zero_head(layers=[0], heads=[2])")}
-    effect = ss.evaluate(model, ({"input_features": sound}, target), list(hands), side=side)
+    network = whisper()
+    sound, target = tiny_inputs("whisper", 1)["input_features"], [1, 7, 9, 20, 31]
+    hands = {name: by_hand(side)[name] for name in ("mask_keys(keys=[0])", "mean_head(heads=[1])")}
+    effect = ss.evaluate(network, ({"input_features": sound}, target), list(hands), side=side)
     for edit, hand in hands.items():
         with hand.on(network, side), torch.no_grad():
             logits = network(input_features=sound, decoder_input_ids=torch.tensor([target]), use_cache=False).logits[0]
@@ -312,19 +315,22 @@ def test_what_is_not_live_there_is_refused(side, edit, why):
 
 
 def test_frames_are_no_tokens():
-    model = tiny_hf_model("whisper")
-    given = (tiny_inputs("whisper"), [1, 7, 9])
-    for edit, why in (("drop_tokens(positions=[0])", "frames can't be left out"), ("edit_activation()", "located in a sound")):
+    model = whisper()
+    given = (tiny_inputs("whisper", 1), [1, 7, 9])
+    for edit, why in (
+        ("drop_tokens(positions=[0])", "frames can't be left out"),
+        ("edit_activation()", "located in a sound"),
+    ):
         with pytest.raises(ss.SinkscopeError, match=why):
             ss.evaluate(model, given, edit, side="encoder")
 
 
 def test_other_models_have_no_other_side():
-    with pytest.raises(ss.SinkscopeError, match="a decoder alone.*leave side out"):
+    with pytest.raises(ss.SinkscopeError, match=r"a decoder alone.*leave side out"):
         ss.evaluate(tiny_hf_model("llama"), [[1, 5, 6, 7]], "mask_keys()", side="encoder")
     with pytest.raises(ss.SinkscopeError, match="encoder, which predicts no next token"):
         ss.evaluate(tiny_hf_model("bert"), [[1, 5, 6, 7]], "mask_keys()", side="encoder")
-    with pytest.raises(ss.SinkscopeError, match="no source.*pair"):
+    with pytest.raises(ss.SinkscopeError, match=r"no source.*pair"):
         ss.evaluate(tiny_hf_model("bart"), ss.tokenize(None, [[5, 6, 7]]), "mask_keys()", side="encoder")
 
 
@@ -354,3 +360,36 @@ def test_the_command_line_edits_sides(tmp_path):
     assert effect.about["side"] == "cross"
     direct = ss.evaluate(ss.load_model(str(directory)), ("so it goes", "a fox"), "mask_keys(0)", side="cross")
     np.testing.assert_allclose(effect.frame["loss"], direct.frame["loss"])
+
+
+# --- sweeps ---------------------------------------------------------------------------------------------------------
+
+SWEPT = [
+    ("decoder", "zero_head()", "heads"),
+    ("decoder", "window(size=4)", "layers"),
+    ("encoder", "zero_head()", "heads"),
+    ("encoder", "drop_tokens(positions=[0])", "positions"),
+    ("cross", "zero_attention(keys=[0])", "heads"),
+    ("cross", "zero_value(keys=[0])", "positions"),
+    ("cross", "scale_output(positions=[0], factor=3)", "positions"),
+]
+
+
+@pytest.mark.parametrize(("side", "edit", "over"), SWEPT)
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_every_place_of_a_sweep_is_evaluate_of_it(family, side, edit, over):
+    """Of the source all positions, of the target all but the last; each once, and as where it is run alone."""
+    model = tiny_hf_model(family)
+    before = fingerprint(model)
+    report = ss.sweep(model, PAIRS, edit, over, side=side, placebo=False)
+    assert fingerprint(model) == before
+    alone = ss.evaluate(model, PAIRS, report.frame.query("text == 'text 1'")["intervention"].unique().tolist()[:3], side=side)
+    for name in alone.interventions[1:]:
+        for label in PAIRS:
+            ours, theirs = (r.frame[(r.frame["text"] == label) & (r.frame["intervention"] == name)] for r in (report, alone))
+            for number in ("loss", "delta_loss", "kl"):
+                np.testing.assert_allclose(ours[number], theirs[number], atol=1e-5, err_msg=f"{name} {label} {number}")
+    if over == "positions":
+        for label, (source, target) in PAIRS.items():
+            places = report.frame[report.frame["text"] == label]["position"].tolist()
+            assert places == list(range(len(target) - 1 if edit.startswith("scale_output") else len(source)))

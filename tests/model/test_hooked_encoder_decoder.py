@@ -111,11 +111,13 @@ def test_what_is_not_covered_names_the_way_out():
         lambda: ss.watch(model()),
         lambda: ss.MaskKeys(0).on(model()).__enter__(),
     ):
-        with pytest.raises(ss.SinkscopeError, match=r"HookedEncoderDecoder is looked at by ss.measure.*T5ForConditionalGeneration"):
+        with pytest.raises(
+            ss.SinkscopeError, match=r"HookedEncoderDecoder is looked at by ss.measure.*T5ForConditionalGeneration"
+        ):
             use()
     with pytest.raises(ss.SinkscopeError, match="token id 99"):
         ss.measure(model(), [([5, 6, 99], [1, 2, 3])], "sink_mass")
-    with pytest.raises(ss.SinkscopeError, match="engine 'flash' can't run this.*computes attention itself"):
+    with pytest.raises(ss.SinkscopeError, match=r"engine 'flash' can't run this.*computes attention itself"):
         ss.measure(model(), PAIRS, "sink_mass", engine="flash")
 
 

@@ -140,5 +140,3 @@ def test_smollm2_takes_text_with_bos_first(smollm2_hooked, smollm2_expected):
     assert report.about["bos"].startswith("BOS '<|im_start|>' (id 1) stands first")
     by_ids = ss.measure(smollm2_hooked, [ids["64 tokens"]], ["sink_mass"])
     np.testing.assert_array_equal(table(report, "sink_mass"), table(by_ids, "sink_mass"))
-
-

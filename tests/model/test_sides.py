@@ -258,7 +258,6 @@ def test_what_takes_no_encoder_decoder_says_what_does():
     model = tiny_hf_model("t5")
     for verb in (
         lambda: ss.sink_mask(model, list(PAIRS.values())),
-        lambda: ss.sweep(model, list(PAIRS.values()), "zero_head()"),
         lambda: ss.studies.first_token(model),
         lambda: ss.Window(4).on(model).__enter__(),
     ):
