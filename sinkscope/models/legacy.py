@@ -45,6 +45,8 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
         config = copy.deepcopy(network.config)
         if architecture.startswith("GPT2"):
             config.n_ctx = config.n_positions  # the attribute's old name, which TransformerLens reads
+        if architecture.startswith("T5") and not hasattr(config, "n_positions"):
+            config.n_positions = 512  # T5's, which transformers 5 no longer says; nothing here depends on it
         config.save_pretrained(directory)
         try:
             cfg = loading.get_pretrained_model_config(directory, device=str(network.device), dtype=network.dtype)
