@@ -103,7 +103,9 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(args.one, args.tokens[0], args.threads)))
         return
-    print(f"{LAYERS} layers, {args.threads} threads\n{'':24}{'tokens':>9}{'seconds':>9}{'us / token, layer':>19}{'peak MB':>9}")
+    print(
+        f"{LAYERS} layers, {args.threads} threads\n{'':24}{'tokens':>9}{'seconds':>9}{'us / token, layer':>19}{'peak MB':>9}"
+    )
     found: dict[str, dict[int, tuple[float, float]]] = {}
     for way in args.ways:
         for n in args.tokens:
