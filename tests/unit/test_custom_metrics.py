@@ -202,6 +202,13 @@ def test_a_lambda_needs_a_name(llama):
         ss.measure(llama, TEXT, [lambda block: block.pattern[..., 0]])
 
 
+def test_what_is_received_is_the_profile_of_heads_alone():
+    """It is taken from sums, not from the function, so that another function would be passed over."""
+    assert ss.metrics.head_profile.reads == "received"
+    with pytest.raises(ss.SinkscopeError, match="metric 'mine': reads='received' is none of 'pattern', 'entropy'"):
+        ss.metric(reads="received", name="mine")(lambda block: 2 * block.pattern)
+
+
 @pytest.mark.parametrize("thing", [3, None, object()])
 def test_what_is_no_metric(thing):
     with pytest.raises(ss.SinkscopeError, match=f"not a {type(thing).__name__}"):
