@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sinkscope.capture.cuts import GPU_BYTES, cuts
 from sinkscope.capture.held import Held
-from sinkscope.capture.rows import GPU_BYTES
 from sinkscope.capture.stream import Rotation, turn
 from sinkscope.edit import NOTHING, Edit
 from sinkscope.errors import SinkscopeError
@@ -64,7 +63,8 @@ def attend(
     keys_held, values_held = Held.of(edit, layer, "keys", key, at, rotation), Held.of(edit, layer, "values", value, at)
     out = query.new_empty(query.shape[0], n, heads, value.shape[3]).transpose(1, 2)
     received = torch.zeros(held, dtype=torch.float64, device=query.device if query.is_cuda else "cpu")
-    for start, stop in _cuts(query, len(edit.reach(layer, int(at[-1]), int(at[-1]) + 1))):
+    area, seen = GPU_BYTES / (4 * query.shape[0] * heads), len(edit.reach(layer, int(at[-1]), int(at[-1]) + 1))
+    for start, stop in cuts(n, area, seen, fewest=ROWS, most=GPU_ROWS if query.is_cuda else ROWS):
         rows = asking[start:stop]
         reach = _reach(edit, layer, rows, at, given)
         index = reach if straight else torch.searchsorted(at, reach)
@@ -123,15 +123,6 @@ def _hidden(
         if crossed and bool(hidden.all(-1).any()):
             raise SinkscopeError(f"{edit} hides all {length} keys of a source in layer {layer}: leave one")
     return hidden
-
-
-def _cuts(query: Tensor, seen: int) -> Iterator[tuple[int, int]]:
-    """Cut the rows, of which the last sees so many keys."""
-    b, heads, n, _ = query.shape
-    area, step = GPU_BYTES / (4 * b * heads), ROWS
-    if query.is_cuda:
-        step = min(max(ROWS, int((math.sqrt(seen**2 + 4 * area) - seen) / 2)), GPU_ROWS)
-    return ((start, min(start + step, n)) for start in range(0, n, step))
 
 
 def _plus(scores: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.block import Block, Rows
-from sinkscope.capture.rows import Source, StoredPattern
+from sinkscope.capture.source import Source, StoredPattern
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch
