@@ -190,7 +190,8 @@ class Sided(Adapter):
     ) -> Float[Tensor, "position vocabulary"]:
         """Unembed the decoder's last hidden states, as T5 scales them and with BART's bias."""
         network: Any = self.network
-        scaled = getattr(network.config, "scale_decoder_outputs", False)
+        tied = getattr(network.config, "tie_word_embeddings", False) and hasattr(network, "model_dim")  # Switch, UMT5
+        scaled = getattr(network.config, "scale_decoder_outputs", tied)
         logits = super().logits(hidden * network.config.d_model**-0.5 if scaled else hidden, room)
         bias = getattr(network, "final_logits_bias", None)
         return logits if bias is None else logits + bias[0].float()

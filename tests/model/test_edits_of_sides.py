@@ -168,6 +168,7 @@ def test_edits_are_those_made_by_hand(family, side, monkeypatch):
     """Also where rows come in blocks. Losses under the edit are others than without."""
     monkeypatch.setattr("sinkscope.capture.attend.ROWS", 6)
     model, network, edits = tiny_hf_model(family), tiny_hf_model(family), by_hand(side)
+    losses(model, [5, 6], [1, 7])  # leaves a mark of Switch's own
     before = fingerprint(model)
     effect = ss.evaluate(model, PAIRS, list(edits), side=side)
     assert fingerprint(model) == before
@@ -180,7 +181,8 @@ def test_edits_are_those_made_by_hand(family, side, monkeypatch):
             with hand.on(network, side):
                 expected = losses(network, *pair)
             same(effect, edit, label, expected)
-            assert np.abs(expected - plain).max() > 1e-6, f"{edit} changes nothing that could be seen"
+            undone = family == "t5gemma" and edit.startswith("scale_output")  # by the norm behind its output projection
+            assert undone or np.abs(expected - plain).max() > 1e-6, f"{edit} changes nothing that could be seen"
 
 
 @pytest.mark.parametrize("side", SIDES)
