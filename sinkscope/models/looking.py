@@ -9,6 +9,7 @@ from sinkscope.models.adapter import Adapter
 from sinkscope.models.adapting import adapt, is_encoder_decoder, reads
 from sinkscope.models.heard import Heard
 from sinkscope.models.identity import Side
+from sinkscope.models.seeing import seeing
 from sinkscope.models.senses import sensing
 from sinkscope.models.sides import Sided, sided
 from sinkscope.tokens.features import READS
@@ -22,7 +23,7 @@ def adapt_side(model: Any, side: str | None = None, *, features: bool = False) -
     Args:
         model: the model.
         side: one of `SIDES`.
-        features: take also encoders of images or sound: for those who only look.
+        features: take also encoders of images or sound, and text with images in it: for those who only look.
 
     Raises:
         SinkscopeError: no such side, or none of this model; see :func:`sinkscope.models.adapt`.
@@ -40,4 +41,4 @@ def adapt_side(model: Any, side: str | None = None, *, features: bool = False) -
             f"side={side!r}, but {adapter.name} is {'a decoder' if adapter.causal else 'an encoder'} alone, with one "
             "attention: leave side out, or take an encoder-decoder such as T5, BART or Marian"
         )
-    return adapter
+    return seeing(adapter) if features else adapter
