@@ -36,8 +36,8 @@ def attention_map(
 
     Args:
         model: as for :func:`sinkscope.measure`.
-        text: one text, path or row of ids; or one image or sound, or text with these in it, as :func:`sinkscope.measure` takes
-            it, which is not cut.
+        text: one text, path or row of ids; or one image or sound, or text with these in it, as :func:`sinkscope.measure`
+            takes it, which is not cut.
         layer: one layer; None averages over all.
         head: one head; None averages over all.
         side: as for :func:`sinkscope.measure`.
@@ -91,8 +91,8 @@ def attention_patterns(
 
     Args:
         model: as for :func:`sinkscope.measure`.
-        text: one text, path or row of ids; or one image or sound, or text with these in it, as :func:`sinkscope.measure` takes
-            it, which is not cut.
+        text: one text, path or row of ids; or one image or sound, or text with these in it, as :func:`sinkscope.measure`
+            takes it, which is not cut.
         side: as for :func:`sinkscope.measure`, but not `"cross"`.
         bos: as for :func:`sinkscope.measure`.
         max_tokens: the text is cut to this many tokens; None: 64, or fewer where that is over a million numbers in all heads.

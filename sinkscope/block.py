@@ -121,8 +121,8 @@ class Block:
         activations: other hook points that the metric asked for, by the name it used.
         key_lengths: real tokens on the side of the keys, `[batch]`, where that is another text: in cross-attention, whose
             queries see all of the source. None where keys are the positions of the queries.
-        ends: the key after the last that each query sees, `[batch, position]`, where a decoder's queries see later keys: images
-            of Gemma 3 see themselves both ways. None elsewhere.
+        ends: the key after the last that each query sees, `[batch, position]`, where a decoder's queries see later keys:
+            images of Gemma 3 see themselves both ways. None elsewhere.
     """
 
     layer: int

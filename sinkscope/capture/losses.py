@@ -43,8 +43,7 @@ def check_logits(adapter: Adapter, tokens: Tokens) -> int:
 
 
 def next_losses(adapter: Adapter, batch: Batch, chunk: int | None = None) -> Float[Tensor, "batch position"]:
-    """Give each position the loss of its next token in nats; NaN at the last token, at pads, and before images, which are no
-    tokens.
+    """Give each position the loss of its next token in nats; NaN at the last token, at pads, and where an image is next.
 
     Args:
         adapter: a decoder.

@@ -122,7 +122,7 @@ class Scores:
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
     key_mask: Bool[Tensor, "batch key"] | None = None
-    bias: Float[Tensor, "#batch head position key"] | None = None
+    bias: Float[Tensor, "#batch #head position key"] | None = None
     scratch: Scratch = field(default_factory=lambda: Scratch())
 
     @property

@@ -43,7 +43,7 @@ def _registered(name: str, attend: Callable[..., Any], mask: Callable[..., Any])
 
 @contextmanager
 def chosen(adapter: Adapter, name: str) -> Iterator[None]:
-    """Choose the attention of every part that is not spared: as `set_attn_implementation`, without its warnings, and undone."""
+    """Choose the attention of all parts that are not spared: as `set_attn_implementation`, without warnings, and undone."""
     configs: dict[int, Any] = {}
     spared, waiting = adapter.spared, [vars(module).get("config") for module in adapter.network.modules()]
     while waiting:

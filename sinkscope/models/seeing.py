@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,6 +34,8 @@ KINDS = {
     "video": ("video_token_id", "video_token_index"),
     "sound": ("audio_token_id", "audio_token_index"),
 }
+#: Where Hugging Face notes that a model has its hooks on hidden states.
+HOOKED = "_output_capturing_hooks_installed"
 #: What the model is given by us, or makes itself.
 OURS = frozenset({"position_ids", "inputs_embeds", "use_cache", "past_key_values", "cache", "labels"})
 
@@ -169,7 +172,7 @@ class Seeing(Adapter):
             return super().body(ids, valid, cache, first, sources, inputs)
         dtype = next(self.network.parameters()).dtype
         given = {n: x.to(ids.device, dtype if x.is_floating_point() else x.dtype) for n, x in inputs.values.items()}
-        with Undo() as undo:
+        with Undo() as undo, _bare(self.network):
             undo.callback(vars(self).pop, "ends", None)
             vars(self)["ends"] = inputs.ends.to(ids.device)
             for module in (m for m in (self.network, self.trunk) if hasattr(m, "rope_deltas")):
@@ -189,6 +192,20 @@ class Seeing(Adapter):
                 "its processor gives, which has one token for every position"
             )
         return hidden.to(ids.device)
+
+
+@contextmanager
+def _bare(network: nn.Module) -> Iterator[None]:
+    """Take back the hooks that Hugging Face puts on a tower for good when it is first asked for its hidden states."""
+    before = [(module, set(module._forward_hooks), vars(module).get(HOOKED)) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, hooked in before:
+            for key in module._forward_hooks.keys() - hooks:
+                del module._forward_hooks[key]
+            if hooked is None:
+                vars(module).pop(HOOKED, None)
 
 
 def _any_mixed(texts: Any) -> bool:

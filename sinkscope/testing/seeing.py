@@ -33,7 +33,7 @@ def _fixed(tokens: int, side: int = 16, *, stacked: bool = False) -> Make:
 def _rows(count: int, draw: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
     """Images of several sizes, whose rows end with a token."""
     sizes = torch.tensor([SIZES[n % 2] for n in range(count)])
-    rows = [[([TOKEN] * (w // 8) + [ROW]) * (h // 8) for h, w in sizes.tolist()][n][:-1] + [END] for n in range(count)]
+    rows = [[*(([TOKEN] * (w // 8) + [ROW]) * (h // 8))[:-1], END] for h, w in sizes.tolist()]
     pixels = torch.randn(count, 3, *sizes.amax(0).tolist(), generator=draw)
     return rows, {"pixel_values": pixels, "image_sizes": sizes}
 
