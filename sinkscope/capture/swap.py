@@ -48,7 +48,9 @@ def chosen(adapter: Adapter, name: str) -> Iterator[None]:
     spared, waiting = adapter.spared, [vars(module).get("config") for module in adapter.network.modules()]
     while waiting:
         config = waiting.pop()
-        if hasattr(config, "_attn_implementation_internal") and id(config) not in configs and id(config) not in spared:
+        if config is None or id(config) in spared or id(config) in configs:
+            continue
+        if hasattr(config, "_attn_implementation_internal"):
             configs[id(config)] = config
             waiting += [getattr(config, key, None) for key in config.sub_configs]
     before = [(config, config._attn_implementation_internal) for config in configs.values()]

@@ -163,8 +163,8 @@ class Finish:
             at_key = getattr(reported, "at_key", False)
             if at_key or index == 0:
                 at, mark = (position, tag) if at_key else (None, "")
-                fair = [_over_those_who_see(reported, found, sequence) for found in (means, nulls)]
-                values += values_of(reported, *fair, at, mark, len(sequence.keyed), self.causal)
+                mine, even = (_over_those_who_see(reported, found, sequence) for found in (means, nulls))
+                values += values_of(reported, mine, even, at, mark, len(sequence.keyed), self.causal)
         return values
 
     def _null(self, m: Metric, sequence: TextTokens, position: int, like: Array, counted: np.ndarray | None) -> Array:

@@ -147,7 +147,8 @@ class Seeing(Adapter):
                     )
                 )
             try:
-                found[name] = torch.atleast_1d(tensor_of(value).detach().cpu())
+                numbers = tensor_of(value).detach().cpu()
+                found[name] = numbers[None] if numbers.ndim == 0 else numbers
             except Exception:  # whatever NumPy and PyTorch raise about what are no numbers
                 raise SinkscopeError(
                     f"{name} of {label!r} is no array of numbers: give what processor(..., return_tensors='pt') gives"

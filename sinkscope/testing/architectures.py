@@ -72,7 +72,12 @@ _FLAMINGO = Part("AudioFlamingo3EncoderConfig", {**_SPECTRUM, "num_hidden_layers
 _T5GEMMA = {**_GEMMA, "num_hidden_layers": 4}
 _DEEP = {"depth": FEW, "num_heads": 4, "patch_size": PATCH, "out_hidden_size": 32}
 #: Tokens that stand for images and videos, where the class's own lie outside a tiny vocabulary.
-_STAND_INS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+_STAND_INS: dict[str, Any] = {
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "vision_start_token_id": 62,
+    "vision_end_token_id": 63,
+}
 _QWEN_EYE = {**_DEEP, "num_position_embeddings": 16}
 _QWEN3_EYE = {**_QWEN_EYE, "deepstack_visual_indexes": [0]}
 

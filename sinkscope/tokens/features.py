@@ -134,7 +134,7 @@ def not_alone(given: Mapping[str, Any], where: str) -> SinkscopeError:
     """Say that text with images in it was given where text alone is taken."""
     name = next(name for name in sorted(AMONG) if given.get(name) is not None)
     return SinkscopeError(
-        f"{where} has {name!r} beside its ids, which is not passed on to the model: text with images or sound in it is taken "
-        "by ss.measure, ss.attention_map and ss.attention_patterns, of a model that reads both; here, give text alone: "
-        "{'input_ids': ..., 'attention_mask': ...}"
+        f"{where} has {name!r} beside its ids, which is not passed on to the model: if nothing depends on it, give "
+        "{'input_ids': ..., 'attention_mask': ...}. Text with images or sound in it is taken by ss.measure, ss.attention_map "
+        "and ss.attention_patterns, of a model that reads both"
     )

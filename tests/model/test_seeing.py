@@ -265,7 +265,7 @@ def test_more_that_is_refused():
         ss.measure(model, {"all": given}, ["sink_mass"])
     for ask in (lambda g: ss.evaluate(model, g, "mask_keys(keys=[0])"), lambda g: ss.sink_mask(model, g)):
         for texts in (given, [given], {"one": given}, iter([given])):
-            with pytest.raises(ss.SinkscopeError, match=r"'pixel_values' beside its ids.*here, give text alone"):
+            with pytest.raises(ss.SinkscopeError, match=r"'pixel_values' beside its ids.* taken by ss.measure"):
                 ask(texts)
     for texts in (given, [given], {"one": given}):
         with pytest.raises(ss.SinkscopeError, match="of a model that reads both"):
