@@ -126,11 +126,11 @@ def test_images_longer_than_a_window_see_themselves_both_ways():
         a = torch.cat(model(**given, output_attentions=True).attentions).double().numpy()
     assert (a[0, :, 4, 19] > 0).all()  # the first position of the image, and its last
     assert (a[0, :, 19, 4] == 0).all()
-    report = ss.measure(model, given, ["visible_sink_mass", "received", "row_entropy", "received_profile"], key=5)
-    sees = (a[:, 0, :, 5] > 0).T
+    report = ss.measure(model, given, ["visible_sink_mass", "received", "row_entropy", "received_profile"], key=15)
+    sees = (a[:, 0, :, 15] > 0).T  # the first position of the image, too, eleven before it
     for layer in range(len(a)):
-        column = a[layer, :, :, 5]
-        there = (a[1, 0] > 0)[:, 5]  # without a window
+        column = a[layer, :, :, 15]
+        there = (a[1, 0] > 0)[:, 15]  # without a window
         np.testing.assert_allclose(table(report, "visible_sink_mass")[layer], column[:, sees[:, layer]].mean(-1), atol=1e-5)
         np.testing.assert_allclose(table(report, "received")[layer], column[:, there].mean(-1), atol=1e-5)
         whole = a[layer].mean(0).sum(0) / (a[1, 0] > 0).sum(0)
