@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkscope.capture.cuts import GPU_BYTES, cuts
 from sinkscope.capture.held import Held
-from sinkscope.capture.rows import GPU_BYTES
 from sinkscope.capture.stream import Rotation, turn
 from sinkscope.edit import NOTHING, Edit
 from sinkscope.errors import SinkscopeError
@@ -60,7 +59,8 @@ def attend(
     keys_held, values_held = Held.of(edit, layer, "keys", key, at, rotation), Held.of(edit, layer, "values", value, at)
     out = query.new_empty(query.shape[0], n, heads, value.shape[3]).transpose(1, 2)
     received = torch.zeros(held, dtype=torch.float64, device=query.device if query.is_cuda else "cpu")
-    for start, stop in _cuts(query, len(edit.reach(layer, int(at[-1]), int(at[-1]) + 1))):
+    area, seen = GPU_BYTES / (4 * query.shape[0] * heads), len(edit.reach(layer, int(at[-1]), int(at[-1]) + 1))
+    for start, stop in cuts(n, area, seen, fewest=ROWS, most=GPU_ROWS if query.is_cuda else ROWS):
         rows = at[held - n + start : held - n + stop]
         reach = edit.reach(layer, int(rows[0]), int(rows[-1]) + 1)
         if window is not None:
@@ -97,15 +97,6 @@ def attend(
         received[pick] += weights.detach().sum((0, 1, 2)).to(received.device).double()
         out[:, :, start:stop] = values_held.mixed(weights, pick, rows).to(out.dtype)
     return edit.outputs(layer, out, at[held - n :]), received.cpu()
-
-
-def _cuts(query: Tensor, seen: int) -> Iterator[tuple[int, int]]:
-    """Cut the rows, of which the last sees so many keys."""
-    b, heads, n, _ = query.shape
-    area, step = GPU_BYTES / (4 * b * heads), ROWS
-    if query.is_cuda:
-        step = min(max(ROWS, int((math.sqrt(seen**2 + 4 * area) - seen) / 2)), GPU_ROWS)
-    return ((start, min(start + step, n)) for start in range(0, n, step))
 
 
 def _plus(scores: Tensor, bias: Tensor | None) -> Tensor:

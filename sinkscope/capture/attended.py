@@ -13,11 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sinkscope.capture.cuts import BYTES, cuts
 from sinkscope.capture.op import attention_with_lse, scores_of
 from sinkscope.errors import SinkscopeError
-
-#: Bytes of the rows that are looked at at a time, and the fewest and most of them.
-BYTES, FEWEST, ROWS = 16 << 20, 16, 256
 
 
 @runtime_checkable
@@ -154,9 +152,7 @@ class Attended:
         if not whole and n == 1 and self.mask is None and self.softcap is None and self.sinks is None:
             yield 0, n, Later(self, self.first_key)
             return
-        step = min(max(FEWEST, BYTES // (4 * b * h * self.k.shape[2])), ROWS)
-        for start in range(0, n, step):
-            stop = min(start + step, n)
+        for start, stop in cuts(n, BYTES / (4 * b * h), self.k.shape[2]):
             yield start, stop - start, self.pattern(start, stop)
 
     def pattern(self, start: int, stop: int) -> Pattern:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sinkscope.block import Block, Rows
 from sinkscope.capture.masks import check_seen
-from sinkscope.capture.rows import Source, StoredPattern
+from sinkscope.capture.source import Source, StoredPattern
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.tokens import Batch

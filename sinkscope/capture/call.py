@@ -150,7 +150,7 @@ def _as_seen(mask: Tensor | None, ends: Tensor, window: int | None, layer: int, 
     if torch.equal(ends, torch.arange(1, len(ends) + 1, device=ends.device)):
         return {}
     hidden = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
-    return {"causal": False, "window": None, "bias": hidden[None, None]}
+    return {"causal": False, "window": None, "bias": hidden.expand(1, query.shape[1], -1, -1)}
 
 
 def _plainly(layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.capture.blocks import NotFiniteError, OnBlock, Pass
-from sinkscope.capture.rows import Source
+from sinkscope.capture.source import Source
 from sinkscope.errors import InertHookError, SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.runs.undo import Undo

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from sinkscope.capture.blocks import ATTENTION
 from sinkscope.capture.call import Calls
+from sinkscope.capture.cuts import Scratch
 from sinkscope.capture.engine import Capture, Take
 from sinkscope.capture.gates import gated
 from sinkscope.capture.hooks import first_bad_layer, observed
 from sinkscope.capture.masks import Masks
 from sinkscope.capture.op import attention_with_lse
-from sinkscope.capture.rows import Scores, Scratch
+from sinkscope.capture.rows import Scores
 from sinkscope.capture.swap import swapped
 from sinkscope.errors import InertHookError
 from sinkscope.models import Adapter

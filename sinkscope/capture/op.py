@@ -35,7 +35,7 @@ def attention_with_lse(
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
     key_mask: Bool[Tensor, "batch key"] | None = None,
-    bias: Float[Tensor, "#batch #head position key"] | None = None,
+    bias: Float[Tensor, "#batch head position key"] | None = None,
 ) -> tuple[Float[Tensor, "batch head position d_value"], Float[Tensor, "batch head position"]]:
     """Attend, exactly.
 

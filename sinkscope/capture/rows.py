@@ -1,116 +1,34 @@
-"""Where an engine's attention rows come from: a layer's stored pattern, or its queries, keys and log-sum-exps."""
+"""Attention rows that are recomputed from a layer's queries, keys and log-sum-exps, as few of them as are asked for."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import product
 from types import ModuleType
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.block import PatternRows, Rows, sum_of
+from sinkscope.block import sum_of
+from sinkscope.capture.cuts import BYTES, GPU_BYTES, GPU_ROWS, ROWS, TILE, Scratch, cuts
 from sinkscope.capture.op import scores_of
 
-#: Rows that a metric sees at a time, at most: bounds its temporaries, whatever the length.
-ROWS = 256
-#: Bytes of the rows that are recomputed at a time, where that is fewer, and the fewest rows.
-BYTES, FEWEST = 16 << 20, 16
-#: The same on a GPU, where every block costs a dozen launches: a quarter of the time (H200, 4,096 tokens).
-GPU_ROWS, GPU_BYTES = 512, 256 << 20
-#: The same of rows that are stored, and only looked at.
-STORED = 8 << 20
 #: By how much a log-sum-exp may be off and be mended: below what the proof of the engine calls wrong.
 ROUNDING = 1e-3
 #: The least score: exp gives 0, and 0 times it is 0, which infinity's would not be.
 NEVER = -1e30
 
 
-@runtime_checkable
-class Source(Protocol):
-    """All attention rows of one layer in one forward pass."""
-
-    @property
-    def n(self) -> int:
-        """Give the number of rows."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Tell where the layer is."""
-        ...
-
-    def rows(self, start: int, stop: int) -> Rows:
-        """Give some of them, counted from the first of this pass."""
-        ...
-
-    def cuts(self, formed: bool = True) -> Iterator[tuple[int, int]]:
-        """Cut the rows for metrics that look at whole ones, or (not `formed`) at no more than their sums."""
-        ...
-
-    def finite(self, real: Bool[Tensor, "batch row"]) -> bool:
-        """Look whether the real rows are free of NaN and infinity."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class StoredPattern:
-    """A pattern as TransformerLens hands it over; `start` is the position of its first row."""
-
-    values: Float[Tensor, "batch head query key"]
-    start: int
-    causal: bool
-
-    @property
-    def n(self) -> int:
-        """Give the number of rows."""
-        return self.values.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        """Tell where the layer is."""
-        return self.values.device
-
-    def rows(self, start: int, stop: int) -> PatternRows:
-        """Give some rows, and the keys up to the last of them."""
-        return PatternRows(self.values[:, :, start:stop, : self.start + stop if self.causal else None])
-
-    def cuts(self, formed: bool = True) -> Iterator[tuple[int, int]]:
-        """Cut into blocks that stay in a processor's cache, as far as that goes."""
-        b, h, n, keys = self.values.shape
-        rows = min(max(FEWEST, STORED // (4 * b * h * keys)), ROWS)
-        return ((row, min(row + rows, n)) for row in range(0, n, rows))
-
-    def finite(self, real: Bool[Tensor, "batch row"]) -> bool:
-        """Look at the first column: a row with a bad score is bad everywhere."""
-        return bool(torch.isfinite(self.values[..., 0].transpose(1, 2).where(real[..., None], 0)).all())
-
-
-class Scratch:
-    """Memory that is used again and again: fresh pages for every block's scores would double the time of making them."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
-
-    def __call__(self, like: Tensor, *shape: int) -> Tensor:
-        """Give an uninitialised tensor of this shape, which the next call takes back."""
-        size = math.prod(shape)
-        if self._memory.numel() < size or (self._memory.dtype, self._memory.device) != (like.dtype, like.device):
-            self._memory = torch.empty(size, dtype=like.dtype, device=like.device)
-        return self._memory[:size].view(shape)
-
-
 @dataclass(frozen=True, eq=False)
 class Scores:
     """Rows that are recomputed when asked for: `A[i, k] = exp(score(q_i, k_k) - lse_i)`, exactly.
 
-    Attributes are those of :func:`sinkscope.capture.op.attention_with_lse`, the `lse` that it gave, and memory for scores
-    that all layers may share.
+    Attributes are those of :func:`sinkscope.capture.op.attention_with_lse`, the `lse` that it gave, memory for scores that
+    all layers may share, and for rows that nobody keeps; `folded` says that q.k is score - lse as it is, see `tiles`.
     """
 
     q: Float[Tensor, "batch head position d_head"]
@@ -122,8 +40,10 @@ class Scores:
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
     key_mask: Bool[Tensor, "batch key"] | None = None
-    bias: Float[Tensor, "#batch #head position key"] | None = None
-    scratch: Scratch = field(default_factory=lambda: Scratch())
+    bias: Float[Tensor, "#batch head position key"] | None = None
+    scratch: Scratch = field(default_factory=Scratch)
+    spare: Scratch | None = None
+    folded: bool = False
 
     @property
     def n(self) -> int:
@@ -156,23 +76,47 @@ class Scores:
         return ScoredRows(self, start, stop)
 
     def cuts(self, formed: bool = True) -> Iterator[tuple[int, int]]:
-        """Cut into blocks of about `BYTES`, and at most `ROWS` rows: fewer, where rows are long; larger ones on a GPU.
-
-        Where they need not be formed, and a kernel adds them up, they are not cut.
-        """
-        if not formed and self.kernels is not None:
-            yield 0, self.n
-            return
+        """Cut into blocks; where rows need not be formed, and can be added up otherwise, they are not cut."""
+        if not formed and (self.kernels is not None or self.tiled):
+            return iter([(0, self.n)])
         size, most = (GPU_BYTES, GPU_ROWS) if self.q.is_cuda else (BYTES, ROWS)
+        return self._cuts(size, most)
+
+    @property
+    def tiled(self) -> bool:
+        """Tell whether all rows together are too many for a processor's cache, so that their sums are made tile by tile."""
+        return not self.q.is_cuda and 4 * self.lse.numel() * self.k.shape[2] > TILE
+
+    def tiles(self) -> Iterator[tuple[tuple[slice, slice], ScoredRows]]:
+        """Cut texts, heads and rows into pieces that stay in a processor's cache, each with its place in texts and heads.
+
+        The whole rows of one live in memory that the next takes over.
+        """
+        b, h = self.q.shape[:2]
+        each = 4 * h * self.n * self.k.shape[2]
+        texts, heads = (TILE // each, h) if each <= TILE else (1, 1)
+        whole = replace(self, spare=Scratch())
+        if self.softcap is None:  # what is taken off every row is one more column, which spares a pass over scores
+            q, k = self.q.to(self.lse.dtype) * self.scale, self.k.to(self.lse.dtype)
+            q, k = torch.cat([q, -self.lse[..., None]], -1), torch.cat([k, torch.ones_like(k[..., :1])], -1)
+            whole = replace(whole, q=q, k=k, scale=1.0, folded=True)
+        for text, head in product(range(0, b, texts), range(0, h, heads)):
+            at, group = (slice(text, text + texts), slice(head, head + heads)), head * self.k.shape[1] // h
+            part = replace(
+                whole,
+                q=whole.q[at],
+                k=whole.k[at[0], slice(group, group + 1) if heads == 1 else slice(None)],
+                lse=self.lse[at],
+                sinks=None if self.sinks is None else self.sinks[at[1]],
+                key_mask=None if self.key_mask is None else self.key_mask[at[0]],
+                bias=None if self.bias is None else self.bias[at[0] if len(self.bias) == b else slice(None), at[1]],
+            )
+            for start, stop in part._cuts(TILE, self.n):
+                yield at, part.rows(start, stop)
+
+    def _cuts(self, size: int, most: int) -> Iterator[tuple[int, int]]:
         area = size / (4 * self.q.shape[0] * self.q.shape[1])
-        start = 0
-        while start < self.n:
-            before = min(start, self.window or start)
-            # rows x keys = area, where the keys of a causal block are those before it and its own
-            rows = (math.sqrt(before**2 + 4 * area) - before) / 2 if self.causal else area / self.k.shape[2]
-            stop = min(start + min(max(FEWEST, int(rows)), most), self.n)
-            yield start, stop
-            start = stop
+        return cuts(self.n, area, None if self.causal else self.k.shape[2], self.window, most=most)
 
     def finite(self, real: Bool[Tensor, "batch row"]) -> bool:
         """Look at the log-sum-exps: a bad score makes its row's bad."""
@@ -181,11 +125,12 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Rows `start` to `stop` of :class:`Scores`."""
+    """Rows `start` to `stop` of :class:`Scores`; entropies that were made with other sums are kept."""
 
     of: Scores
     start: int
     stop: int
+    _entropies: list[Tensor] = field(default_factory=list, repr=False)
 
     def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
         """Give the attention to one key per sequence: one thin matrix product, whatever the number of rows."""
@@ -215,15 +160,19 @@ class ScoredRows:
     def entropy(self) -> Float[Tensor, "batch head query"]:
         """Give the entropy of each row, -sum A log A: the logarithms were at hand."""
         if self._sums is None:
-            return self._whole[1]
+            if not self._in_tiles:
+                return self._whole[1]
+            if not self._entropies:
+                self._add_tiles(None)
+            return self._entropies[0]
         total, product = self._sums
         factor = self._mend(total)
         return -factor * (product + factor.log() * total)
 
     def received(self, chosen: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head key"]:
         """Give what each key receives from the chosen rows together."""
-        if self._sums is None or self.of.kernels is None:
-            return sum_of(self.pattern(), chosen)
+        if self._sums is None:
+            return self._add_tiles(chosen) if self._in_tiles else sum_of(self.pattern(), chosen)
         shift = self.of.lse - self._mend(self._sums[0]).log()
         return self._add_up("queries", torch.where(chosen[:, None], shift, torch.inf))[0]
 
@@ -246,6 +195,23 @@ class ScoredRows:
         seen = self._seen(torch.arange(keys.start, keys.stop, device=band.device)[:, None])
         first = self._reach.start
         band[..., keys.start - first : keys.stop - first].masked_fill_(~seen.mT, 0)
+
+    @property
+    def _in_tiles(self) -> bool:
+        """Tell whether sums are made tile by tile: of all rows, which were not formed."""
+        return (self.start, self.stop) == (0, self.of.n) and self.of.tiled and "_whole" not in vars(self)
+
+    def _add_tiles(self, chosen: Bool[Tensor, "batch query"] | None) -> Tensor:
+        """Add up what keys receive from the chosen rows, and keep the entropies, which cost next to nothing then."""
+        of = self.of
+        entropy, received = torch.empty_like(of.lse), of.lse.new_zeros(*of.lse.shape[:2], of.k.shape[2])
+        for at, rows in of.tiles():
+            mine = slice(rows.start, rows.stop)
+            band, entropy[at][..., mine] = rows._whole
+            if chosen is not None:
+                received[at][..., rows._reach] += sum_of(band, chosen[at[0], mine])
+        self._entropies[:] = [entropy]
+        return received
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor] | None:
@@ -271,10 +237,12 @@ class ScoredRows:
         logs = scores_of(of.q[:, :, rows], of.k[:, :, reach], of.scale, of.softcap, of.scratch)
         if of.bias is not None:
             logs.add_(of.bias[:, :, rows, reach]).clamp_(min=NEVER)
-        logs.sub_(of.lse[:, :, rows, None])
-        band = logs.exp()  # before keys are hidden: exp of what it gives as 0 is many times as slow
+        if not of.folded:
+            logs.sub_(of.lse[:, :, rows, None])
+        out = None if of.spare is None else of.spare(logs, *logs.shape)
+        band = torch.exp(logs, out=out)  # before keys are hidden: exp of what it gives as 0 is many times as slow
         if of.causal:  # all keys before the block are seen
-            self._hide(band, slice(self.start, self.stop))
+            band[..., self.start - reach.start :].tril_()
         if of.window is not None and not of.causal:
             self._hide(band, reach)
         elif of.window is not None and reach.start < self.stop - of.window:  # of the oldest keys, each row sees one less

@@ -43,8 +43,9 @@ class Metric:
         at_key: it looks at the sink key, so that its rows carry the key's position.
         unit: unit of the value, for axes.
         per_query: report one number per query, not their mean.
-        reads: what it takes of whole rows: `"pattern"`; `"entropy"`, `block.entropy` alone; or `"received"`, where `fn` gives
-            the pattern itself, and its mean over queries is all that is asked for. For these two no row need be formed.
+        reads: what it takes of whole rows: `"pattern"`; `"entropy"`, `block.entropy` alone; or `"received"`, which is for
+            `head_profile`: `fn` gives the pattern as it is, whose sum over queries, `block.received`, is taken in its place. For
+            these two no row need be formed.
     """
 
     name: str
@@ -164,7 +165,7 @@ def metric(
     at_key: bool = ...,
     unit: str = ...,
     per_query: bool = ...,
-    reads: Literal["pattern", "entropy", "received"] = ...,
+    reads: Literal["pattern", "entropy"] = ...,
 ) -> Callable[[Callable[[Block], Tensor]], Metric]: ...
 def metric(
     fn: Callable[[Block], Tensor] | None = None,
@@ -178,7 +179,7 @@ def metric(
     at_key: bool = False,
     unit: str = "",
     per_query: bool = False,
-    reads: Literal["pattern", "entropy", "received"] = "pattern",
+    reads: Literal["pattern", "entropy"] = "pattern",
 ) -> Metric | Callable[[Callable[[Block], Tensor]], Metric]:
     """Make a metric of a function of a block.
 
@@ -194,10 +195,11 @@ def metric(
         at_key: it looks at `block.keys`, the sink key; what needs mass does.
         unit: for axes.
         per_query: report one number per query, in the column `query`, not their mean.
-        reads: see :class:`Metric`; a long text takes a fraction of the time on a GPU where nothing reads the pattern itself.
+        reads: what it takes of whole rows: the pattern, or `block.entropy` alone. Where no metric reads the pattern itself,
+            rows are not formed, and a long text takes half the time, a fraction of it on a GPU.
 
     Raises:
-        SinkscopeError: a function without a name, or thresholds per query.
+        SinkscopeError: a function without a name, thresholds per query, or it reads something else.
 
     >>> @metric(needs="pattern")
     ... def distance(block):
@@ -213,6 +215,8 @@ def metric(
             raise SinkscopeError("a lambda has no name: write ss.metric(needs=..., name='my_metric')(lambda block: ...)")
         wanted = (needs,) if isinstance(needs, str) else tuple(needs)
         attention_only = set(wanted) <= {"mass", "pattern"}
+        if reads not in ("pattern", "entropy"):
+            raise SinkscopeError(f"metric {label!r}: reads={reads!r} is none of 'pattern', 'entropy'")
         if per_query and thresholds:
             raise SinkscopeError(f"metric {label!r}: a threshold is applied to a mean over queries, not per query")
         chance = null if attention_only else None

@@ -78,7 +78,9 @@ class Observer:
             layers: the layers that will come.
             sides: which queries count; None for all that a metric chooses.
         """
-        self.metrics, self.positions, self.sides = metrics, positions, sides
+        # Whoever has whole rows formed goes first, then who has them added up: entropies, read last, are at hand then.
+        self.metrics = sorted(metrics, key=lambda m: ("pattern", "received", "entropy").index(m.reads))
+        self.positions, self.sides = positions, sides
         self.place = {layer: place for place, layer in enumerate(layers)}
         self.rows: dict[tuple[str, int, int], RowMean] = {}
         self.means: dict[tuple[str, int, int], Array] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from torch import Tensor
 
@@ -32,10 +34,13 @@ def effective_keys(block: Block) -> Tensor:
     return block.entropy.exp()
 
 
-@metric(needs="pattern", reads="received", unit="share of attention")
+@metric(needs="pattern", unit="share of attention")
 def head_profile(block: Block) -> Tensor:
     """Mean over queries of A[i, k] for every key, per head; large: one row per (layer, head, key)."""
     return block.pattern
+
+
+head_profile = replace(head_profile, reads="received")
 
 
 def _alpha(profile: Array, tokens: int, causal: bool) -> Array:

@@ -1,7 +1,7 @@
 """Every goal of speed in one run, by group, with its verdict: `make bench` (about 25 minutes on a quiet machine, 2 threads).
 
 Goals are ratios: within a group the ways take turns, round after round, and medians are compared with the group's first way.
-Each run adds a line to `history.jsonl` beside this file. `--smoke` runs everything once on short texts, to keep this file
+Each whole run adds a line to `history.jsonl` beside this file. `--smoke` runs everything once on short texts, to keep this file
 alive (`make bench-smoke`, part of `make test`): it judges and writes nothing. `bench.py` has more ways, and memory.
 """
 
@@ -220,7 +220,7 @@ def main() -> None:
             ratios[f"{group.name}: {name}"] = round(ratio, 3)
             verdict = "" if goal is None or args.smoke else "met" if round(ratio, 2) <= goal else "missed"
             print(f"  {name:38}{found[name]:9.2f}{ratio:9.2f}{goal or '':>7} {verdict}", flush=True)
-    if not args.smoke:
+    if not (args.smoke or args.only):
         line: dict[str, Any] = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count()}
         line |= {"threads": bench.THREADS}
         line |= {"load": os.getloadavg()[0], "rounds": rounds, "ratios": ratios}

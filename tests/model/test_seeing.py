@@ -112,6 +112,13 @@ def test_whole_patterns(name):
     np.testing.assert_allclose(full[list(layers)], a, atol=1e-5)
 
 
+def test_sums_that_are_made_tile_by_tile(monkeypatch):
+    from sinkscope.capture import rows
+
+    monkeypatch.setattr(rows, "TILE", 4 * 20 * 7)
+    right(ss.measure(tiny_hf_model(GEMMA), tiny_inputs(GEMMA, 2), METRICS), GEMMA, "text 0")
+
+
 def test_images_longer_than_a_window_see_themselves_both_ways():
     """An image of Gemma 3 of 16 positions, twice the window: later keys are seen, early ones beyond the window are not."""
     import transformers

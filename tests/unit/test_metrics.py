@@ -10,7 +10,7 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import sinkscope as ss
-from sinkscope.capture import rows as held
+from sinkscope.capture import source as held
 from sinkscope.metrics import BUILT_IN, MECHANISM, available
 from sinkscope.metrics import null as nulls
 from sinkscope.testing import planted_sink, tiny_hf_model

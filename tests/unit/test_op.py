@@ -210,6 +210,37 @@ def test_blocks_of_whole_rows_are_bounded():
     assert largest.size * 4 <= 1.1 * rows_module.BYTES
 
 
+@pytest.mark.parametrize("tile", [3_000, 30_000, 500_000])
+@pytest.mark.parametrize("name", CASES)
+def test_sums_tile_by_tile(name, tile, monkeypatch):
+    """Entropies and what keys receive, by rows of one head, by texts, and by heads of all texts at once."""
+    monkeypatch.setattr(rows_module, "TILE", tile)
+    _, scores, (_, pattern, _) = scores_and_truth(name)
+    assert list(scores.cuts(formed=False)) == [(0, T)]
+    chosen = torch.rand(len(pattern), T, generator=torch.Generator().manual_seed(0)) < 0.7
+    entropy, received = torch.special.entr(pattern).sum(-1), (pattern * chosen[:, None, :, None]).sum(2)
+    both, alone, formed = (scores.rows(0, T) for _ in range(3))
+    torch.testing.assert_close(both.received(chosen).double(), received, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(both.entropy().double(), entropy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone.entropy().double(), entropy, atol=1e-5, rtol=1e-5)
+    whole = formed.pattern()
+    torch.testing.assert_close(formed.entropy().double(), entropy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(formed.received(chosen).double(), received, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(whole.double(), pattern, atol=2e-6, rtol=1e-5)
+
+
+def test_tiles_are_small_and_made_once():
+    q, k, v, how = case("grouped", t=2048)
+    scores = Scores(q, k, attention_with_lse(q, k, v, **how)[1], **how)
+    rows = scores.rows(0, 2048)
+    with Largest() as largest:
+        rows.received(torch.ones(len(q), 2048, dtype=torch.bool))
+    assert 4 * largest.size <= 1.1 * rows_module.TILE
+    with Largest() as largest:
+        rows.entropy()
+    assert largest.size == 0
+
+
 @pytest.mark.parametrize("value", ["tf32", "ieee"])
 @pytest.mark.parametrize("switch", ["old", "new", "all backends"])
 def test_products_in_tf32_are_noticed(switch, value):
