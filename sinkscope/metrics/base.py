@@ -44,8 +44,8 @@ class Metric:
         unit: unit of the value, for axes.
         per_query: report one number per query, not their mean.
         reads: what it takes of whole rows: `"pattern"`; `"entropy"`, `block.entropy` alone; or `"received"`, which is for
-            `head_profile`: `fn` gives the pattern as it is, whose sum over queries, `block.received`, is taken in its place. For
-            these two no row need be formed.
+            `head_profile`: `fn` gives the pattern as it is, whose sum over queries, `block.received`, is taken in its place.
+            For these two no row need be formed.
     """
 
     name: str
@@ -179,7 +179,7 @@ def metric(
     at_key: bool = False,
     unit: str = "",
     per_query: bool = False,
-    reads: Literal["pattern", "entropy"] = "pattern",
+    reads: Any = "pattern",
 ) -> Metric | Callable[[Callable[[Block], Tensor]], Metric]:
     """Make a metric of a function of a block.
 

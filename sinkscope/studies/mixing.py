@@ -155,15 +155,16 @@ def _say(model: str, of: str, value: dict[tuple[str, str], Estimate]) -> tuple[s
 
 
 def _layers(spread: dict[str, list[Tensor]], *, ax: Axes | None = None) -> Axes:
-    """Draw spread by layer, one line per case, with the 95% interval across texts."""
+    """Draw spread by layer, one line per case, with the 95% interval across texts; lines that coincide lie in each other."""
     import matplotlib.pyplot as plt
 
     ax = plt.figure(**WIDE).add_subplot() if ax is None else ax
-    for case, colour in zip(spread, ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#595959"), strict=True):
+    colours, widths = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#595959"), (6.0, 4.5, 3.2, 1.2, 1.2)
+    for case, colour, width in zip(spread, colours, widths, strict=True):
         by_text = np.array([s.nanmean(1).numpy() for s in spread[case]])
         points = [Estimate.of(column, bounds=POSITIVE) for column in by_text.T]
         layers = range(len(points))
-        ax.plot(layers, [p.value for p in points], color=colour, linewidth=1.2, label=case)
+        ax.plot(layers, [p.value for p in points], color=colour, linewidth=width, label=case)
         ax.fill_between(layers, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0)
     return finish(ax, "", "layer", "relative change of later tokens", legend=True)
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +136,24 @@ def load(ways: list[str], tokens: int, threads: int) -> tuple[dict[str, Any], An
     """Load the models that some ways take, and the ids."""
     import torch
 
+    torch.set_num_threads(threads)
+    models = {kind: model_of(kind) for kind in {WAYS[way][1] for way in ways}}
+    return models, torch.randint(100, 49000, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def model_of(kind: str) -> Any:
+    """Load SmolLM2 once, as a bridge or with a kind of attention."""
+    import torch
+
     import sinkscope as ss
     from sinkscope.models.load import _load_converted, located
 
-    torch.set_num_threads(threads)
-    models: dict[str, Any] = {}
-    for kind in {WAYS[way][1] for way in ways}:
-        if kind == "bridge":
-            models[kind] = ss.load_model("smollm2-135m")
-        else:
-            models[kind] = _load_converted(located("smollm2-135m"), torch.float32, {})[0]
-            models[kind].set_attn_implementation(kind)
-    ids = torch.randint(100, 49000, (1, tokens), generator=torch.Generator().manual_seed(0))
-    return models, ids
+    if kind == "bridge":
+        return ss.load_model("smollm2-135m")
+    model = _load_converted(located("smollm2-135m"), torch.float32, {})[0]
+    model.set_attn_implementation(kind)
+    return model
 
 
 def time_all(ways: list[str], tokens: int, rounds: int, threads: int) -> dict[str, list[tuple[float, float]]]:

@@ -1,8 +1,8 @@
 """Every goal of speed in one run, by group, with its verdict: `make bench` (about 25 minutes on a quiet machine, 2 threads).
 
 Goals are ratios: within a group the ways take turns, round after round, and medians are compared with the group's first way.
-Each whole run adds a line to `history.jsonl` beside this file. `--smoke` runs everything once on short texts, to keep this file
-alive (`make bench-smoke`, part of `make test`): it judges and writes nothing. `bench.py` has more ways, and memory.
+Each whole run adds a line to `history.jsonl` beside this file. `--smoke` runs everything once on short texts, to keep this
+file alive (`make bench-smoke`, part of `make test`): it judges and writes nothing. `bench.py` has more ways, and memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Up to 131,072 tokens: does time per token stay, does memory? Each length in a process of its own, once.
 
-A Llama of SmolLM2's shape with a longer context and random weights, two layers of its thirty (both figures are per layer, as
-far as time goes), no logits. A streaming window is a pass of `evaluate`; first-token metrics are `measure`'s, by flash, and by
-hooks in chunks, whose rows are formed: `long.py [--tokens N ...] [--picture docs/long.png]`.
+A Llama of SmolLM2's shape with a longer context and random weights, two layers of its thirty, no logits. A streaming window
+is a pass as `evaluate` makes it; first-token metrics are `measure`'s, by flash, and by hooks in chunks, whose rows are
+formed: `long.py [--tokens N ...] [--picture docs/long.png]`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(args.one, args.tokens[0], args.threads)))
         return
-    print(f"{LAYERS} layers, {args.threads} threads\n{'':24}{'tokens':>9}{'seconds':>9}{'us / token, layer':>19}{'peak MB':>9}")
+    print(
+        f"{LAYERS} layers, {args.threads} threads\n{'':24}{'tokens':>9}{'seconds':>9}{'us / token, layer':>19}{'peak MB':>9}"
+    )
     found: dict[str, dict[int, tuple[float, float]]] = {}
     for way in args.ways:
         for n in args.tokens:

@@ -10,6 +10,7 @@ import sinkscope as ss
 from sinkscope.metrics import available, resolve
 from sinkscope.metrics.base import Metric
 from sinkscope.metrics.catalogue import _as_metric
+from sinkscope.metrics.shape import head_profile
 from sinkscope.testing import check_metric, tiny_hf_model, tiny_tokenizer
 from tests import oracles
 from tests.conftest import TEXTS, attempt, play, table, total
@@ -200,6 +201,13 @@ def test_nothing_is_hooked_that_nobody_asked_for(llama):
 def test_a_lambda_needs_a_name(llama):
     with pytest.raises(ss.SinkscopeError, match=r"a lambda has no name: write ss\.metric"):
         ss.measure(llama, TEXT, [lambda block: block.pattern[..., 0]])
+
+
+def test_what_is_received_is_the_profile_of_heads_alone():
+    """It is taken from sums, not from the function, so that another function would be passed over."""
+    assert head_profile.reads == "received"
+    with pytest.raises(ss.SinkscopeError, match="metric 'mine': reads='received' is none of 'pattern', 'entropy'"):
+        ss.metric(reads="received", name="mine")(lambda block: 2 * block.pattern)
 
 
 @pytest.mark.parametrize("thing", [3, None, object()])
