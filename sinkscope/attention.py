@@ -36,7 +36,8 @@ def attention_map(
 
     Args:
         model: as for :func:`sinkscope.measure`.
-        text: one text, path or row of ids; or one image or sound, as :func:`sinkscope.measure` takes it, which is not cut.
+        text: one text, path or row of ids; or one image or sound, or text with these in it, as :func:`sinkscope.measure`
+            takes it, which is not cut.
         layer: one layer; None averages over all.
         head: one head; None averages over all.
         side: as for :func:`sinkscope.measure`.
@@ -90,14 +91,16 @@ def attention_patterns(
 
     Args:
         model: as for :func:`sinkscope.measure`.
-        text: one text, path or row of ids; or one image or sound, as :func:`sinkscope.measure` takes it, which is not cut.
+        text: one text, path or row of ids; or one image or sound, or text with these in it, as :func:`sinkscope.measure`
+            takes it, which is not cut.
         side: as for :func:`sinkscope.measure`, but not `"cross"`.
         bos: as for :func:`sinkscope.measure`.
         max_tokens: the text is cut to this many tokens; None: 64, or fewer where that is over a million numbers in all heads.
 
     Returns:
         One row per (layer, head, query, key): `layer, head, query, key, query_token, value`, float32; of a causal model the
-        keys up to the query. A :class:`SinkReport` that has it as `patterns` shows it on its page.
+        keys up to the query (all, where images see themselves both ways). A :class:`SinkReport` that has it as `patterns`
+        shows it on its page.
 
     Raises:
         SinkscopeError: more than one text, or cross-attention.
@@ -117,7 +120,8 @@ def attention_patterns(
         held[block.layer][:, rows, : pattern.shape[-1]] = pattern.float().cpu().numpy()
 
     _run(adapter, tokens, add)
-    query, key = np.tril_indices(t) if adapter.causal else (axis.reshape(-1) for axis in np.indices((t, t)))
+    earlier = adapter.causal and sequence.ends is None
+    query, key = np.tril_indices(t) if earlier else (axis.reshape(-1) for axis in np.indices((t, t)))
     values = np.stack([held[layer][:, query, key] for layer in adapter.layers])
     layer, head, pair = (axis.reshape(-1) for axis in np.indices(values.shape, dtype=np.int32))
     words = pd.Categorical(list(sequence.strings))

@@ -121,6 +121,8 @@ class Block:
         activations: other hook points that the metric asked for, by the name it used.
         key_lengths: real tokens on the side of the keys, `[batch]`, where that is another text: in cross-attention, whose
             queries see all of the source. None where keys are the positions of the queries.
+        ends: the key after the last that each query sees, `[batch, position]`, where a decoder's queries see later keys:
+            images of Gemma 3 see themselves both ways. None elsewhere.
     """
 
     layer: int
@@ -134,6 +136,7 @@ class Block:
     tokens: Int[Tensor, "batch position"] | None = None
     activations: Mapping[str, Tensor] = field(default_factory=dict)
     key_lengths: Int[Tensor, " batch"] | None = None
+    ends: Int[Tensor, "batch position"] | None = None
 
     def at(self, keys: Int[Tensor, " batch"]) -> Block:
         """Look at other key positions, one per sequence."""
@@ -152,6 +155,8 @@ class Block:
     @property
     def n_keys(self) -> int:
         """How many keys a row has: those up to the block's last row, or all of an encoder's."""
+        if self.ends is not None:
+            return self.ends.shape[1]
         if self.causal:
             return self.start + self.n_queries
         if self.key_lengths is not None:
@@ -233,6 +238,8 @@ class Block:
     @cached_property
     def n_visible(self) -> Int[Tensor, "batch query"]:
         """How many keys a query sees when nothing but causality hides any: i + 1; T in an encoder, S in cross-attention."""
+        if self.ends is not None:
+            return self.ends[:, self.start : self.start + self.n_queries]
         if self.causal:
             return (self.queries + 1).expand(len(self.lengths), -1)
         return self.real_keys[:, None].expand(-1, self.n_queries)
@@ -245,6 +252,7 @@ class Block:
     @cached_property
     def sees_key(self) -> Bool[Tensor, "batch query"]:
         """Which queries can see the sink key (causality and sliding window respected)."""
-        gap = self.queries[None, :] - self.keys[:, None]
-        seen = gap >= 0 if self.causal else torch.ones_like(gap, dtype=torch.bool)
-        return seen if self.window is None else seen & in_reach(self.queries[None, :], self.keys[:, None], self.window)
+        keys, queries = self.keys[:, None], self.queries[None, :]
+        seen = keys < self.n_visible
+        queries = torch.maximum(queries, keys) if self.causal else queries  # later keys are in a decoder's reach, if seen
+        return seen if self.window is None else seen & in_reach(queries, keys, self.window)

@@ -61,7 +61,8 @@ def measure(
             encoder-decoder: a (source, target) pair (a tuple of two), `input_ids` with `decoder_input_ids`, a row with
             `source` and `target`, or a source alone, for which the model then writes a target, greedily. Of an encoder of
             images or sound: what its processor gives (`pixel_values`, `input_values`, `input_features`), one or several; of a
-            Whisper that is the source.
+            Whisper that is the source. Of a vision-language model: text, or what its processor gives for one text with images
+            in it (`input_ids` with `pixel_values` and what goes with them); positions of images are `image 0 patch 3,5`.
         metrics: names (see `sinkscope metrics`), metrics, or functions of a block, one or several; None for all built-in
             ones.
         key: the sink position looked at; negative from the end; a token such as `"[SEP]"`; or several of these.

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.block import Block, Rows
+from sinkscope.capture.masks import check_seen
 from sinkscope.capture.source import Source, StoredPattern
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
@@ -71,7 +72,9 @@ class Pass:
         if not self.waiting:
             return
         if need == "pattern" and isinstance(value, Tensor):
-            value = StoredPattern(value, self.start, self.adapter.causal)
+            if (mixed := self.batch.sequences[0].mixed) is not None:
+                check_seen((value[0] > 0).any(0), mixed.ends.to(value.device), self.adapter.windows.get(layer), layer)
+            value = StoredPattern(value, self.start, self.adapter.causal and self.batch.ends is None)
         if isinstance(value, Tensor):
             self._check_shape(need, value)
             self.held[need] = value
@@ -126,6 +129,7 @@ class Pass:
             n = min(value.shape[query_axis(name)] for name, value in rest.items())
         device = next(iter(rest.values())).device if source is None else source.device
         lengths = self.batch.lengths.to(device)
+        ends = self.batch.ends
         for start, stop in source.cuts(self.formed) if source is not None and group == {"pattern"} else [(0, n)]:
             rows: Rows = NoRows() if source is None else source.rows(start, stop)
             yield Block(
@@ -140,6 +144,7 @@ class Pass:
                 tokens=self.batch.ids.to(device),
                 activations=rest,
                 key_lengths=None if crossed is None else crossed.lengths.to(device),
+                ends=None if ends is None else ends.to(device),
             )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.block import Chunk
-from sinkscope.capture.masks import OtherwiseError
+from sinkscope.capture.masks import OtherwiseError, check_seen
 from sinkscope.capture.op import attention_with_lse
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
@@ -100,9 +100,11 @@ class Calls:
             "window": window,
             "softcap": softcap,
             "sinks": sinks,
-            "key_mask": _key_mask(attention_mask if chosen is None else None, must),
+            "key_mask": _key_mask(attention_mask if chosen is None and self.adapter.ends is None else None, must),
             "bias": bias if bias is not None and bool(bias.any()) else None,  # of layers that have none, T5 passes zeros
         }
+        if looked and self.adapter.ends is not None:
+            given |= _as_seen(attention_mask, self.adapter.ends, window, layer, query)
         compute = self.compute if looked else _plainly
         with torch.autocast(query.device.type, enabled=False):  # it would lower the products of any statistic
             out = compute(layer, query, key.to(query.dtype), value.to(query.dtype), given)
@@ -140,6 +142,15 @@ def _key_mask(mask: Tensor | None, causal: bool) -> Tensor | None:
     if not bool((real | (keys == torch.finfo(keys.dtype).min)).all()):
         raise own
     return None if bool(real.all()) else real
+
+
+def _as_seen(mask: Tensor | None, ends: Tensor, window: int | None, layer: int, query: Tensor) -> dict[str, Any]:
+    """Take the mask of text with images in it: causal, or in which images see themselves both ways."""
+    seen = check_seen(None if mask is None else mask[0, 0], ends.to(query.device), window, layer)
+    if torch.equal(ends, torch.arange(1, len(ends) + 1, device=ends.device)):
+        return {}
+    hidden = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
+    return {"causal": False, "window": None, "bias": hidden.expand(1, query.shape[1], -1, -1)}
 
 
 def _plainly(layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:

@@ -52,6 +52,8 @@ def why_cache_is_wrong(adapter: Adapter, tokens: Tokens) -> str | None:
     TransformerLens's bridge has had caches that fail silently (each chunk attends to itself alone), so none is trusted
     without this. The proof runs past a sliding window where the layer has one that is short enough.
     """
+    if any(s.mixed for s in tokens.sequences):
+        return "text with images or sound in it is run in one shot"
     why = adapter.why_no_cache(max(len(s) for s in tokens.sequences))
     if why is not None:
         return why

@@ -43,7 +43,7 @@ def check_logits(adapter: Adapter, tokens: Tokens) -> int:
 
 
 def next_losses(adapter: Adapter, batch: Batch, chunk: int | None = None) -> Float[Tensor, "batch position"]:
-    """Give each position the loss of its next token in nats; NaN at the last token and at pads.
+    """Give each position the loss of its next token in nats; NaN at the last token, at pads, and where an image is next.
 
     Args:
         adapter: a decoder.
@@ -67,4 +67,7 @@ def next_losses(adapter: Adapter, batch: Batch, chunk: int | None = None) -> Flo
                     size = rows_at_a_time(logits.shape[-1], 1)  # the vocabulary is known once one token has been unembedded
                     truth = batch.ids[row, (now + 1).to(batch.ids.device)].to(logits.device)
                     found[row, now] = cross_entropy(logits, truth, reduction="none").cpu()
+    for row, mixed in enumerate(s.mixed for s in batch.sequences):
+        if mixed is not None:
+            found[row, : len(mixed.placed) - 1][mixed.placed[1:]] = torch.nan
     return found

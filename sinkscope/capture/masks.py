@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkscope.block import in_reach
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.models.versions import with_sizes
@@ -30,6 +31,7 @@ class OtherwiseError(SinkscopeError):
 class Masks:
     """Stands for Hugging Face's mask function: causal masks need no tensor, an encoder's needs one row of keys.
 
+    Of text with images in it, which may see themselves both ways, it is the whole mask (`mixed` tells).
     An encoder-decoder asks for both (`either`), and for its cross-attention, where there may be fewer keys or more. Where an
     indexer chooses keys (`indexed`), it looks at the mask, which then must be a tensor.
     """
@@ -38,13 +40,14 @@ class Masks:
     told: Told | None = None
     either: bool = False
     indexed: bool = False
+    mixed: Callable[[], bool] = bool
 
     @classmethod
     def of(cls, adapter: Adapter, told: Told | None = None) -> Masks:
         """Give those of a model."""
         by_itself = hasattr(adapter.config, "decoder_layers")  # BART's decoder: asks for the mask of a source it has not
         either = adapter.side is not None or (adapter.causal and by_itself)
-        return cls(adapter.causal, told, either, adapter.chosen is not None)
+        return cls(adapter.causal, told, either, adapter.chosen is not None, lambda: adapter.ends is not None)
 
     def __call__(
         self,
@@ -72,6 +75,9 @@ class Masks:
         use_vmap: bool = False,
         **extra: Any,
     ) -> Tensor | None:
+        if mask_function is not None and self.mixed():
+            rows, keys = (torch.arange(n, device=extra.get("device")) for n in (q_length, kv_length))
+            return torch.as_tensor(mask_function(keys.new_zeros(()), keys.new_zeros(()), rows[:, None], keys))[None, None]
         whole = q_length == kv_length if self.told is None else q_offset + q_length == kv_offset + kv_length
         whole = whole or (self.either and self.told is None)
         if not args and not use_vmap and mask_function is not None and whole:
@@ -100,3 +106,30 @@ class Masks:
 def _causal(q_offset: int, q_length: int, kv_offset: int, kv_length: int, device: Any) -> Tensor:
     rows = torch.arange(q_length, device=device)[:, None] + q_offset
     return (torch.arange(kv_length, device=device) + kv_offset <= rows)[None, None]
+
+
+def check_seen(found: Tensor | None, ends: Tensor, window: int | None, layer: int) -> Tensor:
+    """See to it that queries of text with images in it see the keys before their ends that are in the window, no others.
+
+    Args:
+        found: who sees whom, `[query, key]`, as the model has it.
+        ends: the key after the last that each query sees, `[query]`.
+        window: of the layer.
+        layer: for the error.
+
+    Returns:
+        The same as it must be.
+
+    Raises:
+        OtherwiseError: it is not.
+    """
+    keys = torch.arange(len(ends), device=ends.device)
+    seen = keys < ends[:, None]
+    if window is not None:  # later keys are always in reach
+        seen = seen & in_reach(torch.maximum(keys[:, None], keys), keys, window)
+    if found is None or not torch.equal(found.to(seen.device), seen):
+        raise OtherwiseError(
+            f"with images among its tokens, queries of layer {layer} see other keys than was thought. Reduce what Hugging "
+            "Face's own gives with output_attentions=True: ss.metrics.of_pattern(attentions, causal=False)"
+        )
+    return seen

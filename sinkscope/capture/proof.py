@@ -148,9 +148,9 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]], longest: int) 
 def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:
     """Take the start of the longest text; where pads are masked (an encoder's), half of it too, so that there are some.
 
-    An image or a sound is taken whole.
+    An image or a sound is taken whole, and so is text with one in it, where there is any.
     """
-    longest = max(tokens.sequences, key=len)
+    longest = max(tokens.sequences, key=lambda s: (s.mixed is not None, len(s)))
     short_window = min(adapter.windows.values(), default=PAST_A_WINDOW) < PAST_A_WINDOW
     n = min(len(longest), PAST_A_WINDOW if short_window else TOKENS)
     padded = longest.inputs is None and not (adapter.causal and longest.source is None)

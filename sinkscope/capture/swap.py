@@ -26,7 +26,7 @@ NORM = "_hf_autograd_forward_with_hooks"
 def swapped(adapter: Adapter, attend: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
     """Have a model call `attend` for attention, and `mask` for its masks; put everything back, whatever happens."""
     name = f"sinkscope-{uuid4().hex}"
-    with _registered(name, attend, mask), chosen(adapter.network, name), _unwrapped(adapter), _lean_norms(adapter):
+    with _registered(name, attend, mask), chosen(adapter, name), _unwrapped(adapter), _lean_norms(adapter):
         yield
 
 
@@ -42,13 +42,15 @@ def _registered(name: str, attend: Callable[..., Any], mask: Callable[..., Any])
 
 
 @contextmanager
-def chosen(network: nn.Module, name: str) -> Iterator[None]:
-    """Choose the attention of every part of a model: as `set_attn_implementation`, without its warnings, and undone."""
+def chosen(adapter: Adapter, name: str) -> Iterator[None]:
+    """Choose the attention of all parts that are not spared: as `set_attn_implementation`, without warnings, and undone."""
     configs: dict[int, Any] = {}
-    waiting = [vars(module).get("config") for module in network.modules()]
+    spared, waiting = adapter.spared, [vars(module).get("config") for module in adapter.network.modules()]
     while waiting:
         config = waiting.pop()
-        if config is not None and hasattr(config, "_attn_implementation_internal") and id(config) not in configs:
+        if config is None or id(config) in spared or id(config) in configs:
+            continue
+        if hasattr(config, "_attn_implementation_internal"):
             configs[id(config)] = config
             waiting += [getattr(config, key, None) for key in config.sub_configs]
     before = [(config, config._attn_implementation_internal) for config in configs.values()]

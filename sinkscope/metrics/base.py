@@ -179,7 +179,7 @@ def metric(
     at_key: bool = False,
     unit: str = "",
     per_query: bool = False,
-    reads: Literal["pattern", "entropy"] = "pattern",
+    reads: Any = "pattern",
 ) -> Metric | Callable[[Callable[[Block], Tensor]], Metric]:
     """Make a metric of a function of a block.
 

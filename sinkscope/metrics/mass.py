@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sinkscope.block import Block
@@ -12,7 +11,7 @@ from sinkscope.metrics.base import Array, derived, metric
 
 def seeing_key(block: Block) -> Tensor:
     """Average over the queries at or after the key (all queries in an encoder); windows are not looked at."""
-    return block.queries[None, :] >= block.keys[:, None] if block.causal else torch.ones_like(block.valid)
+    return block.keys[:, None] < block.n_visible
 
 
 def in_window(block: Block) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.block import Block, Chunk, in_reach
+from sinkscope.block import Block, Chunk
 from sinkscope.metrics.accumulate import accumulator
 from sinkscope.metrics.base import Array, Metric
 
@@ -27,16 +27,18 @@ class UniformRows:
     length: int
     causal: bool
     window: int | None
+    ends: Int[Tensor, " position"] | None = None
 
-    def _seen(self, queries: Tensor, keys: Tensor) -> Tensor:
-        gap = queries - keys
-        seen = gap >= 0 if self.causal else torch.ones_like(gap, dtype=torch.bool)
-        return seen if self.window is None else seen & in_reach(queries, keys, self.window)
+    def _seen(self, keys: Tensor) -> Tensor:
+        """Tell which rows, the last axis, see keys."""
+        first, last = self._reach()
+        return (first <= keys) & (keys < last)
 
     def _reach(self) -> tuple[Tensor, Tensor]:
         """Give the first key that each row sees, and the one after the last."""
         queries = torch.arange(self.start, self.stop)
         first, last = torch.zeros_like(queries), queries + 1 if self.causal else torch.full_like(queries, self.length)
+        last = last if self.ends is None else self.ends[self.start : self.stop]
         if isinstance(self.window, Chunk):
             first = queries // self.window * self.window
         elif self.window is not None:
@@ -48,16 +50,17 @@ class UniformRows:
         first, last = self._reach()
         return 1.0 / (last - first).double()
 
+    @property
+    def _n_keys(self) -> int:
+        return self.stop if self.causal and self.ends is None else self.length
+
     def pattern(self) -> Float[Tensor, "batch head query key"]:
         """Give the whole rows."""
-        queries = torch.arange(self.start, self.stop)[:, None]
-        keys = torch.arange(self.stop if self.causal else self.length)[None, :]
-        return (self._seen(queries, keys) * self._share()[:, None])[None, None]
+        return (self._seen(torch.arange(self._n_keys)[:, None]) * self._share()).mT[None, None]
 
     def mass(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
         """Give the share of one key."""
-        queries = torch.arange(self.start, self.stop)
-        return (self._seen(queries, keys[:, None]) * self._share())[:, None]
+        return (self._seen(keys[:, None]) * self._share())[:, None]
 
     def row_sum(self) -> Float[Tensor, "batch head query"]:
         """Give ones."""
@@ -71,7 +74,7 @@ class UniformRows:
         """Give what keys receive, from where each row's begin and end; 0, and no rounding, where no chosen row sees a key."""
         kept = chosen[0]
         first, last = (edge[kept] for edge in self._reach())
-        keys = torch.arange(self.stop if self.causal else self.length)
+        keys = torch.arange(self._n_keys)
         seen = (torch.bincount(first, minlength=len(keys) + 1) - torch.bincount(last, minlength=len(keys) + 1)).cumsum(0)
         share = self._share()[kept]
         sums = torch.zeros(len(keys) + 1, dtype=torch.float64).index_add_(0, first, share).index_add_(0, last, -share)
@@ -88,6 +91,7 @@ def uniform_mean(
     tokens: Int[Tensor, " position"] | None = None,
     counted: Bool[Tensor, " position"] | None = None,
     n_keys: int | None = None,
+    ends: Int[Tensor, " position"] | None = None,
 ) -> Array:
     """Apply a metric to uniform attention over one text.
 
@@ -100,6 +104,7 @@ def uniform_mean(
         tokens: the text's ids, for metrics that look at them.
         counted: which queries may enter the mean; None for those that the metric chooses.
         n_keys: number of keys S in cross-attention, all of which every query sees; None where keys are the text's own.
+        ends: the key after the last that each query sees, where a decoder's queries see later keys; None elsewhere.
 
     Returns:
         A number, or one per key `[key]` or query `[query]`; NaN where the metric has no null.
@@ -115,7 +120,7 @@ def uniform_mean(
     step = ROWS if metric.reads == "pattern" else length
     for start in range(0, length, step):
         stop = min(start + step, length)
-        rows = UniformRows(start, stop, n_keys or length, causal, window)
+        rows = UniformRows(start, stop, n_keys or length, causal, window, ends)
         mean.update(
             Block(
                 layer=0,
@@ -128,6 +133,7 @@ def uniform_mean(
                 window=window,
                 tokens=None if tokens is None else tokens[None],
                 key_lengths=None if n_keys is None else torch.tensor([n_keys]),
+                ends=None if ends is None else ends[None],
             ),
             counted=None if counted is None else counted[None, start:stop],
         )

@@ -165,7 +165,8 @@ class Finish:
             at_key = getattr(reported, "at_key", False)
             if at_key or index == 0:
                 at, mark = (position, tag) if at_key else (None, "")
-                values += values_of(reported, means, nulls, at, mark, len(sequence.keyed), self.causal)
+                mine, even = (_over_those_who_see(reported, found, sequence) for found in (means, nulls))
+                values += values_of(reported, mine, even, at, mark, len(sequence.keyed), self.causal)
         return values
 
     def _null(self, m: Metric, sequence: TextTokens, position: int, like: Array, counted: np.ndarray | None) -> Array:
@@ -173,7 +174,7 @@ class Finish:
         if m.null is None:
             return np.full(like.shape, np.nan)
         # Of the built-in metrics none looks at the text, only at its length; another one may.
-        text = "" if m.name in BUILT_IN else sequence.label
+        text = "" if m.name in BUILT_IN and sequence.ends is None else sequence.label
         rows, n_keys = [], len(sequence.keyed) if sequence.crossed else None
         for place, layer in enumerate(self.layers):
             window = self.windows.get(layer) if m.null == "visible" else None
@@ -190,6 +191,7 @@ class Finish:
                     tokens=sequence.ids,
                     counted=only,
                     n_keys=n_keys,
+                    ends=sequence.ends,
                 )
                 self._room -= null.size
                 if self._room < 0:
@@ -197,6 +199,15 @@ class Finish:
                 self._nulls[at] = null
             rows.append(self._nulls[at])
         return np.broadcast_to(np.stack(rows)[:, None], like.shape)
+
+
+def _over_those_who_see(m: AnyMetric, means: dict[str, Array], text: TextTokens) -> dict[str, Array]:
+    """Scale means over keys for a metric that takes T - k queries to see key k: inside an image of Gemma 3 more do."""
+    if text.ends is None or not isinstance(m, Derived) or not m.every_query:
+        return means
+    keys = np.arange(len(text))
+    seeing = (text.ends.numpy()[:, None] > keys).sum(0)
+    return {name: mean * (len(text) - keys) / seeing if mean.ndim == 3 else mean for name, mean in means.items()}
 
 
 def countable(asked: Sequence[AnyMetric], by_name: bool) -> list[AnyMetric]:

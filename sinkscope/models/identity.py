@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class Identity:
     causal: bool
     points: dict[str, Any] = field(repr=False)
     side: Side | None = None
+    #: In a pass over text with images in it, the key after the last that each query sees, `[position]`.
+    ends: ClassVar[Tensor | None] = None
 
     def side_of(self, module: nn.Module) -> Side | None:
         """Tell which attention of an encoder-decoder a module computes; None in any other model."""
@@ -63,6 +65,11 @@ class Identity:
     def hears(self) -> bool:
         """Whether positions in an encoder are those of a sound."""
         return False
+
+    @property
+    def spared(self) -> frozenset[int]:
+        """Which configurations, by `id`, are of parts whose attention is not looked at and stays as it is."""
+        return frozenset()
 
     @property
     def asks_interface(self) -> bool:

@@ -10,6 +10,7 @@ from sinkscope.models.adapting import adapt, is_encoder_decoder, reads
 from sinkscope.models.heard import Heard
 from sinkscope.models.hooked_sides import hooked_sided, is_hooked
 from sinkscope.models.identity import Side
+from sinkscope.models.seeing import seeing
 from sinkscope.models.senses import sensing
 from sinkscope.models.sides import Sided, sided
 from sinkscope.tokens.features import READS
@@ -23,7 +24,7 @@ def adapt_side(model: Any, side: str | None = None, *, features: bool = False, w
     Args:
         model: the model.
         side: one of `SIDES`.
-        features: take also encoders of images or sound: for those who only look.
+        features: take also encoders of images or sound, and text with images in it: for those who only look.
         whole: run the decoder too where the encoder is looked at: for those who take losses.
 
     Raises:
@@ -44,4 +45,4 @@ def adapt_side(model: Any, side: str | None = None, *, features: bool = False, w
             f"side={side!r}, but {adapter.name} is {'a decoder' if adapter.causal else 'an encoder'} alone, with one "
             "attention: leave side out, or take an encoder-decoder such as T5, BART or Marian"
         )
-    return adapter
+    return seeing(adapter) if features else adapter

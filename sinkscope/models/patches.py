@@ -1,8 +1,14 @@
-"""What positions of images and of sound are called: `[CLS]`, `[REG1]`, `patch 3,5` (row, column), `frame 17`."""
+"""What positions of images and of sound are called: `[CLS]`, `[REG1]`, `patch 3,5` (row, column), `frame 17`.
+
+Inside a text they are numbered, too: `image 0 patch 3,5`; where the grid of patches is not known, `image 0 patch 7`.
+"""
 
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -110,3 +116,65 @@ def _pair(size: Any) -> list[int] | None:
 def _same_shape(label: str, given: Any, wanted: Any, what: str) -> None:
     if given != wanted:
         raise SinkscopeError(f"{label!r} has {given} {what}, and the model takes {wanted}: give what its processor gives")
+
+
+def names_inside(kind: str, at: Sequence[int], given: Mapping[str, Tensor], config: Any) -> list[str]:
+    """Name the positions of a text that stand for images, videos or sounds, in their order.
+
+    Args:
+        kind: `image`, `video` or `sound`.
+        at: the positions, ascending.
+        given: what the model is given beside the ids.
+        config: of the whole model.
+
+    >>> names_inside("sound", [3, 4, 9], {}, None)
+    ['sound 0 frame 0', 'sound 0 frame 1', 'sound 1 frame 0']
+    """
+    part = "frame" if kind == "sound" else "patch"
+    pieces = _pieces(kind, at, given, config)
+    if pieces is None:
+        return [f"{kind} {part} {n}" for n in range(len(at))]
+    return [
+        f"{kind} {number} {part} {f'{n // columns},{n % columns}' if columns else n}"
+        for number, (count, columns) in enumerate(pieces)
+        for n in range(count)
+    ]
+
+
+def _pieces(kind: str, at: Sequence[int], given: Mapping[str, Tensor], config: Any) -> list[tuple[int, int | None]] | None:
+    """Give how many positions stand for each image, and in how many columns they lie, where that is known.
+
+    None where it is not known which positions are of which image.
+    """
+    eye, grids, sizes = getattr(config, "vision_config", None), given.get(f"{kind}_grid_thw"), given.get("image_sizes")
+    merged = getattr(eye, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None) or 1
+    if grids is not None:  # frames, rows, columns before they are merged
+        known = [(t * (h // merged) * (w // merged), w // merged if t == 1 else None) for t, h, w in grids.tolist()]
+        return known if sum(count for count, _ in known) == len(at) else None
+    patch = _pair(getattr(eye, "patch_size", None))
+    if kind == "image" and sizes is not None and patch is not None:  # each image has a size of its own (Pixtral)
+        cells = [(h // (patch[0] * merged), w // (patch[1] * merged)) for h, w in sizes.reshape(-1, 2).tolist()]
+        if sum(h * w for h, w in cells) == len(at):
+            return [(h * w, w) for h, w in cells]
+    runs = _runs(at)
+    pixels = given.get("pixel_values") if kind == "image" else None
+    if pixels is None or pixels.ndim < 4:
+        return [(count, None) for count in runs]
+    tiled = pixels.ndim == 5 and sizes is not None  # an image is cut into tiles, whose borders have positions of their own
+    count = math.prod(pixels.shape[: 1 if tiled else -3])
+    if not tiled and len(at) % count == 0:
+        each = len(at) // count
+        return [(each, _columns(each, *pixels.shape[-2:]))] * count
+    return [(size, None) for size in runs] if len(runs) == count else None
+
+
+def _runs(at: Sequence[int]) -> list[int]:
+    """Count the positions that follow each other."""
+    starts = [n for n in range(len(at)) if n == 0 or at[n] != at[n - 1] + 1]
+    return [stop - start for start, stop in pairwise([*starts, len(at)])]
+
+
+def _columns(count: int, height: int, width: int) -> int | None:
+    """Give the columns of so many equal squares that cover an image, if there is such a grid."""
+    rows = math.isqrt(count * height // width)
+    return count // rows if rows and count % rows == 0 and rows * width == count // rows * height else None

@@ -21,7 +21,7 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.adapting import bare, reads, short_name
 from sinkscope.models.patches import places_of
-from sinkscope.tokens import Batch, Features, TextTokens, Tokens, at_most, features_of, is_features, label_of, separate
+from sinkscope.tokens import Batch, Features, Mixed, TextTokens, Tokens, at_most, features_of, is_features, label_of, separate
 from sinkscope.tokens.features import READS
 
 
@@ -90,14 +90,14 @@ class Sensing(Adapter):
         cache: Any = None,
         first: int = 0,
         sources: Batch | None = None,
-        inputs: Shaped[Tensor, "batch ..."] | None = None,
+        inputs: Shaped[Tensor, "batch ..."] | Mixed | None = None,
     ) -> Float[Tensor, "batch position d_model"]:
         """Run the encoder on inputs.
 
         Raises:
             SinkscopeError: there are none, or it makes another number of positions of them.
         """
-        if inputs is None:
+        if not isinstance(inputs, Tensor):
             raise SinkscopeError(f"{self.name} reads {self.reads}, which are not here")
         given: dict[str, Any] = {self.reads: inputs.to(next(self.trunk.parameters()).dtype)}
         output = self.trunk(**given, output_attentions=False, return_dict=True)

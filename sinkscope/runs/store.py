@@ -107,10 +107,9 @@ class Store:
             digest.update(s.label.encode() + b"\0" + s.ids.numpy().tobytes() + b"\0")
             if s.source is not None:
                 digest.update(s.source.ids.numpy().tobytes() + b"\0\0")
-            for given in (s.inputs, None if s.source is None else s.source.inputs):
-                if given is not None:
-                    digest.update(f"{given.dtype} {tuple(given.shape)}\0".encode())
-                    digest.update(given.contiguous().view(torch.uint8).numpy().tobytes() + b"\0\0\0")
+            for given in (*s.tensors, *(() if s.source is None else s.source.tensors)):
+                digest.update(f"{given.dtype} {tuple(given.shape)}\0".encode())
+                digest.update(given.contiguous().view(torch.uint8).numpy().tobytes() + b"\0\0\0")
         return digest.hexdigest()[:32]
 
     def read(self, name: str) -> tuple[Any, Arrays] | None:

@@ -70,9 +70,13 @@ _CLIP = Part("CLIPVisionConfig", {**_PIXELS, "num_hidden_layers": FEW})
 _SIGLIP = Part("SiglipVisionConfig", {**_PIXELS, "num_hidden_layers": FEW, "patch_size": 8})
 _FLAMINGO = Part("AudioFlamingo3EncoderConfig", {**_SPECTRUM, "num_hidden_layers": FEW})
 _T5GEMMA = {**_GEMMA, "num_hidden_layers": 4}
-_DEEP = {
-    **{"depth": FEW, "num_heads": 4, "patch_size": PATCH, "out_hidden_size": 32},
-    **{"num_hidden_layers": ..., "num_attention_heads": ...},
+_DEEP = {"depth": FEW, "num_heads": 4, "patch_size": PATCH, "out_hidden_size": 32}
+#: Tokens that stand for images and videos, where the class's own lie outside a tiny vocabulary.
+_STAND_INS: dict[str, Any] = {
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "vision_start_token_id": 62,
+    "vision_end_token_id": 63,
 }
 _QWEN_EYE = {**_DEEP, "num_position_embeddings": 16}
 _QWEN3_EYE = {**_QWEN_EYE, "deepstack_visual_indexes": [0]}
@@ -166,7 +170,7 @@ _INSIDE: dict[str, dict[str, Any]] = {
     "Llava": _holding(_LLAMA, _CLIP, image_token_index=60),
     "LlavaNext": _holding(_LLAMA, _CLIP, image_token_index=60),
     "LlavaOnevision": _holding(_QWEN2, _SIGLIP, image_token_index=60, video_token_index=61),
-    "Qwen3_5": _holding(Part("Qwen3_5TextConfig", _LINEAR), Part("Qwen3_5VisionConfig", _QWEN_EYE)),
+    "Qwen3_5": _holding(Part("Qwen3_5TextConfig", _LINEAR), Part("Qwen3_5VisionConfig", _QWEN_EYE), **_STAND_INS),
     "Qwen3_5Moe": _holding(Part("Qwen3_5MoeTextConfig", _LINEAR), Part("Qwen3_5MoeVisionConfig", _QWEN_EYE)),
     "Gemma3": _holding(
         Part("Gemma3TextConfig", _GEMMA),
@@ -194,15 +198,17 @@ _INSIDE: dict[str, dict[str, Any]] = {
         image_token_index=60,
         spatial_merge_size=2,
     ),
-    "Qwen3VL": _holding(Part("Qwen3VLTextConfig", _IN_THREE), Part("Qwen3VLVisionConfig", _QWEN3_EYE)),
-    "Qwen3VLMoe": _holding(Part("Qwen3VLMoeTextConfig", _IN_THREE), Part("Qwen3VLMoeVisionConfig", _QWEN3_EYE)),
+    "Qwen3VL": _holding(Part("Qwen3VLTextConfig", _IN_THREE), Part("Qwen3VLVisionConfig", _QWEN3_EYE), **_STAND_INS),
+    "Qwen3VLMoe": _holding(Part("Qwen3VLMoeTextConfig", _IN_THREE), Part("Qwen3VLMoeVisionConfig", _QWEN3_EYE), **_STAND_INS),
     "Qwen2_5_VL": _holding(
         Part("Qwen2_5_VLTextConfig", _IN_THREE),
         Part("Qwen2_5_VLVisionConfig", {**_DEEP, "window_size": 16, "fullatt_block_indexes": [1]}),
+        **_STAND_INS,
     ),
     "Glm4v": _holding(
         Part("Glm4vTextConfig", {"rope_parameters": {**_ROTARY, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}),
         Part("Glm4vVisionConfig", {**_DEEP, "image_size": 16}),
+        **_STAND_INS,
     ),
     "Llama4": _holding(
         Part("Llama4TextConfig", _CHUNKS),
@@ -229,7 +235,9 @@ _INSIDE: dict[str, dict[str, Any]] = {
     },
     "AudioFlamingo3": _holding(_QWEN2, ear=_FLAMINGO),
     "MusicFlamingo": _holding(_QWEN2, ear=_FLAMINGO),
-    "Qwen2Audio": _holding(_QWEN2, ear=Part("Qwen2AudioEncoderConfig", {**_SPECTRUM, "encoder_layers": FEW})),
+    "Qwen2Audio": _holding(
+        _QWEN2, ear=Part("Qwen2AudioEncoderConfig", {**_SPECTRUM, "encoder_layers": FEW}), audio_token_index=60
+    ),
     "GlmAsr": _holding(_LLAMA, ear=Part("GlmAsrEncoderConfig", {"num_hidden_layers": FEW, "num_mel_bins": 16})),
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.errors import unknown
+from sinkscope.testing.seeing import SEEING, text_with_images
 
 PATCH, LAYERS = 4, 3
 
@@ -65,10 +66,11 @@ BY_CLASS: dict[str, Sense] = {
 
 
 def tiny_inputs(family: str, count: int = 2, seed: int = 0) -> dict[str, Tensor]:
-    """Give what a processor would give for some random images or sounds.
+    """Give what a processor would give for some random images or sounds; or for one text with so many in it.
 
     Args:
-        family: one of `SENSES`, or the class of one, such as `"ViTForImageClassification"`.
+        family: one of `SENSES`, or the class of one, such as `"ViTForImageClassification"`; or of a model
+            that reads text with images in it, such as `"LlavaForConditionalGeneration"`.
         count: how many.
         seed: of their numbers.
 
@@ -77,9 +79,13 @@ def tiny_inputs(family: str, count: int = 2, seed: int = 0) -> dict[str, Tensor]
 
     >>> {name: tuple(values.shape) for name, values in tiny_inputs("vit").items()}
     {'pixel_values': (2, 3, 16, 16)}
+    >>> {name: tuple(values.shape) for name, values in tiny_inputs("LlavaForConditionalGeneration", 1).items()}
+    {'input_ids': (1, 24), 'attention_mask': (1, 24), 'pixel_values': (1, 3, 16, 16)}
     """
+    if family in SEEING:
+        return text_with_images(family, count, seed)
     known = SENSES | BY_CLASS
     if family not in known:
-        raise unknown("family", family, known)
+        raise unknown("family", family, [*known, *SEEING])
     sense = known[family]
     return {sense.reads: torch.randn(count, *sense.shape, generator=torch.Generator().manual_seed(seed))}

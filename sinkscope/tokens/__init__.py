@@ -3,7 +3,7 @@
 from sinkscope.tokens.batches import Batch, TextTokens, Tokens, key_positions
 from sinkscope.tokens.corpora import Corpus, as_stream, portions, read_text
 from sinkscope.tokens.encodings import columns_of, separate
-from sinkscope.tokens.features import Features, features_of, is_features
+from sinkscope.tokens.features import Features, Mixed, features_of, is_features, is_mixed
 from sinkscope.tokens.items import label_of
 from sinkscope.tokens.numbers import at_most, whole_number
 from sinkscope.tokens.pairs import Targets, resided, tokenize_pairs
@@ -13,6 +13,7 @@ __all__ = [
     "Batch",
     "Corpus",
     "Features",
+    "Mixed",
     "Targets",
     "TextTokens",
     "Tokens",
@@ -21,6 +22,7 @@ __all__ = [
     "columns_of",
     "features_of",
     "is_features",
+    "is_mixed",
     "key_positions",
     "label_of",
     "portions",

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
+from sinkscope.tokens.features import Mixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,8 @@ class TextTokens:
 
     What the decoder of an encoder-decoder is given has a `source`, which the encoder reads; where the source's positions are
     the keys that are looked at, it is `crossed`. An image or a sound has `inputs`, what the model reads in place of ids; its
-    ids then only number its positions, and its strings name them.
+    ids then only number its positions, and its strings name them. Text with images in it has what the model is given beside
+    its ids, as `Mixed`.
     """
 
     label: str
@@ -31,7 +33,7 @@ class TextTokens:
     strings: tuple[str, ...]
     source: TextTokens | None = None
     crossed: bool = False
-    inputs: Shaped[Tensor, ...] | None = None
+    inputs: Shaped[Tensor, ...] | Mixed | None = None
 
     def __len__(self) -> int:
         """Count its tokens, BOS included."""
@@ -45,7 +47,24 @@ class TextTokens:
     @property
     def shape(self) -> tuple[int, ...]:
         """What texts that share a batch have in common: of images and sound, their shape."""
-        return () if self.inputs is None else tuple(self.inputs.shape)
+        return tuple(self.inputs.shape) if isinstance(self.inputs, Tensor) else ()
+
+    @property
+    def mixed(self) -> Mixed | None:
+        """What is given beside its ids, where there are images or sound in it: it is then run by itself."""
+        return self.inputs if isinstance(self.inputs, Mixed) else None
+
+    @property
+    def ends(self) -> Int[Tensor, " position"] | None:
+        """The key after the last that each query sees, where some see later ones; None where causality alone says it."""
+        return self.mixed.ends if self.mixed is not None and self.mixed.both_ways else None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is besides its ids: the numbers of images and sound."""
+        if self.mixed is not None:
+            return tuple(self.mixed.values.values())
+        return (self.inputs,) if isinstance(self.inputs, Tensor) else ()
 
     def first(self, n: int) -> TextTokens:
         """Give the first tokens, and as many of the source's; an image or a sound is whole."""
@@ -63,7 +82,13 @@ class Batch:
     ids: Int[Tensor, "batch position"]
     valid: Bool[Tensor, "batch position"]
     sources: Batch | None = None
-    inputs: Shaped[Tensor, "batch ..."] | None = None
+    inputs: Shaped[Tensor, "batch ..."] | Mixed | None = None
+
+    @property
+    def ends(self) -> Int[Tensor, "batch position"] | None:
+        """The key after the last that each query sees, where some see later ones."""
+        ends = self.sequences[0].ends
+        return None if ends is None else ends[None].to(self.ids.device)
 
     @property
     def beside(self) -> dict[str, Any]:
@@ -101,13 +126,14 @@ class Tokens:
         """Group texts of similar length, at most `size` in a batch, shortest first.
 
         A batch also ends where padding to its longest text would more than double the shortest; images and sound share one
-        with those of their own shape, so that they are not padded.
+        with those of their own shape, so that they are not padded, and text with images in it shares none.
         """
         order = sorted(self.sequences, key=lambda s: (len(s), s.shape))
         group: list[TextTokens] = []
         for sequence in order:
             long = bool(group) and (len(sequence) > 2 * len(group[0]) or sequence.shape != group[0].shape)
-            if long or len(group) == size:
+            alone = bool(group) and (sequence.mixed or group[0].mixed) is not None
+            if long or alone or len(group) == size:
                 yield _pad(group, device)
                 group = []
             group.append(sequence)
@@ -120,8 +146,8 @@ def _pad(group: Sequence[TextTokens], device: torch.device | str) -> Batch:
     lengths = torch.tensor([len(s) for s in group])
     valid = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
     sources = [s.source for s in group if s.source is not None]
-    rows = [s.inputs for s in group if s.inputs is not None]
-    inputs = torch.stack(rows).to(device) if rows else None
+    rows = [s.inputs for s in group if isinstance(s.inputs, Tensor)]
+    inputs = torch.stack(rows).to(device) if rows else group[0].mixed
     return Batch(tuple(group), ids.to(device), valid.to(device), _pad(sources, device) if sources else None, inputs)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
-from sinkscope.tokens.features import features_of, is_features
+from sinkscope.tokens.features import features_of, is_features, is_mixed, not_alone
 from sinkscope.tokens.numbers import tensor_of
 
 #: What holds the ids: a Hugging Face tokenizer's name for it, and that of TransformerLens's `tokenize_and_concatenate`.
@@ -46,6 +46,8 @@ def rows_of(encoding: Mapping[str, Any], where: str, attention_mask: Any = None)
         SinkscopeError: no rows of ids; a mask with other values than 0 and 1, or with holes; a key that would change the
             result and is not passed on to the model: segments, positions, images.
     """
+    if is_mixed(encoding):
+        raise not_alone(encoding, where)
     given = {name: value for name, value in encoding.items() if value is not None}
     ids = given.pop(IDS) if IDS in given else given.pop(COLUMN, None)
     mask = given.pop("attention_mask", None) if attention_mask is None else attention_mask
@@ -87,6 +89,8 @@ def columns_of(given: Any, attention_mask: Any, count: int) -> list[int]:
 def separate(entries: Iterable[Any], first: int = 0) -> Iterator[Any]:
     """Take batches apart, as a DataLoader gives them: encodings, features, tensors of rows; the rest is passed on.
 
+    So is text with images in it, of which there is one.
+
     Args:
         entries: texts, ids, encodings, features (of images or sound), batches of them.
         first: number of the first text, for errors.
@@ -96,7 +100,7 @@ def separate(entries: Iterable[Any], first: int = 0) -> Iterator[Any]:
         rows: list[Any] = [entry]
         if (is_encoding(entry) or is_features(entry)) and entry.get(DECODER) is not None:
             rows = _pairs(entry, f"text {number}")
-        elif is_encoding(entry):
+        elif is_encoding(entry) and not is_mixed(entry):
             rows = rows_of(entry, f"text {number}")
         elif is_features(entry):
             rows = features_of(entry, f"input {number}")

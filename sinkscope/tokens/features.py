@@ -1,4 +1,4 @@
-"""What a Hugging Face processor gives in place of token ids: images and sound, taken apart row by row."""
+"""What a Hugging Face processor gives in place of token ids, or beside them: images and sound, taken apart row by row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from sinkscope.errors import SinkscopeError
@@ -19,6 +19,8 @@ READS: dict[str, tuple[str, frozenset[int]]] = {
     "input_features": ("sound", frozenset({2})),
     "input_values": ("sound", frozenset({1, 2})),
 }
+#: What comes beside the ids of a text with images, videos or sound in it.
+AMONG = frozenset({*READS, "pixel_values_videos"})
 #: What may come with it: a mask of samples, which is used, and targets, which change nothing.
 MASK = "attention_mask"
 TARGETS = frozenset({"labels", "label", "label_ids", "return_loss"})
@@ -32,9 +34,34 @@ class Features:
     values: Shaped[Tensor, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """What a vision-language model is given beside the ids of one text, and what becomes of it.
+
+    Attributes:
+        values: by the model's own names; all of them are of this text.
+        placed: which positions stand for images, videos or sound.
+        ends: the key after the last that each query sees: i + 1, or where an image ends that sees itself both ways.
+    """
+
+    values: Mapping[str, Shaped[Tensor, ...]]
+    placed: Bool[Tensor, " position"]
+    ends: Int[Tensor, " position"]
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether any query sees a later key."""
+        return bool((self.ends > torch.arange(1, len(self.ends) + 1)).any())
+
+
 def is_features(given: Any) -> bool:
     """Tell what holds images or sound and no text: what a processor gives."""
     return isinstance(given, Mapping) and "input_ids" not in given and any(name in given for name in READS)
+
+
+def is_mixed(given: Any) -> bool:
+    """Tell text with images or sound in it: what the processor of a vision-language model gives."""
+    return isinstance(given, Mapping) and "input_ids" in given and any(given.get(name) is not None for name in AMONG)
 
 
 def features_of(given: Mapping[str, Any], where: str) -> list[Features]:
@@ -101,3 +128,13 @@ def not_text(given: Features | Mapping[str, Any], where: str) -> SinkscopeError:
     """Say that a model of text was given something else."""
     name = given.name if isinstance(given, Features) else next(name for name in READS if name in given)
     return SinkscopeError(f"{where} holds {name}, and this model reads text: give strings or token ids, or another model")
+
+
+def not_alone(given: Mapping[str, Any], where: str) -> SinkscopeError:
+    """Say that text with images in it was given where text alone is taken."""
+    name = next(name for name in sorted(AMONG) if given.get(name) is not None)
+    return SinkscopeError(
+        f"{where} has {name!r} beside its ids, which is not passed on to the model: if nothing depends on it, give "
+        "{'input_ids': ..., 'attention_mask': ...}. Text with images or sound in it is taken by ss.measure, ss.attention_map "
+        "and ss.attention_patterns, of a model that reads both"
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from sinkscope.errors import SinkscopeError
 from sinkscope.tokens.corpora import read_text
 from sinkscope.tokens.encodings import is_encoding, rows_of, separate
-from sinkscope.tokens.features import Features, is_features, not_text
+from sinkscope.tokens.features import Features, is_features, is_mixed, not_alone, not_text
 from sinkscope.tokens.numbers import tensor_of
 
 #: Characters of a label, at most: it stands in every row of a report.
@@ -92,6 +92,8 @@ def _item(text: Any, where: str, *, row: bool = True) -> Any:
         return read_text(text)
     if isinstance(text, Features) or is_features(text):
         raise not_text(text, where)
+    if is_mixed(text):
+        raise not_alone(text, where)
     messages = _chat(text)
     if messages is not None:
         return Chat(messages)
