@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,14 @@ def model(tokens: int, threads: int) -> Any:
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     config = LlamaConfig(
-        num_hidden_layers=LAYERS, vocab_size=1024, max_position_embeddings=max(tokens, 2048), rope_theta=1e5, **shape
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        num_hidden_layers=LAYERS,
+        vocab_size=1024,
+        max_position_embeddings=max(tokens, 2048),
     )
     config.architectures = ["LlamaForCausalLM"]
     return bridge(LlamaForCausalLM(config).eval(), tiny_tokenizer(), "long")
@@ -56,10 +62,9 @@ def one(way: str, tokens: int, threads: int) -> tuple[float, float]:
 
     made = model(tokens, threads)
     ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0))
+    run: Callable[[], Any] = bench.make(way, made, ids)
     if way == "mass-chunked":
         run = partial(ss.measure, made, ids, bench.FIRST_TOKEN, engine="hooks", chunk=CHUNK)
-    else:
-        run = bench.make(way, made, ids)
     bench.make("flash", made, ids[:, :64])()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
