@@ -33,9 +33,9 @@ def cuts(
         fewest: rows of a block, whatever the area.
         most: the same.
 
-    >>> list(cuts(100, 1000, 50, most=64))
+    >>> list(cuts(100, 1000.0, 50, most=64))
     [(0, 20), (20, 40), (40, 60), (60, 80), (80, 100)]
-    >>> list(cuts(100, 1000))
+    >>> list(cuts(100, 1000.0))
     [(0, 31), (31, 50), (50, 66), (66, 82), (82, 98), (98, 100)]
     """
     start = 0
