@@ -64,32 +64,34 @@ def texts(texts: list[str], files: list[Path]) -> dict[str, str] | Path:
     return found
 
 
-def images(texts: list[str], files: list[Path]) -> dict[str, Path]:
-    """Take `--file` as images, where their names say so: label -> path; none where none is one.
+def media(texts: list[str], files: list[Path]) -> dict[str, Path]:
+    """Take `--file` as images or sounds, where their names say so: label -> path; none where none is one.
 
     Raises:
         SinkscopeError: there is text beside them, or one is given twice or is not there.
     """
     from sinkscope.errors import SinkscopeError
-    from sinkscope.models.images import ENDINGS
+    from sinkscope.models.media import kind_of
     from sinkscope.tokens.items import label_of
 
-    if not any(path.suffix.lower() in ENDINGS for path in files):
+    kinds = {kind_of(path) for path in files}
+    if not kinds - {None}:
         return {}
     found: dict[str, Path] = {}
     for path in files:
         label = label_of(path.name if path.name not in found else path)
         if path in found.values():
             raise SinkscopeError(f"the file {label!r} is given twice")
-        if texts or path.suffix.lower() not in ENDINGS:
-            raise SinkscopeError("images and text are given: give one kind alone")
+        if texts or len(kinds) > 1:
+            named = sorted({f"{kind}s" for kind in kinds if kind} | ({"text"} if texts or None in kinds else set()))
+            raise SinkscopeError(f"{' and '.join(named)} are given: give one kind alone")
         if not path.is_file():
             raise SinkscopeError(f"no such file: {str(path)!r}")
         found[label] = path
     return found
 
 
-def paired(texts: dict[str, str] | Path, targets: list[str]) -> dict[str, Any] | Path:
+def paired(texts: dict[str, Any] | Path, targets: list[str]) -> dict[str, Any] | Path:
     """Put targets beside their sources.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinkscope.cli.inputs import chunk_of, errors, images, key_of, paired, texts
+from sinkscope.cli.inputs import chunk_of, errors, key_of, media, paired, texts
 from sinkscope.cli.options import (
     AsJson,
     Bos,
@@ -63,7 +63,7 @@ def measure(
 ) -> None:
     """Measure the attention sink of a model on texts."""
     with errors(debug):
-        given: Any = images(text or [], file or []) or paired(texts(text or [], file or []), target or [])
+        given = paired(media(text or [], file or []) or texts(text or [], file or []), target or [])
         report = measured(
             model,
             given,
@@ -97,37 +97,55 @@ def measured(
 ) -> SinkReport | None:
     """Check what can be checked before the model is loaded; then load, measure and write.
 
-    Texts are label -> text, or the path of a corpus; images label -> file, which the model's own processor reads.
+    Texts are label -> text, or the path of a corpus; images and sounds label -> file, which the model's own processor reads.
     Of several processes that `torchrun` started, the first gives the report.
     """
-    from sinkscope.attention import attention_map, attention_patterns
+    from sinkscope.attention import LONGEST, attention_map, attention_patterns
     from sinkscope.metrics import resolve
     from sinkscope.models.adapting import reads
-    from sinkscope.models.images import processed
+    from sinkscope.models.media import processed
     from sinkscope.observe import measure as run
 
     def work(model: Any, share: Share) -> SinkReport:
-        given = texts
-        if isinstance(texts, dict) and all(isinstance(path, Path) for path in texts.values()):
-            given = processed(name, reads(model), texts)
+        files = _files(texts)
+        given = texts if not files else _with(texts, processed(name, reads(model), files))
         report = run(model, given, metric, progress=True, resume=out, distributed=share.world > 1, **how)
         if share.rank > 0 or out is None or not isinstance(given, dict):
             return report
-        short = _short(given, report)
+        chosen = _short(report)
         asked: dict[str, Any] = {"bos": how.get("bos"), "side": how.get("side")}
-        kept: dict[str, Any] = {"attention": attention_map(model, short, **asked)}
+        if files:  # which are not cut
+            if chosen["n_tokens"] > LONGEST:
+                return report
+            asked["max_tokens"] = chosen["n_tokens"]
+        text = given[chosen["label"]]
+        kept: dict[str, Any] = {"attention": attention_map(model, text, **asked)}
         if asked["side"] != "cross":
-            kept["patterns"] = attention_patterns(model, short, **asked)
+            kept["patterns"] = attention_patterns(model, text, **asked)
         return replace(report, **kept)
 
     resolve(metric)
     return carried_out(name, out, work, quiet=quiet, **load)
 
 
-def _short(texts: dict[str, Any], report: SinkReport) -> Any:
+def _files(texts: dict[str, Any] | Path) -> dict[str, Path]:
+    """Give the files of images or sounds, by label; none where there are texts."""
+    found = {} if isinstance(texts, Path) else {label: t[0] if isinstance(t, tuple) else t for label, t in texts.items()}
+    return found if all(isinstance(path, Path) for path in found.values()) else {}
+
+
+def _with(texts: Any, seen: dict[str, Any]) -> dict[str, Any]:
+    """Put what was read of files in their places, beside their targets where they have some."""
+    return {label: (seen[label], t[1]) if isinstance(t, tuple) else seen[label] for label, t in texts.items()}
+
+
+def _short(report: SinkReport) -> dict[str, Any]:
     """Choose the text that is shown whole: the longest of those that need no cut, else the shortest."""
     from sinkscope.attention import LONGEST
 
-    tokens = {text["label"]: text["n_tokens"] for text in report.about["texts"]}
-    whole = [label for label in tokens if tokens[label] <= LONGEST]
-    return texts[max(whole, key=tokens.__getitem__) if whole else min(tokens, key=tokens.__getitem__)]
+    def tokens(text: dict[str, Any]) -> int:
+        return int(text["n_tokens"])
+
+    texts: list[dict[str, Any]] = report.about["texts"]
+    whole = [text for text in texts if tokens(text) <= LONGEST]
+    return max(whole, key=tokens) if whole else min(texts, key=tokens)

@@ -44,8 +44,8 @@ Files = Annotated[
     list[Path] | None,
     typer.Option(
         "--file",
-        help="A UTF-8 text file (of a model of images: an image); repeat for more. Or one directory of .txt files, or one "
-        ".jsonl file.",
+        help="A UTF-8 text file (of a model of images or sound: an image, or a .wav); repeat for more. Or one directory of "
+        ".txt files, or one .jsonl file.",
     ),
 ]
 PerText = Annotated[

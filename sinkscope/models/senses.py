@@ -160,7 +160,7 @@ class Sensing(Adapter):
         return features_of(given, where)
 
     def _other(self, given: Any, where: str) -> SinkscopeError:
-        shell = "; on the command line, --file IMAGE.png" if READS[self.reads][0] == "image" else ""
+        shell = f"; on the command line, --file {'IMAGE.png' if READS[self.reads][0] == 'image' else 'SOUND.wav'}"
         return SinkscopeError(
             f"{where} is a {type(given).__name__}, and {self.name} reads {self.reads}: give what its processor gives, "
             f"{{{self.reads!r}: ...}}, one or several of it{shell}"

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import sinkscope as ss
-from sinkscope.models import bridge
+from sinkscope.models import bridge, media
 from sinkscope.testing import SENSES, tiny_hf_model, tiny_inputs, tiny_model, tiny_tokenizer
 from tests.conftest import fingerprint, most_slow, table, total
 
@@ -168,6 +168,35 @@ def test_image_files_on_the_command_line(tmp_path):
         (["--file", tmp_path / "c.PNG"], "can't read the image"),
     ]:
         found = run(*asked, *arguments)
+        assert (found.exit_code, words in found.stderr) == (1, True), found.output
+
+
+def test_sound_files_on_the_command_line(tmp_path):
+    """Stereo at half the rate: what the model is given is the tone itself, at the rate that it hears."""
+    from scipy.io import wavfile
+    from typer.testing import CliRunner
+
+    from sinkscope.cli import app
+
+    place, out, file = tmp_path / "hubert", tmp_path / "out", tmp_path / "tone.wav"
+    network = tiny_hf_model("HubertModel")
+    network.save_pretrained(place)
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=False)
+    extractor.save_pretrained(place)
+    left = np.sin(2 * np.pi * 440 * np.arange(4000) / 8000)
+    wavfile.write(file, 8000, np.stack([30000 * left, 10000 * left], 1).astype(np.int16))
+    heard = media.processed(str(place), "input_values", {"tone": file})["tone"]["input_values"][0].numpy()
+    tone = 20000 / 32768 * np.sin(2 * np.pi * 440 * np.arange(8000) / 16000)
+    np.testing.assert_allclose(heard[200:-200], tone[200:-200], atol=2e-3)
+    arguments = ["measure", str(place), "--metric", "sink_mass", "--file", str(file), "--out", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    with torch.no_grad():
+        a = torch.cat(network(torch.from_numpy(heard)[None], output_attentions=True).attentions)
+    np.testing.assert_allclose(table(ss.load_report(out), "sink_mass", "tone.wav"), a[..., 0].mean(-1), atol=1e-5)
+    file.write_bytes(b"no sound")
+    for more, words in [([], "can't read the sound"), (["--text", "so it goes"], "sounds and text are given")]:
+        found = CliRunner().invoke(app, [*arguments[:-2], *more])
         assert (found.exit_code, words in found.stderr) == (1, True), found.output
 
 
