@@ -88,7 +88,7 @@ def test_a_block_of_the_readme_runs(block, capsys, tmp_path):
 
 
 def test_the_readme_has_its_blocks():
-    assert (len(README), len(DOCS)) == (4, 19)
+    assert (len(README), len(DOCS)) == (4, 20)
 
 
 def test_the_worked_pull_requests_work(monkeypatch):

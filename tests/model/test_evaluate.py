@@ -32,7 +32,7 @@ from sinkscope.interventions import (
     parse,
 )
 from sinkscope.testing import tiny_hf_model, tiny_model
-from tests.conftest import attempt, fingerprint
+from tests.conftest import attempt, fingerprint, most_slow
 from tests.model.compare import losses
 from tests.oracles import evicting_loop
 
@@ -61,7 +61,7 @@ def test_one_pass_equals_positions_inside_the_cache(family, sinks):
         assert np.abs(ours - evicting_loop(tiny_hf_model(family), IDS, 9, sinks, cache_positions=False)).max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.parametrize("family", most_slow(ROTARY, "llama", "phi"))
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("piece", [1, 4, 9, 20])
 def test_pieces_of_a_stream_change_nothing(family, sinks, piece, monkeypatch):

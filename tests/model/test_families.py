@@ -12,11 +12,13 @@ import sinkscope as ss
 from sinkscope.models import adapt
 from sinkscope.testing import FAMILIES
 from tests import oracles
-from tests.conftest import table, total
+from tests.conftest import most_slow, table, total
 from tests.model.compare import IDS, NOT_FLASH, check, check_all, same, tiny_reference, windows_of
 
 pytestmark = pytest.mark.classes
-WITH_ATTENTION = [family for family in FAMILIES if family != "mamba"]
+#: One of each way to attend; the others are slow, and have their rows in the table of architectures.
+FEW = ("gpt2", "bloom", "llama", "mistral", "gemma3", "gpt_oss", "bert")
+WITH_ATTENTION = most_slow([family for family in FAMILIES if family != "mamba"], *FEW)
 
 
 def test_the_texts_are_padded():

@@ -24,7 +24,7 @@ from sinkscope.interventions import (
 from sinkscope.models import adapt
 from sinkscope.testing import tiny_hf_model, tiny_model
 from sinkscope.tokens import TextTokens, Tokens
-from tests.conftest import fingerprint
+from tests.conftest import fingerprint, most_slow
 from tests.model.compare import TL4
 
 pytestmark = pytest.mark.classes
@@ -59,7 +59,7 @@ def evaluated(model, edit):
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", most_slow(FAMILIES, "gpt2", "llama", "gemma2", "gpt_oss", "phi"))
 def test_any_code_sees_what_evaluate_sees(family, edit):
     """On the bridge, and on Hugging Face's own model."""
     at, expected = evaluated(tiny_model(family), edit)

@@ -11,7 +11,7 @@ import sinkscope as ss
 from sinkscope.models import Adapter, adapt
 from sinkscope.models.legacy import convert
 from sinkscope.testing import FAMILIES, planted_sink, tiny_hf_model, tiny_model, tiny_tokenizer
-from tests.conftest import fingerprint, fresh
+from tests.conftest import fingerprint, fresh, most_slow
 from tests.model.compare import NOT_FLASH, TL4, text_ids
 
 pytestmark = pytest.mark.classes
@@ -24,6 +24,8 @@ DEEP = dict.fromkeys(("gpt2", "gpt_neox", "bloom", "opt"), 6)
 IDS = [text_ids(24), text_ids(20)]
 HOWS = {"one shot": {"engine": "hooks", "chunk": None}, "chunks": {"engine": "hooks", "chunk": 8}, "auto": {}}
 RUNS = [(*model, how) for model in MODELS for how in HOWS if (model[1], how) != ("bert", "chunks")]
+#: One of each way to attend; the others are slow.
+FEW = [run for run in RUNS if run[1] in ("gpt2", "bloom", "llama", "mistral", "gemma3", "gpt_oss", "bert")]
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ class Alive:
         self.refs[layer] = StorageWeakRef(pattern.untyped_storage())
 
 
-@pytest.mark.parametrize(("kind", "family", "how"), RUNS)
+@pytest.mark.parametrize(("kind", "family", "how"), most_slow(RUNS, *FEW))
 def test_at_most_one_earlier_pattern_is_alive(build, kind, family, how):
     model, alive = build(kind, family), Alive()
     with hooks_on_patterns(model, alive):
@@ -83,7 +85,7 @@ def test_left_to_themselves_these_keep_all(build, family):
     assert max(alive.counts) == 5
 
 
-@pytest.mark.parametrize(("kind", "family", "how"), RUNS)
+@pytest.mark.parametrize(("kind", "family", "how"), most_slow(RUNS, *FEW))
 def test_no_logits_are_computed(build, kind, family, how):
     class UnembeddingError(Exception):
         pass
@@ -101,7 +103,7 @@ def test_no_logits_are_computed(build, kind, family, how):
         handle.remove()
 
 
-@pytest.mark.parametrize(("kind", "family", "how"), RUNS)
+@pytest.mark.parametrize(("kind", "family", "how"), most_slow(RUNS, *FEW))
 def test_the_model_is_left_as_it_was(build, kind, family, how):
     model = build(kind, family)
     model.train()

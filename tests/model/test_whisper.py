@@ -168,7 +168,7 @@ def test_a_body_writes_nothing():
     with pytest.raises(ss.SinkscopeError, match=r"no language-model head.*side='encoder'"):
         ss.measure(model(head=False), sounds()[0], ["sink_mass"])
     with pytest.raises(ss.SinkscopeError, match="encoder-decoder, which has three attentions"):
-        ss.sweep(model(), [(sounds()[0], TARGETS[0])], "zero_head()")
+        ss.sink_mask(model(), [(sounds()[0], TARGETS[0])])
 
 
 @pytest.mark.parametrize("side", SIDES)
