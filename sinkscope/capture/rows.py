@@ -90,7 +90,8 @@ class Scores:
     def tiles(self) -> Iterator[tuple[tuple[slice, slice], ScoredRows]]:
         """Cut texts, heads and rows into pieces that stay in a processor's cache, each with its place in texts and heads.
 
-        The whole rows of one live in memory that the next takes over.
+        The whole rows of one live in memory that the next takes over, and nothing else should be asked of it: its queries and
+        keys may be `folded`.
         """
         b, h = self.q.shape[:2]
         each = 4 * h * self.n * self.k.shape[2]
