@@ -92,7 +92,8 @@ def sum_of(
     pattern: Float[Tensor, "batch head query key"], chosen: Bool[Tensor, "batch query"]
 ) -> Float[Tensor, "batch head key"]:
     """Add up the chosen rows; the others may hold anything."""
-    return (pattern if bool(chosen.all()) else torch.where(chosen[:, None, :, None], pattern, 0)).sum(2)
+    rows = pattern if bool(chosen.all()) else torch.where(chosen[:, None, :, None], pattern, 0)
+    return rows.new_ones(rows.shape[2]) @ rows  # faster than a sum
 
 
 class Chunk(int):
