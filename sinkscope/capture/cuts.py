@@ -17,7 +17,7 @@ GPU_ROWS, GPU_BYTES = 512, 256 << 20
 #: Bytes of rows that are stored, and only looked at.
 STORED = 8 << 20
 #: Bytes of rows of which nothing is wanted but sums: as many as stay in a processor's cache.
-TILE = 2 << 20
+TILE = 4 << 20
 
 
 def cuts(
