@@ -38,8 +38,8 @@ def attention_map(
         model: as for :func:`sinkscope.measure`.
         text: one text, path or row of ids; or one image or sound, or text with these in it, as :func:`sinkscope.measure`
             takes it, which is not cut.
-        layer: one layer; None averages over all.
-        head: one head; None averages over all.
+        layer: one layer; None averages over all heads of all.
+        head: one head; None averages over all. Layers that have it not are left out.
         side: as for :func:`sinkscope.measure`.
         bos: as for :func:`sinkscope.measure`.
         max_tokens: the text is cut to this many tokens.
@@ -55,8 +55,9 @@ def attention_map(
     sequence = _only(tokens)
     if layer is not None and layer not in adapter.layers:
         raise SinkscopeError(f"layer={layer}: the layers with attention are {adapter.layers[0]} to {adapter.layers[-1]}")
-    if head is not None and not 0 <= head < adapter.n_heads:
-        raise SinkscopeError(f"head={head}: the heads are 0 to {adapter.n_heads - 1}")
+    most = adapter.n_heads if layer is None else adapter.heads[layer]
+    if head is not None and not 0 <= head < most:
+        raise SinkscopeError(f"head={head}: the heads are 0 to {most - 1}")
     shape = (len(sequence), len(sequence.keyed))
     total = np.zeros(shape)
     count = 0
@@ -65,8 +66,8 @@ def attention_map(
         nonlocal count
         if layer is None or block.layer == layer:
             pattern = block.pattern[0] if head is None else block.pattern[0, head : head + 1]
-            total[block.start : block.start + block.n_queries, : pattern.shape[-1]] += pattern.mean(0).double().cpu().numpy()
-            count += block.start == 0
+            total[block.start : block.start + block.n_queries, : pattern.shape[-1]] += pattern.sum(0).double().cpu().numpy()
+            count += len(pattern) * (block.start == 0)
 
     _run(adapter, tokens, add)
     query, key = (axis.reshape(-1) for axis in np.indices(shape))
@@ -112,7 +113,7 @@ def attention_patterns(
     tokens = adapter.tokenize(text, bos=bos, max_tokens=most)
     sequence = _only(tokens)
     t = len(sequence)
-    held = {layer: np.zeros((adapter.n_heads, t, t), dtype=np.float32) for layer in adapter.layers}
+    held = {layer: np.zeros((n, t, t), dtype=np.float32) for layer, n in adapter.heads.items()}
 
     def add(block: Block, group: frozenset[str]) -> None:
         pattern = block.pattern[0]
@@ -122,12 +123,13 @@ def attention_patterns(
     _run(adapter, tokens, add)
     earlier = adapter.causal and sequence.ends is None
     query, key = np.tril_indices(t) if earlier else (axis.reshape(-1) for axis in np.indices((t, t)))
-    values = np.stack([held[layer][:, query, key] for layer in adapter.layers])
-    layer, head, pair = (axis.reshape(-1) for axis in np.indices(values.shape, dtype=np.int32))
+    values = np.concatenate([held[layer][:, query, key] for layer in adapter.layers])
+    layer, head = (np.array(axis).repeat(len(query)) for axis in zip(*_every_head(adapter), strict=True))
+    pair = np.tile(np.arange(len(query)), len(values))
     words = pd.Categorical(list(sequence.strings))
     return pd.DataFrame(
         {
-            "layer": np.asarray(adapter.layers, dtype=np.int16)[layer],
+            "layer": layer.astype(np.int16),
             "head": head.astype(np.int16),
             "query": query[pair].astype(np.int16),
             "key": key[pair].astype(np.int16),
@@ -139,8 +141,12 @@ def attention_patterns(
 
 def _longest(adapter: Adapter) -> int:
     """How many tokens there is room for in all heads."""
-    heads = len(adapter.layers) * adapter.n_heads
+    heads = sum(adapter.heads.values())
     return max(2, min(LONGEST, int(math.sqrt((2 if adapter.causal else 1) * MOST_NUMBERS / heads))))
+
+
+def _every_head(adapter: Adapter) -> list[tuple[int, int]]:
+    return [(layer, head) for layer, n in adapter.heads.items() for head in range(n)]
 
 
 def _only(tokens: Tokens) -> TextTokens:

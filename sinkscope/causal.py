@@ -148,7 +148,7 @@ def check(
                     part.check(len(s if part.at_queries and adapter.side == "cross" else s.keyed))
     for name, edit in edits:
         with _placebo_of(placebos.get(name)):
-            edit.check_model(adapter.layers, adapter.n_heads)
+            edit.check_model(adapter.heads)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ anything that takes a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -71,18 +71,20 @@ class Edit:
             SinkscopeError: names the range.
         """
 
-    def check_model(self, layers: Sequence[int], n_heads: int) -> None:
-        """Refuse layers and heads that a model has not: `layers` are those with attention.
+    def check_model(self, heads: Mapping[int, int]) -> None:
+        """Refuse layers and heads that a model has not: `heads` says how many each layer with attention has.
 
         Raises:
             SinkscopeError: names those there are.
         """
-        outside = [layer for layer in self.layers or () if layer not in layers]
+        outside = [layer for layer in self.layers or () if layer not in heads]
         if outside:
-            raise SinkscopeError(f"{self}: layers {outside}; those with attention are {layers[0]} to {layers[-1]}")
-        heads = [h for h in self.named_heads() if not 0 <= h < n_heads]
-        if heads:
-            raise SinkscopeError(f"{self}: heads {heads}; the heads are 0 to {n_heads - 1}")
+            raise SinkscopeError(f"{self}: layers {outside}; those with attention are {min(heads)} to {max(heads)}")
+        for layer, n in heads.items():
+            missing = [h for h in self.named_heads() if not 0 <= h < n] if self.edits(layer) else []
+            if missing:
+                few = f"; name layers= with more than the {n} of layer {layer}" if n < max(heads.values()) else ""
+                raise SinkscopeError(f"{self}: heads {missing}; the heads are 0 to {n - 1}{few}")
 
     def named_heads(self) -> tuple[int, ...]:
         """Give the heads that it names; none where it edits all."""

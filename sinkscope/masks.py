@@ -71,7 +71,7 @@ def _attention(seen: Seen, eps: float) -> tuple[Flags, Array, Flags]:
     profile = seen.values["head_profile"]
     alpha = profile * seen.tokens / (seen.tokens - np.arange(seen.tokens)) if seen.causal else profile
     above = alpha > eps
-    strength = above.mean(axis=(0, 1))
+    strength = above.sum(axis=(0, 1)) / (~np.isnan(profile).all(-1)).sum()
     return np.asarray(strength >= SHARE_OF_HEADS), strength, np.asarray(above.any(axis=1))
 
 

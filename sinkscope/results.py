@@ -51,12 +51,13 @@ class Group:
     null: Moments
     total: Moments | None
     total_null: Moments | None
+    heads: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, v: Value) -> Group:
         """One text's."""
         total, null = (None if t is None else Moments.of(np.asarray(t, dtype=float)) for t in (v.total, v.total_null))
-        return cls(v.name, v.tag, v.key, v.axes, Moments.of(v.value), Moments.of(v.null), total, null)
+        return cls(v.name, v.tag, v.key, v.axes, Moments.of(v.value), Moments.of(v.null), total, null, v.heads)
 
     def merge(self, other: Group) -> Group:
         """Combine with the same metric over other texts."""

@@ -88,14 +88,15 @@ class Watched:
             if values is None:
                 continue
             tag = f"[key={self.keys[index]}]" if metric.at_key and len(self.keys) > 1 else ""
-            nulls = np.broadcast_to(self._null(metric, name, index, step)[:, None], values.shape)
+            there = np.arange(values.shape[1]) < np.array(list(self.adapter.heads.values()))[:, None]
+            nulls = np.where(there, self._null(metric, name, index, step)[:, None], np.nan)
             if by is None:
                 found.append((*fixed, name + tag, _mean(values), _mean(nulls)))
             for place, layer in enumerate(self.adapter.layers if by else ()):
-                heads = [slice(None)] if by == "layer" else list(range(values.shape[1]))
+                heads = [[]] if by == "layer" else np.flatnonzero(there[place])[:, None].tolist()
                 for head in heads:
-                    where = (layer,) if by == "layer" else (layer, head)
-                    found.append((*fixed, name + tag, *where, _mean(values[place, head]), _mean(nulls[place, head])))
+                    at = place, head or slice(None)
+                    found.append((*fixed, name + tag, layer, *head, _mean(values[at]), _mean(nulls[at])))
         return found
 
     def _null(self, metric: Metric, name: str, index: int, step: Step) -> Array:

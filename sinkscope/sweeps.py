@@ -146,7 +146,7 @@ class _Made:
             raise unknown("sweep over", over, OVER)
         if positions is not None and over != "positions":
             raise SinkscopeError(f"positions= belongs to over='positions', not to over={over!r}")
-        edit.check_model(adapter.layers, adapter.n_heads)
+        edit.check_model(adapter.heads)
         chosen = None
         if positions is not None:
             chosen = tuple(dict.fromkeys(whole_number(p, "positions", "whole numbers") for p in positions))
@@ -177,7 +177,7 @@ class _Made:
         """Give each place's edit, and its placebos after it."""
         if length not in self._known:
             positions = range(length - (not self.of_source)) if self.positions is None else self.positions
-            every = places(self.edit, self.over, self.adapter.layers, self.adapter.n_heads, positions)
+            every = places(self.edit, self.over, self.adapter.heads, positions)
             edits = {place: at(self.edit, place) for place in every}
             drawn = {place: self._placebos(edit) for place, edit in edits.items()}
             fit = self.asked or all(fits(edit, length) for several in drawn.values() for edit in several)

@@ -20,9 +20,9 @@ from sinkscope.block import Block, PatternRows
 from sinkscope.capture.attended import Attended, Later, Rows, masses
 from sinkscope.capture.blocks import NoRows
 from sinkscope.capture.layout import Layout
-from sinkscope.metrics.accumulate import RowMean, accumulator
+from sinkscope.metrics.accumulate import RowMean, accumulator, grown
 from sinkscope.metrics.base import Array, Metric
-from sinkscope.metrics.observer import Observer
+from sinkscope.metrics.observer import WHERE, Observer
 from sinkscope.steps import Step, Watched
 from sinkscope.tokens import TextTokens, tokenize
 
@@ -118,6 +118,7 @@ class Means:
     sums: dict[tuple[str, int], Array] = field(default_factory=dict)
     rows: dict[tuple[str, int], Array] = field(default_factory=dict)
     series: dict[tuple[str, int], RowMean] = field(default_factory=dict)
+    heads: dict[tuple[str, int], NDArray[np.int_]] = field(default_factory=dict)
 
     def update(
         self, metrics: Sequence[Metric], block: Block, keys: Sequence[int], counted: Tensor, owner: Int[Tensor, " query"]
@@ -141,14 +142,17 @@ class Means:
                     series.update(here, place, counted)
 
     def _add(self, at: tuple[str, int], place: int, sums: Array, rows: Array) -> None:
-        if at not in self.sums:
-            self.sums[at] = np.zeros((self.passes, len(self.layers), *sums.shape[1:]))
-            self.rows[at] = np.zeros((self.passes, len(self.layers), sums.shape[1]))
-        short = sums.shape[-1] - self.sums[at].shape[-1] if sums.ndim == 4 else 0
-        if short > 0:
-            self.sums[at] = np.pad(self.sums[at], [(0, 0)] * 4 + [(0, short)])
-        self.sums[at][:, place][..., : sums.shape[-1]] += sums
+        shape = (self.passes, len(self.layers), *sums.shape[1:])
+        self.sums[at], self.rows[at] = grown(self.sums.get(at), shape), grown(self.rows.get(at), shape[:3])
+        self.sums[at][:, place][tuple(map(slice, sums.shape))] += sums
         self.rows[at][:, place] += rows
+        self.heads.setdefault(at, np.zeros(len(self.layers), dtype=int))[place] = sums.shape[2]
+
+    def mean(self, at: tuple[str, int], place: int) -> Array:
+        """Give the means of one pass: NaN where no row entered, and for heads that other layers have."""
+        one = RowMean(WHERE, len(self.layers))
+        one.add(self.sums[at][place], self.rows[at][place], slice(None), self.heads[at])
+        return one.mean()
 
 
 class Run(Observer):
@@ -232,15 +236,14 @@ class Run(Observer):
         if metric.per_query:
             self.rows[at] = kept.merge(means.series[name, index])
         else:
-            kept.add(means.sums[name, index].sum(0), means.rows[name, index].sum(0), slice(None))
+            kept.add(means.sums[name, index].sum(0), means.rows[name, index].sum(0), slice(None), means.heads[name, index])
 
     def _step(self, one: Pass, means: Means, place: int) -> Step:
         values: dict[tuple[str, int], NDArray[np.float32]] = {}
         for (name, index), sums in means.sums.items():
             if sums.ndim == 4:  # with a number per key there are five, and no course over time
                 metric = next(m for m in self.metrics if m.name == name)
-                rows = means.rows[name, index][place][..., None]
-                mean = np.divide(sums[place], rows, out=np.full_like(sums[place], np.nan), where=rows > 0)
+                mean = means.mean((name, index), place)
                 values |= {(n, index): _over_texts(v) for n, v in metric.finish(mean).items()}
         layout = one.layout
         spans = tuple(zip(layout.starts, layout.counts, strict=True))

@@ -68,7 +68,7 @@ class Pass:
         if self._busy:
             raise SinkscopeError("a metric ran the model that is being measured: run it before or after, or on a copy")
         if layer != self.layer:
-            self.layer, self.held, self.waiting = layer, self._open(), set(self.groups)
+            self.layer, self.held, self.waiting = layer, self._open(layer), set(self.groups)
         if not self.waiting:
             return
         if need == "pattern" and isinstance(value, Tensor):
@@ -90,12 +90,12 @@ class Pass:
             self.seen.add(layer)
             self.tick()
 
-    def _open(self) -> dict[str, Any]:
+    def _open(self, layer: int) -> dict[str, Any]:
         """Give the gates of a model whose outputs are not gated, which let all through; of others, they are yet to come."""
         if self.adapter.gates or not any("gate" in group for group in self.groups):
             return {}
         ids = self.batch.ids
-        return {"gate": torch.ones(len(ids), ids.shape[1] - self.start, self.adapter.n_heads, 1, device=ids.device)}
+        return {"gate": torch.ones(len(ids), ids.shape[1] - self.start, self.adapter.heads[layer], 1, device=ids.device)}
 
     def _check_shape(self, need: str, value: Tensor) -> None:
         """Refuse an activation whose axes are not those that metrics are promised."""

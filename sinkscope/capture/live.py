@@ -43,7 +43,7 @@ def on(model: Any, edit: Edit) -> Iterator[Any]:
         why = part.why_not_live()
         if why is not None:
             raise SinkscopeError(f"{part}: {why}")
-    edit.check_model(adapter.layers, adapter.n_heads)
+    edit.check_model(adapter.heads)
     mark, listeners = id(adapter.network), list[Any]()
     if WATCHED[mark] and edit.touches & ATTENTION:
         raise SinkscopeError(

@@ -192,7 +192,8 @@ def editing_points(
             else:  # of the new tokens alone as a rule, whatever a cache holds
                 everything = what == "rotated keys" and adapter.kind == "hooked_transformer"  # which rotates behind its cache
                 at = torch.arange(value.shape[1]) if everything and "rot" in hook.name else where(value.shape[1])
-                new = _of_tokens(now, layer, what, value.transpose(1, 2), at, (adapter.n_heads, length())).transpose(1, 2)
+                sizes = adapter.heads[layer], length()
+                new = _of_tokens(now, layer, what, value.transpose(1, 2), at, sizes).transpose(1, 2)
         if what == "pattern" and seen is not None:
             seen(layer, value if new is None else new)
         return new
@@ -292,5 +293,5 @@ def is_live(adapter: Adapter, what: str) -> bool:
     moved = float((after - before).abs().max()) > 1e-4 * float(before.abs().max())
     if what not in ("scores", "pattern") or not moved:
         return moved
-    own = len(adapter.layers) * adapter.n_heads if what == "scores" else 0  # a query always sees itself
+    own = sum(adapter.heads.values()) if what == "scores" else 0  # a query always sees itself
     return bool(edited[1] <= own) and float(edited[1]) < float(whole[1])

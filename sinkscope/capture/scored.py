@@ -101,7 +101,7 @@ def passed(
             at_once(done, piece)
         done += len(piece)
     queries = len(sequence if adapter.side == "cross" else ids)
-    received = capture.received / (len(adapter.layers) * adapter.n_heads * queries)
+    received = capture.received / (sum(adapter.heads.values()) * queries)
     first, same = (origin == 0).nonzero().flatten().tolist(), ids == text.ids[origin]
     row_of = torch.arange(len(sequence)) - 1
     if not across:

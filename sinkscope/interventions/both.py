@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,10 @@ class Both(Edit):
         self.first.check(length)
         self.second.check(length)
 
-    def check_model(self, layers: Sequence[int], n_heads: int) -> None:
+    def check_model(self, heads: Mapping[int, int]) -> None:
         """Check both."""
-        self.first.check_model(layers, n_heads)
-        self.second.check_model(layers, n_heads)
+        self.first.check_model(heads)
+        self.second.check_model(heads)
 
     def why_not_live(self) -> str | None:
         """Ask both."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, SupportsIndex
 
@@ -39,11 +39,12 @@ class _Heads(Intervention):
         """Give them."""
         return self.heads or ()
 
-    def check_model(self, layers: Sequence[int], n_heads: int) -> None:
+    def check_model(self, heads: Mapping[int, int]) -> None:
         """Refuse heads that a model has not, and a placebo where too few others are left."""
-        super().check_model(layers, n_heads)
-        if self.decoy is not None and 2 * len(set(self.heads)) > n_heads:
-            raise SinkscopeError(f"{self}: {n_heads} heads leave too few others to draw {len(set(self.heads))} from")
+        super().check_model(heads)
+        least = min((n for layer, n in heads.items() if self.edits(layer)), default=0)
+        if self.decoy is not None and 2 * len(set(self.heads)) > least:
+            raise SinkscopeError(f"{self}: {least} heads leave too few others to draw {len(set(self.heads))} from")
 
     def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Edit as many other heads of the same layers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, SupportsIndex
 
@@ -42,10 +42,10 @@ class ZeroNeuron(Intervention):
         if min(self.neurons) < 0:
             raise SinkscopeError(f"{self}: neurons count from 0")
 
-    def check_model(self, layers: Sequence[int], n_heads: int) -> None:
+    def check_model(self, heads: Mapping[int, int]) -> None:
         """Refuse a layer that a model has not."""
-        if self.layer not in layers:
-            raise SinkscopeError(f"{self}: layer {self.layer}; those with attention are {layers[0]} to {layers[-1]}")
+        if self.layer not in heads:
+            raise SinkscopeError(f"{self}: layer {self.layer}; those with attention are {min(heads)} to {max(heads)}")
 
     def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         """Edit as many other neurons of the same layer."""

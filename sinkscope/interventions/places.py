@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import reduce
 from operator import and_
@@ -25,23 +25,21 @@ class Place(NamedTuple):
     position: int | None = None
 
 
-def places(edit: Intervention, over: str, layers: Sequence[int], n_heads: int, positions: Sequence[int]) -> list[Place]:
+def places(edit: Intervention, over: str, heads: Mapping[int, int], positions: Sequence[int]) -> list[Place]:
     """Give every place of a sweep in order; layers and heads that the edit names bound it.
 
     Args:
         edit: what is done at each.
         over: `"heads"`, `"layers"` or `"positions"`.
-        layers: those with attention.
-        n_heads: heads of each.
+        heads: how many each layer with attention has.
         positions: those to go over.
     """
     if over == "positions":
         return [Place(position=position) for position in positions]
-    named = [layer for layer in layers if edit.edits(layer)]
+    named = [layer for layer in heads if edit.edits(layer)]
     if over == "layers":
         return [Place(layer=layer) for layer in named]
-    heads = edit.named_heads() or range(n_heads)
-    return [Place(layer=layer, head=head) for layer in named for head in heads]
+    return [Place(layer=layer, head=head) for layer in named for head in edit.named_heads() or range(heads[layer])]
 
 
 def at(edit: Intervention, place: Place) -> Intervention:

@@ -7,7 +7,8 @@ means and standard errors are taken across sequences (:class:`Moments`), since t
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import numpy as np
@@ -25,7 +26,8 @@ from sinkscope.metrics.base import Array, Metric
 class RowMean:
     """Mean over the rows of each sequence, streamed over blocks; sums are float64 on the CPU.
 
-    `sums` is `[layer, batch, head]` or `[layer, batch, head, key]`; `rows` counts the rows that entered, `[layer, batch]`.
+    `sums` is `[layer, batch, head]` or `[layer, batch, head, key]`; `rows` counts the rows that entered, `[layer, batch]`;
+    `heads` those that each layer has, `[layer]`, which may be fewer than another's.
     All layers share an array: a small piece for each, between large activations that go, would keep the heap from shrinking.
     """
 
@@ -33,6 +35,11 @@ class RowMean:
     layers: int = 1
     sums: Array | None = None
     rows: Array | None = None
+    heads: NDArray[np.int_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin without heads."""
+        self.heads = np.zeros(self.layers, dtype=int)
 
     def update(self, block: Block, place: int = 0, counted: Bool[Tensor, "batch query"] | None = None) -> None:
         """Add a block, of the layer at a place among those that are kept.
@@ -83,30 +90,41 @@ class RowMean:
             kept = torch.where(chosen.reshape(batch, 1, -1, *[1] * (len(shape) - 3)), kept, absent)
         return kept, chosen
 
-    def add(self, sums: Array, rows: Array, place: int | slice) -> None:
-        """Add sums over rows, and how many there were, of one layer or of all."""
+    def add(self, sums: Array, rows: Array, place: int | slice, heads: NDArray[np.int_] | None = None) -> None:
+        """Add sums over rows, and how many there were, of one layer or of all, whose `heads` are then given."""
         shape = sums.shape if isinstance(place, slice) else (self.layers, *sums.shape)
-        if self.sums is None or self.rows is None:
-            self.sums, self.rows = np.zeros(shape), np.zeros(shape[:2])
-        if len(shape) == 4 and shape[3] > self.sums.shape[3]:
-            self.sums = np.pad(self.sums, [(0, 0)] * 3 + [(0, shape[3] - self.sums.shape[3])])
-        self.sums[place][..., : sums.shape[-1]] += sums
+        self.sums, self.rows = grown(self.sums, shape), grown(self.rows, shape[:2])
+        self.sums[place][tuple(map(slice, sums.shape))] += sums
         self.rows[place] += rows
+        self.heads[place] = np.maximum(self.heads[place], shape[2] if heads is None else heads)
 
     def merge(self, other: RowMean) -> RowMean:
         """Combine with the same metric's sums over other rows of the same sequences."""
         merged = RowMean(self.metric, self.layers)
         for part in (self, other):
             if part.sums is not None and part.rows is not None:
-                merged.add(part.sums, part.rows, slice(None))
+                merged.add(part.sums, part.rows, slice(None), part.heads)
         return merged
 
     def mean(self) -> Array:
-        """Give the mean per (layer, sequence, head) or (layer, sequence, head, key); NaN where no row entered."""
+        """Give the mean per (layer, sequence, head) or (layer, sequence, head, key).
+
+        NaN where no row entered, and for heads that other layers have.
+        """
         if self.sums is None or self.rows is None:
             raise SinkscopeError(f"metric {self.metric.name!r} saw no block")
         rows = self.rows.reshape(*self.rows.shape, *[1] * (self.sums.ndim - 2))
-        return np.divide(self.sums, rows, out=np.full_like(self.sums, np.nan), where=rows > 0)
+        there = np.arange(self.sums.shape[2]) < self.heads[:, None, None]
+        there = there.reshape(*there.shape, *[1] * (self.sums.ndim - 3))
+        return np.divide(self.sums, rows, out=np.full_like(self.sums, np.nan), where=there & (rows > 0))
+
+
+def grown(held: Array | None, shape: Sequence[int], fill: float = 0.0) -> Array:
+    """Give an array of at least this shape: a layer may have more heads than the first, a block more keys."""
+    if held is None:
+        return np.full(shape, fill)
+    short = [(0, max(0, n - m)) for n, m in zip(shape, held.shape, strict=True)]
+    return np.pad(held, short, constant_values=fill) if any(n for _, n in short) else held
 
 
 def _line(metric: Metric, trace: TracebackType | None) -> str:
@@ -130,21 +148,21 @@ class RowSeries(RowMean):
             raise SinkscopeError(f"metric {self.metric.name!r} is reported per query, and gives one number per key")
         stop = block.start + block.n_queries
         rows = kept.double().cpu().numpy()
-        if self.sums is None:
-            self.sums = np.full((self.layers, *rows.shape[:2], stop), np.nan)
-        if stop > self.sums.shape[3]:
-            self.sums = np.pad(self.sums, [(0, 0)] * 3 + [(0, stop - self.sums.shape[3])], constant_values=np.nan)
-        here = self.sums[place][..., block.start : stop]
+        self.sums = grown(self.sums, (self.layers, *rows.shape[:2], stop), np.nan)
+        self.heads[place] = rows.shape[1]
+        here = self.sums[place][:, : rows.shape[1], block.start : stop]
         here[...] = np.where(np.isnan(rows), here, rows)
 
     def merge(self, other: RowMean) -> RowSeries:
         """Combine with the same metric's rows from elsewhere in the same sequences."""
         a, b = (part.sums for part in (self, other))
-        if a is None or b is None:
-            return RowSeries(self.metric, self.layers, b if a is None else a)
-        longest = max(a.shape[3], b.shape[3])
-        a, b = (np.pad(x, [(0, 0)] * 3 + [(0, longest - x.shape[3])], constant_values=np.nan) for x in (a, b))
-        return RowSeries(self.metric, self.layers, np.where(np.isnan(a), b, a))
+        if a is not None and b is not None:
+            shape = np.maximum(a.shape, b.shape).tolist()
+            a, b = grown(a, shape, np.nan), grown(b, shape, np.nan)
+            a = np.where(np.isnan(a), b, a)
+        merged = RowSeries(self.metric, self.layers, b if a is None else a)
+        merged.heads = np.maximum(self.heads, other.heads)
+        return merged
 
     def mean(self) -> Array:
         """Give the rows, `[layer, sequence, head, query]`."""

@@ -96,7 +96,8 @@ class Derived:
     Attributes:
         name: what it is called in reports.
         fn: called with one `[layer, head]` (or `[layer, head, key]`) array per name in `of`, then the number of tokens
-            and whether attention is causal; returns an array with the axes of `axes`.
+            and whether attention is causal; returns an array with the axes of `axes`. Heads that other layers have, and this
+            one has not, are NaN.
         of: the metrics that it is made from.
         axes: axes of the result, of `("layer", "key")`; `()` for one number per sequence.
         total: result -> the number for the summary, or None where there is none.
@@ -223,6 +224,18 @@ def metric(
         return Metric(label, fn, wanted, over, chance, thresholds, at_key or "mass" in wanted, unit, per_query, reads)
 
     return make(fn) if fn is not None else make
+
+
+def mean_of(values: Array) -> float:
+    """Mean over layers and heads of what is defined, each head alike; NaN where nothing is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else float("nan")
+
+
+def over_heads(values: Array) -> Array:
+    """Mean over the heads, `[layer, head, ...]` -> `[layer, ...]`: over those that a layer has, NaN stands for the others."""
+    there = ~np.isnan(values.reshape(*values.shape[:2], -1)).all(-1)
+    return np.stack([(of[has] if has.any() else of).mean(0) for of, has in zip(values, np.asarray(there), strict=True)])
 
 
 def derived(

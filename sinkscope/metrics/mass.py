@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 from torch import Tensor
 
 from sinkscope.block import Block
-from sinkscope.metrics.base import Array, derived, metric
+from sinkscope.metrics.base import Array, derived, mean_of, metric, over_heads
 
 
 def seeing_key(block: Block) -> Tensor:
@@ -103,7 +102,7 @@ def row_deficit(block: Block) -> Tensor:
 @derived(of=("sink_mass", "row_deficit"), at_key=True, unit="share of attention")
 def sink_strength(sink_mass: Array, row_deficit: Array, tokens: int, causal: bool) -> float:
     """Share of all attention in the model that lands on the sink key; 0 to 1. Source: seed analysis."""
-    return float(sink_mass.sum() / (1.0 - row_deficit).sum())
+    return mean_of(sink_mass) / mean_of(1.0 - row_deficit)
 
 
 @derived(of=("sink_mass",), at_key=True, unit="times")
@@ -112,7 +111,7 @@ def first_to_rest_ratio(sink_mass: Array, tokens: int, causal: bool) -> float:
 
     m / ((1 - m) / (T - 1)), m = sink_mass averaged over the model. Source: seed analysis (GPT-2, 10 tokens: 20.4).
     """
-    m = float(sink_mass.mean())
+    m = mean_of(sink_mass)
     return float("inf") if m >= 1.0 else m / ((1.0 - m) / (tokens - 1))
 
 
@@ -146,4 +145,4 @@ def layer_progression(sink_mass: Array, tokens: int, causal: bool) -> Array:
 
     -1 to 1, null 0. Source: seed analysis.
     """
-    return np.asarray(sink_mass.mean(axis=1))
+    return over_heads(sink_mass)

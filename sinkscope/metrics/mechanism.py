@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.block import Block
-from sinkscope.metrics.base import Array, derived, metric
+from sinkscope.metrics.base import Array, derived, mean_of, metric
 from sinkscope.metrics.mass import seeing_key, with_a_choice
 
 
@@ -113,7 +113,7 @@ def gate_mean(block: Block) -> Tensor:
     return block["gate"].float().mean(-1).transpose(1, 2)
 
 
-@derived(of=("gate_mean",), axes=("layer", "head"), total=lambda closed: float(closed.mean()), eps=0.1, unit="share of heads")
+@derived(of=("gate_mean",), axes=("layer", "head"), total=mean_of, eps=0.1, unit="share of heads")
 def gate_closed(gate_mean: Array, tokens: int, causal: bool, eps: float) -> Array:
     """Whether a head's gate lets less than eps through on average: 1 (closed) or 0; in the summary, the share of heads.
 
@@ -135,7 +135,7 @@ def head_output_norm(block: Block) -> Tensor:
 @derived(
     of=("received", "sink_output_share"),
     axes=("layer", "head"),
-    total=lambda label: float(np.nanmean(label)) if np.isfinite(label).any() else float("nan"),
+    total=mean_of,
     eps=0.5,
     at_key=True,
     unit="share of sink heads",

@@ -109,6 +109,11 @@ class Observer:
             self.means[at] = self.rows[at].mean()
         return np.asarray(self.means[at][:, row])
 
+    def heads(self, name: str, index: int, side: int = 0) -> tuple[int, ...] | None:
+        """Give how many heads each layer has in a metric, where layers differ in it; None where they don't."""
+        heads = tuple(self.rows[name, index, side].heads.tolist())
+        return heads if len(set(heads)) > 1 else None
+
 
 @dataclass
 class Finish:
@@ -151,7 +156,7 @@ class Finish:
     ) -> list[Value]:
         """Give the values at one key, of one choice of queries."""
         values: list[Value] = []
-        means, nulls = {}, {}
+        means, nulls, heads = {}, {}, {}
         counted = observer.counted(index, row, side, len(sequence))
         if observer.sides[side] is not None and counted is not None:
             share = counted.mean(axis=-1)
@@ -161,12 +166,16 @@ class Finish:
             if means[m.name].ndim == 3:
                 means[m.name] = means[m.name][..., : len(sequence if m.per_query else sequence.keyed)]
             nulls[m.name] = self._null(m, sequence, position, means[m.name], counted)
+            heads[m.name] = observer.heads(m.name, index if m.at_key else 0, side)
+            if (own := heads[m.name]) is not None:
+                there = np.arange(max(own)) < np.array(own)[:, None]
+                nulls[m.name] = np.where(there.reshape(*there.shape, *[1] * (means[m.name].ndim - 2)), nulls[m.name], np.nan)
         for reported in self.asked:
             at_key = getattr(reported, "at_key", False)
             if at_key or index == 0:
                 at, mark = (position, tag) if at_key else (None, "")
                 mine, even = (_over_those_who_see(reported, found, sequence) for found in (means, nulls))
-                values += values_of(reported, mine, even, at, mark, len(sequence.keyed), self.causal)
+                values += values_of(reported, mine, even, at, mark, len(sequence.keyed), self.causal, heads)
         return values
 
     def _null(self, m: Metric, sequence: TextTokens, position: int, like: Array, counted: np.ndarray | None) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from sinkscope.block import Block
-from sinkscope.metrics.base import Array, derived, metric
+from sinkscope.metrics.base import Array, derived, metric, over_heads
 
 
 def with_a_choice(block: Block) -> Tensor:
@@ -54,7 +54,7 @@ def position_profile(head_profile: Array, tokens: int, causal: bool) -> Array:
 
     mean over i and h of A[h, i, k]. Null: sum over i >= k of 1 / (i + 1), over T. Source: seed analysis.
     """
-    return np.asarray(head_profile.mean(axis=1))
+    return over_heads(head_profile)
 
 
 @derived(of=("head_profile",), axes=("layer", "key"), unit="share of attention", every_query=True)
@@ -63,7 +63,7 @@ def received_profile(head_profile: Array, tokens: int, causal: bool) -> Array:
 
     Source: Gu et al. 2024, arXiv 2410.10781.
     """
-    return np.asarray(_alpha(head_profile, tokens, causal).mean(axis=1))
+    return over_heads(_alpha(head_profile, tokens, causal))
 
 
 #: A position is listed by `sink_positions` when it is a sink in at least this share of the heads.
@@ -84,5 +84,6 @@ def sink_positions(head_profile: Array, tokens: int, causal: bool, eps: float) -
     In the summary, how many there are. Finds sinks that are not the first token: delimiters, [SEP], repeated tokens.
     Source: Gu et al. 2024, arXiv 2410.10781, over all k.
     """
-    share = (_alpha(head_profile, tokens, causal) > eps).mean(axis=(0, 1))
+    heads = (~np.isnan(head_profile).all(-1)).sum()
+    share = (_alpha(head_profile, tokens, causal) > eps).sum(axis=(0, 1)) / heads
     return np.where(share >= SHARE_OF_HEADS, share, np.nan)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Metric
+from sinkscope.metrics.base import AcrossTexts, AnyMetric, Array, Metric, mean_of
 
 #: Stands for no layer, head, key or query until the frame is made.
 MISSING = np.iinfo(np.int64).min
@@ -28,6 +28,7 @@ class Value:
         null: the same on uniform attention.
         total: the model-level number, or None.
         total_null: its null.
+        heads: how many heads each layer has, where layers differ in it: the others, NaN, are none. None elsewhere.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Value:
     null: Array
     total: float | None
     total_null: float | None
+    heads: tuple[int, ...] | None = None
 
 
 def values_of(
@@ -48,8 +50,9 @@ def values_of(
     tag: str,
     tokens: int,
     causal: bool,
+    heads: Mapping[str, tuple[int, ...] | None],
 ) -> list[Value]:
-    """Finish one metric for one sequence; `tokens` counts its keys."""
+    """Finish one metric for one sequence; `tokens` counts its keys, `heads` those of each layer, where they differ."""
     if isinstance(m, AcrossTexts):
         return []
     if isinstance(m, Metric):
@@ -63,25 +66,21 @@ def values_of(
                 axes,
                 value,
                 null[name],
-                *((None, None) if len(axes) == 3 else (_mean(value), _mean(null[name]))),
+                None if len(axes) == 3 else mean_of(value),
+                None if len(axes) == 3 else mean_of(null[name]),
+                heads[m.name],
             )
             for name, value in m.finish(means[m.name]).items()
         ]
     value, null_value = m(means, tokens, causal), m(nulls, tokens, causal)
-    total = (float(m.total(value)), float(m.total(null_value))) if m.total else (None, None)
-    return [Value(m.name, tag, key, m.axes, value, null_value, *total)]
+    total, null_total = (float(m.total(value)), float(m.total(null_value))) if m.total else (None, None)
+    return [Value(m.name, tag, key, m.axes, value, null_value, total, null_total, heads[m.of[0]])]
 
 
 def difference(a: Value, b: Value, name: str) -> Value:
     """Subtract one value of a text from another: across texts, that is a paired difference."""
-    totals = [None if x is None or y is None else x - y for x, y in ((a.total, b.total), (a.total_null, b.total_null))]
-    return Value(name, a.tag, a.key, a.axes, a.value - b.value, a.null - b.null, *totals)
-
-
-def _mean(values: Array) -> float:
-    """Mean over layers and heads of what is defined; NaN where nothing is."""
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if defined.size else float("nan")
+    total, null = (None if x is None or y is None else x - y for x, y in ((a.total, b.total), (a.total_null, b.total_null)))
+    return Value(name, a.tag, a.key, a.axes, a.value - b.value, a.null - b.null, total, null, a.heads)
 
 
 @dataclass
@@ -97,9 +96,12 @@ class Rows:
     pieces: list[tuple[str, str, int, dict[str, Array]]] = field(default_factory=list)
 
     def add(self, value: Value, label: str, tokens: int, std_error: Array | None = None) -> None:
-        """Add an array; positions that a metric leaves out (NaN on the key or query axis) give no row."""
+        """Add an array; no row for positions that a metric leaves out (NaN on the key or query axis), and heads not there."""
         shape = value.value.shape
         index = dict(zip(value.axes, np.indices(shape).reshape(len(shape), value.value.size), strict=True))
+        there = np.ones(value.value.size, dtype=bool)
+        if value.heads is not None and "head" in index:
+            there = index["head"] < np.asarray(value.heads)[index["layer"]]
         if "layer" in index:
             index["layer"] = np.asarray(self.layers)[index["layer"]]
         if "key" not in index and value.key is not None:
@@ -111,7 +113,8 @@ class Rows:
             "null": np.broadcast_to(value.null, shape).reshape(-1),
         }
         if {"key", "query"} & set(value.axes):
-            there = ~np.isnan(columns["value"])
+            there &= ~np.isnan(columns["value"])
+        if not there.all():
             columns = {name: column[there] for name, column in columns.items()}
         # Of several keys, those whose position differs from text to text would be one in the mean over texts.
         self.pieces.append((label, value.name + (value.tag if value.key is None else ""), tokens, columns))

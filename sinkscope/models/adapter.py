@@ -90,6 +90,7 @@ class Adapter(Heads):
             "class": type(self.model).__name__,
             "n_layers": self.n_layers,
             "n_heads": self.n_heads,
+            **({"heads": {str(layer): n for layer, n in self.heads.items()}} if self.uneven else {}),
             "layers": list(self.layers),
             "windows": {str(layer): size for layer, size in self.windows.items()},
             "causal": self.causal,

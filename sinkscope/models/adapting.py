@@ -71,9 +71,11 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
         layers = layers or _attending(model.original_model.config)  # where TransformerLens shows none, flash may do without
     if not layers:
         raise no_attention(name, getattr(cfg, "architecture", None) or type(model).__name__)
+    most, uneven = int(cfg.n_heads), dict[int, int]()
     if kind == "bridge":
         config = model.original_model.config.get_text_config()
-        check_layers(config, _types(config), name)
+        check_layers(_types(config), name)
+        most, uneven = _heads(config, layers, most)
     causal = _causal(model, kind)
     return Adapter(
         model=model,
@@ -82,10 +84,11 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
         layers=layers,
         windows=_windows(model, kind, layers, causal),
         n_layers=n_layers,
-        n_heads=int(cfg.n_heads),
+        n_heads=most,
         n_ctx=_context(model, kind),
         causal=causal,
         points=points,
+        uneven=uneven,
     )
 
 
@@ -154,7 +157,8 @@ def _adapt_hugging_face(model: Any) -> Adapter:
     layers = _attending(model.config)
     if not layers:
         raise no_attention(name, type(model).__name__)
-    check_layers(config, _types(config), name)
+    check_layers(_types(config), name)
+    most, uneven = _heads(config, layers, _size(config, "num_attention_heads"))
     causal = _causal(model, "hugging_face")
     return Adapter(
         model=model,
@@ -163,10 +167,11 @@ def _adapt_hugging_face(model: Any) -> Adapter:
         layers=layers,
         windows=_windows(model, "hugging_face", layers, causal),
         n_layers=len(_types(config)),
-        n_heads=_size(config, "num_attention_heads"),
+        n_heads=most,
         n_ctx=_context(model, "hugging_face"),
         causal=causal,
         points={},
+        uneven=uneven,
     )
 
 
@@ -181,6 +186,13 @@ def _size(config: Any, name: str) -> int:
     told = getattr(config, "is_decoder", False) or config.model_type == "whisper"  # whose decoder does not say so
     alone = told and not getattr(config, "is_encoder_decoder", False)
     return int((getattr(config, own, None) if alone else None) or getattr(config, name))
+
+
+def _heads(config: Any, layers: tuple[int, ...], told: int) -> tuple[int, dict[int, int]]:
+    """Read how many query heads layers have at most, and how many each has, where they differ in it."""
+    each = getattr(config, "num_attention_heads_per_layer", None)
+    own = {layer: int(each[layer]) if each else told for layer in layers}
+    return max(own.values()), own if len(set(own.values())) > 1 else {}
 
 
 def _attending(whole: Any) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ In Qwen3-Next, Qwen3.5 and their like a head's gate stands behind its queries, i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,8 @@ class Gate:
         return functional.softplus(gate) if self.soft else torch.sigmoid(gate)
 
 
-def find_gates(network: nn.Module, config: Any, layers: Sequence[int], heads: int) -> list[Gate]:
-    """Find the gates of those layers that attend; none where outputs are not gated."""
+def find_gates(network: nn.Module, config: Any, heads: Mapping[int, int]) -> list[Gate]:
+    """Find the gates of those layers that attend, each with its number of heads; none where outputs are not gated."""
     kind = str(config.model_type)
     names = (*NAMES, "q_proj") if kind.startswith(BEHIND) else NAMES
     found: dict[int, Gate] = {}
@@ -56,9 +56,9 @@ def find_gates(network: nn.Module, config: Any, layers: Sequence[int], heads: in
         projection = next((gate for gate in own if isinstance(gate, nn.Module)), None)
         if says is None or projection is None or not hasattr(module, "o_proj"):
             continue
-        runs = tuple(layer for layer in _runs(config, place, int(says)) if layer in layers)
+        runs = tuple(layer for layer in _runs(config, place, int(says)) if layer in heads)
         if runs:
-            found[id(projection)] = Gate(projection, module, heads, kind.startswith(SOFTPLUS), runs)
+            found[id(projection)] = Gate(projection, module, heads[runs[0]], kind.startswith(SOFTPLUS), runs)
     return list(found.values())
 
 

@@ -31,11 +31,12 @@ class Identity:
         layers: the layers that have attention, ascending.
         windows: sliding window of each layer that has one.
         n_layers: number of layers.
-        n_heads: query heads per layer.
+        n_heads: query heads per layer; of layers that differ, the most.
         n_ctx: longest input, or None where nothing bounds it.
         causal: False for encoders.
         points: hook points by their TransformerLens name; none in a plain Hugging Face model.
         side: which attention of an encoder-decoder is looked at; None of any other model.
+        uneven: query heads of each layer, where layers differ in it (Laguna's); nothing elsewhere.
     """
 
     model: Any
@@ -49,12 +50,18 @@ class Identity:
     causal: bool
     points: dict[str, Any] = field(repr=False)
     side: Side | None = None
+    uneven: dict[int, int] = field(default_factory=dict)
     #: In a pass over text with images in it, the key after the last that each query sees, `[position]`.
     ends: ClassVar[Tensor | None] = None
 
     def side_of(self, module: nn.Module) -> Side | None:
         """Tell which attention of an encoder-decoder a module computes; None in any other model."""
         return None
+
+    @cached_property
+    def heads(self) -> dict[int, int]:
+        """Query heads of each layer that attends."""
+        return {layer: self.uneven.get(layer, self.n_heads) for layer in self.layers}
 
     @property
     def predicts(self) -> bool:
@@ -191,7 +198,7 @@ class Identity:
         """What gates the heads of layers; nothing where outputs are not gated."""
         if self.kind not in ("bridge", "hugging_face"):
             return []
-        return find_gates(text_model(self.network), self.config, self.layers, self.n_heads)
+        return find_gates(text_model(self.network), self.config, self.heads)
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -59,21 +59,15 @@ def check_merged(network: Any) -> None:
         )
 
 
-def check_layers(config: Any, types: list[str], name: str) -> None:
-    """Refuse a model whose layers have unequal numbers of heads, or keys that are no tokens.
+def check_layers(types: list[str], name: str) -> None:
+    """Refuse a model with keys that are no tokens.
 
     Raises:
-        SinkscopeError: says which.
+        SinkscopeError: says what works.
     """
     if any("compressed" in kind for kind in types):
         raise SinkscopeError(
             f"{name} attends to keys that stand for several tokens at once (compressed attention), which is not covered. "
             "What its n tokens receive stands first in the weights of output_attentions=True: "
             "ss.metrics.of_pattern([w[..., :n] for w in attentions])"
-        )
-    heads = sorted(set(getattr(config, "num_attention_heads_per_layer", None) or ()))
-    if len(heads) > 1:
-        raise SinkscopeError(
-            f"the layers of {name} have {' or '.join(map(str, heads))} heads, and a report is a grid of layers by heads: "
-            "reduce them one by one, [ss.metrics.of_pattern([w]) for w in attentions], from output_attentions=True"
         )

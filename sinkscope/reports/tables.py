@@ -32,7 +32,7 @@ def tables(
     totals = [(label, name, value, np.nan, null) for label, name, value, null in tally.totals]
     tokens = sum(n for _, n in tally.texts)
     for g in _once(tally.groups.values()):
-        mean = Value(g.name, g.tag, g.key, g.axes, g.value.present, g.null.present, None, None)
+        mean = Value(g.name, g.tag, g.key, g.axes, g.value.present, g.null.present, None, None, g.heads)
         rows.add(mean, ALL, tokens, g.value.std_error)
     for g in tally.groups.values():
         if g.total is not None and g.total_null is not None:

@@ -25,7 +25,7 @@ __all__ = ["FOLDER", "LOCK", "Finished", "Running", "Store", "claimed", "forget"
 
 T = TypeVar("T")
 #: What the JSON of a value, of a file of running means and of a file of `evaluate` looks like.
-NAMED = {"name": str, "tag": str, "key": int | None, "axes": [str]}
+NAMED = {"name": str, "tag": str, "key": int | None, "axes": [str], "heads": [int]}
 VALUE = NAMED | {"total": float | None, "total_null": float | None}
 RUNNING = {"batches": [str], "texts": [(str, int)], "totals": [(str, str, float, float)], "groups": [NAMED | {"held": [str]}]}
 RUN: dict[str, Any] = {"text": str, "intervention": str, "sink_token": str}
@@ -172,11 +172,20 @@ class Running:
 
 
 def _fields(value: Value) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in ("name", "tag", "key", "axes", "total", "total_null")}
+    return {name: getattr(value, name) for name in ("name", "tag", "key", "axes", "total", "total_null")} | _heads(value)
+
+
+def _heads(of: Value | Group) -> dict[str, Any]:
+    return {"heads": of.heads or ()}
+
+
+def _axes(fields: dict[str, Any]) -> dict[str, Any]:
+    """Give axes and heads as they were before JSON."""
+    return {"axes": tuple(fields["axes"]), "heads": tuple(fields["heads"]) or None}
 
 
 def _value(fields: dict[str, Any], arrays: Arrays, at: str) -> Value:
-    return Value(**fields | {"axes": tuple(fields["axes"])}, value=arrays[f"{at}-value"], null=arrays[f"{at}-null"])
+    return Value(**fields | _axes(fields), value=arrays[f"{at}-value"], null=arrays[f"{at}-null"])
 
 
 #: The moments of a group, and the arrays of moments.
@@ -187,7 +196,7 @@ def _kept_group(group: Group, arrays: Arrays, at: str) -> dict[str, Any]:
     """Put a group's moments among the arrays; the rest JSON can hold."""
     held = [name for name in MOMENTS if getattr(group, name) is not None]
     arrays.update({f"{at}-{name}-{of}": getattr(getattr(group, name), of) for name in held for of in ARRAYS})
-    return {"name": group.name, "tag": group.tag, "key": group.key, "axes": group.axes, "held": held}
+    return {"name": group.name, "tag": group.tag, "key": group.key, "axes": group.axes, "held": held} | _heads(group)
 
 
 def _tally(about: dict[str, Any], arrays: Arrays) -> Tally:
@@ -199,7 +208,7 @@ def _tally(about: dict[str, Any], arrays: Arrays) -> Tally:
 def _group(about: dict[str, Any], arrays: Arrays, at: str) -> Group:
     held: dict[str, Any] = dict.fromkeys(MOMENTS)
     held |= {name: Moments(*(arrays[f"{at}-{name}-{of}"] for of in ARRAYS)) for name in about["held"]}
-    return Group(about["name"], about["tag"], about["key"], tuple(about["axes"]), **held)
+    return Group(about["name"], about["tag"], about["key"], **_axes(about), **held)
 
 
 # --- evaluate -------------------------------------------------------------------------------------------------------

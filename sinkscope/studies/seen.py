@@ -162,11 +162,16 @@ class Within(Intervention, written=False):
 
 
 def check_inside(adapter: Adapter, sample: Tokens) -> None:
-    """Refuse a model whose attention can't be looked at under an edit.
+    """Refuse a model whose attention can't be looked at under an edit, or whose heads are no grid.
 
     Raises:
         SinkscopeError: names the model.
     """
+    if adapter.uneven:
+        raise SinkscopeError(
+            f"the layers of {adapter.name} have unequal numbers of heads, which this study does not take: ss.measure, "
+            "ss.evaluate and ss.sweep do"
+        )
     if not isinstance(plan(adapter, sample, [Intervention()]), InsideCapture):
         raise SinkscopeError(f"{adapter.name} does not ask Hugging Face's attention interface: nothing is seen under an edit")
 

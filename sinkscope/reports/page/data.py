@@ -173,7 +173,7 @@ def _pairs(attention: DataFrame) -> dict[str, Any]:
 
 
 def _patterns(patterns: DataFrame, keys: Sequence[int | str]) -> dict[str, Any]:
-    """Every head's rows; of a causal text the keys up to the query alone, row after row."""
+    """Every head's rows (unknown of a head that the layer has not); of a causal text the keys up to the query alone."""
     rows = patterns.sort_values(["layer", "head", "query", "key"], kind="stable")
     count = int(rows["query"].max()) + 1
     tokens = rows.drop_duplicates("query").sort_values("query")["query_token"].astype(str).tolist()
@@ -182,13 +182,17 @@ def _patterns(patterns: DataFrame, keys: Sequence[int | str]) -> dict[str, Any]:
     per_head = count * (count + 1) // 2 if causal else count * count
     places = {count + key if isinstance(key, int) and key < 0 else key for key in keys}
     sinks = [i for i, token in enumerate(tokens) if i in places or token in places]
+    each = np.full((len(layers), len(heads), per_head), np.nan)  # a layer may have fewer heads than another
+    there = rows.drop_duplicates(["layer", "head"])
+    at = np.searchsorted(layers, there["layer"]), np.searchsorted(heads, there["head"])
+    each[at] = rows["value"].to_numpy(float).reshape(-1, per_head)
     return {
         "layers": layers,
         "heads": heads,
         "causal": bool(causal),
         "tokens": [visible(token) for token in tokens],
         "sinks": sinks,
-        "value": pack(rows["value"].to_numpy(float).reshape(len(layers) * len(heads), per_head), 8),
+        "value": pack(each.reshape(-1, per_head), 8),
     }
 
 

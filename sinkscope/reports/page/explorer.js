@@ -39,7 +39,7 @@ export const drawExplorer = page => {
 };
 
 const sinkWords = ({sinks, tokens}) => sinks.length ? sinks.map(k => `position ${k} “${tokens[k]}”`).join(", ") : "no sink here";
-const takenWords = (patterns, head) => `${percent(patterns.takenOut(head))} of its attention goes to the sink (${sinkWords(patterns)})`;
+const takenWords = (patterns, head) => !patterns.there(head) ? "this layer has no such head" : `${percent(patterns.takenOut(head))} of its attention goes to the sink (${sinkWords(patterns)})`;
 
 // Row after row, as many as fit into a frame: thousands of heads keep nobody waiting. A later call ends an earlier one.
 const paintMap = (context, side, patterns, from, state, colours) => {

@@ -22,6 +22,7 @@ from sinkscope.reports.drawing import visible
 
 TITLES = {"bos": "first token (BOS)", "causal": "causal attention", "dtype": "number type"}
 TITLES |= {"engine_why": "why this engine", "n_layers": "number of layers", "n_heads": "heads per layer"}
+TITLES["heads"] = "heads by layer"
 
 
 def environment() -> Environment:

@@ -17,6 +17,7 @@ export const patternsOf = data => {
     const share = k < seen(q) ? packed.at(head * per + first(q) + k) : null;
     return Number.isNaN(share) ? null : share;
   };
+  const there = head => !Number.isNaN(packed.at(head * per));
   const taken = (head, q) => sinks.reduce((sum, k) => sum + (raw(head, q, k) || 0), 0);
   const left = (head, q) => { const rest = 1 - taken(head, q); return rest > 0.005 ? rest : null; };
   const weight = (head, q, k, without) => {
@@ -59,7 +60,7 @@ export const patternsOf = data => {
       pixels[to + 3] = 255;
     });
   };
-  return {T, tokens, sinks, index: (r, c) => r * heads.length + c, weight, chance, taken, takenOut, paint};
+  return {T, tokens, sinks, index: (r, c) => r * heads.length + c, there, weight, chance, taken, takenOut, paint};
 };
 
 export const shade = (share, log) => log ? 1 - Math.log(Math.max(share, FLOOR)) / Math.log(FLOOR) : share;
