@@ -26,6 +26,7 @@ class Place:
 
     def __init__(self, adapter: Adapter, swaps: tuple[tuple[int, int], ...]) -> None:
         self.adapter, self.swaps, self.start, self.swapped = adapter, swaps, 0, 0
+        self.inside: nn.Module | None = None  # which of the modules that are stood by runs
 
     def __call__(self, n: int) -> Tensor:
         """Give the positions of the `n` tokens of this pass."""
@@ -68,17 +69,22 @@ class Place:
         if any(_compiled(m) and self.adapter.embedding in m.modules() for m in self.adapter.network.modules()):
             raise inert
         ids = torch.ones(1, 4, dtype=torch.long, device=self.adapter.device)
-        whole = [self.adapter.model] if self.adapter.kind == "hooked_transformer" else self.adapter.trunks
-        for module in whole:
+        runs: list[Callable[[Tensor], Any]] = [*self.adapter.trunks]
+        if self.adapter.kind == "hooked_transformer":
+            runs = [self.adapter.model]
+        elif self.adapter.side is not None:
+            runs = [lambda ids: self.adapter.body(ids, torch.ones_like(ids, dtype=torch.bool))]
+        for run in runs:
             self.swapped = 0
             with torch.no_grad():
-                module(ids)
+                run(ids)
             if not self.swapped:
                 raise inert
 
     def _before(self, module: nn.Module, args: Any, given: dict[str, Any]) -> None:
-        self.start = self.adapter.cached(given)
+        self.start, self.inside = self.adapter.cached(given), module
         _refuse_elsewhere(given, self.start)
+        _refuse_elsewhere({"attention_mask": given.get("encoder_attention_mask")}, 0)
         embedded = given.get("inputs_embeds") is not None
         if self.swaps and (embedded or (args and isinstance(args[0], Tensor) and args[0].is_floating_point())):
             raise SinkscopeError(
@@ -87,6 +93,8 @@ class Place:
             )
 
     def _swap(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.adapter.side is not None and self.inside is not self.adapter.trunk:
+            return args  # the other stack's
         self.swapped += 1
         ids = args[0].clone()
         for position, token in self.swaps:

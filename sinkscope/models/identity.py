@@ -56,6 +56,11 @@ class Identity:
         """Tell which attention of an encoder-decoder a module computes; None in any other model."""
         return None
 
+    def layer_of(self, module: nn.Module) -> int | None:
+        """Tell the layer whose attention a module computes; None where it does not say, or several layers share it."""
+        says = getattr(module, "layer_idx", None)
+        return None if says in (None, -1) else int(says)
+
     @property
     def predicts(self) -> bool:
         """Whether a run gives next tokens, of which there is a loss."""
