@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sinkscope.capture.attend import attend
 from sinkscope.capture.call import Calls, plainly
 from sinkscope.capture.edited import InsideCapture
-from sinkscope.capture.masks import Masks
+from sinkscope.capture.masks import STATIC, Masks
 from sinkscope.capture.neurons import editing_neurons, neurons_of
 from sinkscope.capture.place import Place
 from sinkscope.capture.plans import plan
@@ -132,10 +132,7 @@ class _Op:
         held = key.shape[2]
         stop = self.place.start + query.shape[2] if given["causal"] else held
         if stop < held:
-            raise SinkscopeError(
-                f"a cache holds {held} keys of {stop} tokens: use a dynamic cache (transformers.DynamicCache(), not a static "
-                "one)"
-            )
+            raise SinkscopeError(STATIC)
         return torch.arange(stop - held, stop)
 
     def _checked(self, length: int, given: dict[str, Any]) -> int:

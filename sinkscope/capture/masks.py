@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from sinkscope.block import in_reach
+from sinkscope.capture.place import check_begins
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.models.versions import with_sizes
 
 #: Said of a mask.
 NEITHER = "its attention mask is neither causal, nor a sliding window, nor the padding of an encoder"
+#: Said of a cache with room for tokens to come.
+STATIC = "its cache holds more keys than there are tokens: use a dynamic one (transformers.DynamicCache(), not a static one)"
 
 
 class OtherwiseError(SinkscopeError):
@@ -77,7 +80,8 @@ class Masks:
         if mask_function is not None and self.mixed():
             rows, keys = (torch.arange(n, device=extra.get("device")) for n in (q_length, kv_length))
             return torch.as_tensor(mask_function(keys.new_zeros(()), keys.new_zeros(()), rows[:, None], keys))[None, None]
-        last = q_offset + q_length == kv_offset + kv_length if self.live else q_length == kv_length
+        more = kv_offset + kv_length - q_offset - q_length if self.live else kv_length - q_length
+        last, static = more == 0, self.live and more > 0
         if not args and not use_vmap and mask_function is not None and (last or self.either):
             rows = torch.tensor(sorted({0, q_length // 2, q_length - 1}))[:, None] + int(q_offset)
             keys = torch.arange(kv_length) + kv_offset
@@ -90,13 +94,15 @@ class Masks:
                 gap = rows - keys
                 expected = expected & ((gap < local_size) if causal else (gap.abs() <= local_size))
             if not torch.equal(seen, expected):
-                raise OtherwiseError(NEITHER)
+                raise SinkscopeError(STATIC) if static else OtherwiseError(NEITHER)
+            if causal and self.live and attention_mask is not None:
+                check_begins(attention_mask)
             if causal and self.indexed:
                 return _causal(q_offset, q_length, kv_offset, kv_length, extra.get("device"))
             if causal or attention_mask is None or bool(attention_mask.all()):
                 return None
             return attention_mask[:, None, None, :].bool()
-        raise SinkscopeError(NEITHER)
+        raise SinkscopeError(STATIC if static else NEITHER)
 
 
 def _causal(q_offset: int, q_length: int, kv_offset: int, kv_length: int, device: Any) -> Tensor:
