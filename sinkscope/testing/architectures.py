@@ -191,7 +191,7 @@ _INSIDE: dict[str, dict[str, Any]] = {
         Part("Gemma3nTextConfig", {**_LOCAL, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4})
     ),
     "Gemma4": _holding(
-        Part("Gemma4TextConfig", _LOCAL),
+        Part("Gemma4TextConfig", {**_LOCAL, "global_head_dim": 16}),
         Part(
             "Gemma4VisionConfig",
             {"num_hidden_layers": FEW, "patch_size": PATCH, "num_key_value_heads": 4, "position_embedding_size": 64}
