@@ -23,6 +23,10 @@ Where = Any
 Whole = Any
 #: Looks at `(layer, residual stream after it)`.
 Look = Callable[[int, Float[Tensor, "position d_model"]], Any]
+#: Why an edit can't be made in code that others run; the first two do not hold of sources, which come whole.
+FROM_THE_END = "positions from the end are not known before the text is"
+WHOLE_TEXT = "what it takes from the whole text is not known before the text is: evaluate it"
+OTHER_INPUT = "it makes another input, and scores of its own: change the ids that you give the model"
 
 
 @runtime_checkable

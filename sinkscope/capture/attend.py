@@ -43,7 +43,8 @@ def attend(
         value: theirs.
         at: the text's positions of the keys, ascending, on the CPU; the last of them are the queries'.
         length: tokens in the text whose positions are the keys.
-        given: `scale, causal, softcap, sinks, window` of the layer, and a `bias` of positions where it has one.
+        given: `scale, causal, softcap, sinks, window` of the layer, a `bias` of positions where it has one, and a `key_mask`
+            where some keys are pads.
         rotation: needed by an edit that moves positions into a cache.
         look: is shown (positions of some queries, positions of the keys in their reach, weights), block by block.
         crossing: in cross-attention, the queries' positions in their own text: no key is then a query's own.
@@ -117,11 +118,16 @@ def _hidden(
     hidden = gap < 0 if given["causal"] else torch.zeros_like(gap, dtype=torch.bool)
     if window is not None:
         hidden = hidden | ((gap if given["causal"] else gap.abs()) >= window)
+    real = given.get("key_mask")
+    if real is not None:
+        hidden = hidden | ~real[:, None, None, keys[0]]
     also = edit.hides(layer, queries, keys, heads, length)
     if also is not None:
         hidden = hidden | (also if crossed else also & (gap != 0))
         if crossed and bool(hidden.all(-1).any()):
             raise SinkscopeError(f"{edit} hides all {length} keys of a source in layer {layer}: leave one")
+        if real is not None:  # a pad's row, which nobody reads, must stay a number
+            hidden = hidden & ~(hidden.all(-1, keepdim=True) & (gap == 0))
     return hidden
 
 

@@ -26,6 +26,11 @@ HARMLESS = frozenset(
 Compute = Callable[[int, Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
+def plainly(layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
+    """Attend where nobody looks."""
+    return attention_with_lse(query, key, value, **given)[0]
+
+
 @dataclass
 class Calls:
     """The function that stands in Hugging Face's attention interface: reads a call, and has `compute` attend.
@@ -33,6 +38,7 @@ class Calls:
     Attributes:
         adapter: the model.
         compute: attends.
+        plainly: attends where nobody looks: on the other sides of an encoder-decoder.
         live: whether others run the model: layers then say themselves who they are, in any order, and a cache may hold more
             keys than there are queries. Otherwise layers are told apart by the order of their calls.
         made: calls since `made` was last set to 0.
@@ -40,6 +46,7 @@ class Calls:
 
     adapter: Adapter
     compute: Compute
+    plainly: Compute = plainly
     live: bool = False
     made: int = 0
     _thread: int = field(default_factory=threading.get_ident, repr=False)
@@ -105,19 +112,18 @@ class Calls:
         }
         if looked and self.adapter.ends is not None:
             given |= _as_seen(attention_mask, self.adapter.ends, window, layer, query)
-        compute = self.compute if looked else _plainly
+        compute = self.compute if looked else self.plainly
         with torch.autocast(query.device.type, enabled=False):  # it would lower the products of any statistic
             out = compute(layer, query, key.to(query.dtype), value.to(query.dtype), given)
         return out.transpose(1, 2).contiguous(), None
 
     def _layer(self, module: nn.Module) -> int:
         """Tell the layer by the order of calls, and ask the module where it knows."""
-        says = getattr(module, "layer_idx", None)
-        says = None if says == -1 else says  # a module that several layers share
+        says = self.adapter.layer_of(module)
         if self.live:
             if says is None:
                 raise SinkscopeError(f"{type(module).__name__} does not say which layer it is")
-            return int(says)
+            return says
         layers = self.adapter.layers
         if self.made >= len(layers):
             raise SinkscopeError(f"attention was asked for more than {len(layers)} times, once per layer")
@@ -151,8 +157,3 @@ def _as_seen(mask: Tensor | None, ends: Tensor, window: int | None, layer: int, 
         return {}
     hidden = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
     return {"causal": False, "window": None, "bias": hidden.expand(1, query.shape[1], -1, -1)}
-
-
-def _plainly(layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
-    """Attend where nobody looks."""
-    return attention_with_lse(query, key, value, **given)[0]

@@ -12,9 +12,10 @@ from torch import Tensor
 from sinkscope.capture.edited import Edited
 from sinkscope.capture.residuals import residuals
 from sinkscope.capture.routes import Route
+from sinkscope.capture.there import check_there
 from sinkscope.edit import Edit
 from sinkscope.errors import SinkscopeError
-from sinkscope.models import Adapter, adapt
+from sinkscope.models import Adapter, adapt_side
 from sinkscope.runs.undo import surely
 from sinkscope.tokens import TextTokens, Tokens
 
@@ -65,11 +66,13 @@ class _Keeper(Edit):
         return values
 
 
-def settled(model: Any, text: Any, edit: Edit) -> Any:
+def settled(model: Any, text: Any, edit: Edit, side: str | None) -> Any:
     """Locate in one text what an edit leaves open."""
-    adapter = adapt(model)
+    adapter = adapt_side(model, side, whole=True)
+    check_there(adapter, [edit])
     tokens = adapter.tokenize(text)
     if len(tokens) != 1:
         raise SinkscopeError(f"one text; got {len(tokens)}")
     adapter.check(tokens)
-    return edit.settle(tokens.sequences[0].ids, Looks(adapter))
+    (one,) = tokens.sequences
+    return edit.settle(one.keyed.ids, Looks(adapter.within(one)))

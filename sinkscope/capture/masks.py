@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from sinkscope.block import in_reach
+from sinkscope.capture.place import check_begins
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.models.versions import with_sizes
 
 #: Said of a mask.
 NEITHER = "its attention mask is neither causal, nor a sliding window, nor the padding of an encoder"
-#: Told (keys before the first, keys, the layers' window) at every call.
-Told = Callable[[int, int, int | None], None]
+#: Said of a cache with room for tokens to come.
+STATIC = "its cache holds more keys than there are tokens: use a dynamic one (transformers.DynamicCache(), not a static one)"
 
 
 class OtherwiseError(SinkscopeError):
@@ -32,22 +33,23 @@ class Masks:
     """Stands for Hugging Face's mask function: causal masks need no tensor, an encoder's needs one row of keys.
 
     Of text with images in it, which may see themselves both ways, it is the whole mask (`mixed` tells).
-    An encoder-decoder asks for both (`either`), and for its cross-attention, where there may be fewer keys or more. Where an
-    indexer chooses keys (`indexed`), it looks at the mask, which then must be a tensor.
+    An encoder-decoder asks for both (`either`), and for its cross-attention, where there may be fewer keys or more. Where
+    others run the model (`live`), a cache may hold keys before the queries' own. Where an indexer chooses keys (`indexed`),
+    it looks at the mask, which then must be a tensor.
     """
 
     causal: bool
-    told: Told | None = None
+    live: bool = False
     either: bool = False
     indexed: bool = False
     mixed: Callable[[], bool] = bool
 
     @classmethod
-    def of(cls, adapter: Adapter, told: Told | None = None) -> Masks:
+    def of(cls, adapter: Adapter, live: bool = False) -> Masks:
         """Give those of a model."""
         by_itself = hasattr(adapter.config, "decoder_layers")  # BART's decoder: asks for the mask of a source it has not
         either = adapter.side is not None or (adapter.causal and by_itself)
-        return cls(adapter.causal, told, either, adapter.chosen is not None, lambda: adapter.ends is not None)
+        return cls(adapter.causal, live, either, adapter.chosen is not None, lambda: adapter.ends is not None)
 
     def __call__(
         self,
@@ -78,29 +80,29 @@ class Masks:
         if mask_function is not None and self.mixed():
             rows, keys = (torch.arange(n, device=extra.get("device")) for n in (q_length, kv_length))
             return torch.as_tensor(mask_function(keys.new_zeros(()), keys.new_zeros(()), rows[:, None], keys))[None, None]
-        whole = q_length == kv_length if self.told is None else q_offset + q_length == kv_offset + kv_length
-        whole = whole or (self.either and self.told is None)
-        if not args and not use_vmap and mask_function is not None and whole:
+        more = kv_offset + kv_length - q_offset - q_length if self.live else kv_length - q_length
+        last, static = more == 0, self.live and more > 0
+        if not args and not use_vmap and mask_function is not None and (last or self.either):
             rows = torch.tensor(sorted({0, q_length // 2, q_length - 1}))[:, None] + int(q_offset)
             keys = torch.arange(kv_length) + kv_offset
             nothing = torch.zeros((), dtype=torch.long)
             seen = torch.as_tensor(mask_function(nothing, nothing, rows, keys)).expand(len(rows), kv_length)
-            later = kv_length > 1 and bool(seen[0, 1])  # the first query sees a later key
-            causal = self.causal if not self.either else q_length == kv_length and not later
+            later = q_offset - kv_offset + 1  # the key after the first query's own
+            causal = last and not (later < kv_length and bool(seen[0, later])) if self.either else self.causal
             expected = (keys <= rows) if causal else torch.ones_like(seen)
             if local_size is not None:
                 gap = rows - keys
                 expected = expected & ((gap < local_size) if causal else (gap.abs() <= local_size))
-            if not torch.equal(seen, expected) or not (causal or self.told is None or local_size is None):
-                raise OtherwiseError(NEITHER)
-            if self.told is not None:
-                self.told(kv_offset, kv_length, local_size)
+            if not torch.equal(seen, expected):
+                raise SinkscopeError(STATIC) if static else OtherwiseError(NEITHER)
+            if causal and self.live and attention_mask is not None:
+                check_begins(attention_mask)
             if causal and self.indexed:
                 return _causal(q_offset, q_length, kv_offset, kv_length, extra.get("device"))
             if causal or attention_mask is None or bool(attention_mask.all()):
                 return None
             return attention_mask[:, None, None, :].bool()
-        raise SinkscopeError(NEITHER)
+        raise SinkscopeError(STATIC if static else NEITHER)
 
 
 def _causal(q_offset: int, q_length: int, kv_offset: int, kv_length: int, device: Any) -> Tensor:

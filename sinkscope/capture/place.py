@@ -26,6 +26,7 @@ class Place:
 
     def __init__(self, adapter: Adapter, swaps: tuple[tuple[int, int], ...]) -> None:
         self.adapter, self.swaps, self.start, self.swapped = adapter, swaps, 0, 0
+        self.inside: nn.Module | None = None  # which of the modules that are stood by runs
 
     def __call__(self, n: int) -> Tensor:
         """Give the positions of the `n` tokens of this pass."""
@@ -68,25 +69,37 @@ class Place:
         if any(_compiled(m) and self.adapter.embedding in m.modules() for m in self.adapter.network.modules()):
             raise inert
         ids = torch.ones(1, 4, dtype=torch.long, device=self.adapter.device)
-        whole = [self.adapter.model] if self.adapter.kind == "hooked_transformer" else self.adapter.trunks
-        for module in whole:
+        runs: list[Callable[[Tensor], Any]] = [*self.adapter.trunks]
+        if self.adapter.kind == "hooked_transformer":
+            runs = [self.adapter.model]
+        elif self.adapter.side is not None:
+            runs = [lambda ids: self.adapter.body(ids, torch.ones_like(ids, dtype=torch.bool))]
+        for run in runs:
             self.swapped = 0
             with torch.no_grad():
-                module(ids)
+                run(ids)
             if not self.swapped:
                 raise inert
 
     def _before(self, module: nn.Module, args: Any, given: dict[str, Any]) -> None:
-        self.start = self.adapter.cached(given)
+        self.start, self.inside = self.adapter.cached(given), module
         _refuse_elsewhere(given, self.start)
-        embedded = given.get("inputs_embeds") is not None
-        if self.swaps and (embedded or (args and isinstance(args[0], Tensor) and args[0].is_floating_point())):
+        _refuse_elsewhere({"attention_mask": given.get("encoder_attention_mask")}, 0)
+        floating = bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
+        if self.swaps and self._swaps_here and (floating or given.get("inputs_embeds") is not None):
             raise SinkscopeError(
                 "replace_token needs token ids, and was given embeddings (as HookedTransformer.generate does): change the "
                 "ids that you give the model"
             )
 
+    @property
+    def _swaps_here(self) -> bool:
+        """Whether the module that runs is the one whose ids are swapped, of the two stacks of an encoder-decoder."""
+        return self.adapter.side is None or self.inside is self.adapter.trunk
+
     def _swap(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not self._swaps_here:
+            return args
         self.swapped += 1
         ids = args[0].clone()
         for position, token in self.swaps:
@@ -104,12 +117,22 @@ def _refuse_left(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
     _refuse_elsewhere({"attention_mask": given.get("attention_mask")}, 0)
 
 
+def check_begins(mask: Tensor) -> None:
+    """Refuse texts that do not begin in column 0 of a mask `[batch, position]`.
+
+    Raises:
+        SinkscopeError: some do not.
+    """
+    if bool((mask.int().diff(dim=-1) > 0).any()):
+        raise SinkscopeError(LEFT)
+
+
 def _refuse_elsewhere(given: dict[str, Any], start: int) -> None:
     """Refuse rows whose text does not begin in column 0: positions would be counted from a pad, or from another text."""
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    if real is not None and bool((real.int().diff(dim=-1) > 0).any()):
-        raise SinkscopeError(LEFT)
+    if real is not None:
+        check_begins(real)
     if isinstance(positions, Tensor) and positions.ndim == 2:
         n = positions.shape[1]
         moved = positions != torch.arange(start, start + n, device=positions.device)

@@ -180,9 +180,9 @@ class EditActivation(Intervention):
         located = self.dims is not None and self.to not in FOUND
         return None if located else "it is not located: take edit.located(model, text)"
 
-    def located(self, model: Any, text: Any) -> Intervention:
+    def located(self, model: Any, text: Any, side: str | None = None) -> Intervention:
         """Give the concrete edit: what is not given is located in one text, as :func:`sinkscope.evaluate` would."""
-        found: Intervention = settled(model, text, self)
+        found: Intervention = settled(model, text, self, side)
         return found
 
     def residual(self, layer: int, residual: Tensor, positions: Tensor) -> Tensor:

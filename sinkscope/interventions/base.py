@@ -69,7 +69,7 @@ class Intervention(Edit):
         """
         raise SinkscopeError(f"{self} has no sink position, so there is no placebo for it")
 
-    def on(self, model: Any) -> AbstractContextManager[Any]:
+    def on(self, model: Any, side: str | None = None) -> AbstractContextManager[Any]:
         """Run any code under this edit: `with ss.MaskKeys(0).on(model): model.generate(...)`. Undone at exit.
 
         Positions are counted from the first token that the model is given; a KV cache grows as usual, and what an edit
@@ -79,12 +79,14 @@ class Intervention(Edit):
 
         Args:
             model: as for :func:`sinkscope.evaluate`.
+            side: as for :func:`sinkscope.evaluate`. Sources come whole, so in the encoder and in cross-attention keys may be
+                counted from the source's end, and means taken over it, where no source of the batch is padded.
 
         Raises:
             SinkscopeError: an edit that makes another input (dropped tokens, re-computation): change the ids instead.
             InertHookError: this model would discard the edit; names what works.
         """
-        return live.on(model, self)
+        return live.on(model, self, side)
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,6 @@ class _Both(Both, Intervention):
     def placebo(self, seed: SupportsIndex = 0) -> Intervention:
         placebo: Intervention = self.first.placebo(seed) & self.second.placebo(seed)
         return placebo
-
-
-#: Why an edit can't be made in code that others run.
-FROM_THE_END = "positions from the end are not known before the text is"
-WHOLE_TEXT = "what it takes from the whole text is not known before the text is: evaluate it"
-OTHER_INPUT = "it makes another input, and scores of its own: change the ids that you give the model"
 
 
 def _snake(name: str) -> str:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, SupportsIndex
 import torch
 from torch import Tensor
 
-from sinkscope.edit import Where
+from sinkscope.edit import WHOLE_TEXT, Where
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions.base import WHOLE_TEXT, Intervention
+from sinkscope.interventions.base import Intervention
 from sinkscope.interventions.draws import draw
 from sinkscope.tokens import whole_number
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from sinkscope.edit import Where
-from sinkscope.interventions.base import FROM_THE_END, Intervention, elsewhere, inside, resolve
+from sinkscope.edit import FROM_THE_END, Where
+from sinkscope.interventions.base import Intervention, elsewhere, inside, resolve
 
 
 def for_heads(

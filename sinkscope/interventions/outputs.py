@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sinkscope.interventions.base import WHOLE_TEXT, real_number, resolve
+from sinkscope.edit import WHOLE_TEXT
+from sinkscope.interventions.base import real_number, resolve
 from sinkscope.interventions.keys import _Queries
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar, SupportsIndex
 import torch
 from torch import Tensor
 
-from sinkscope.edit import Where, Whole
+from sinkscope.edit import FROM_THE_END, OTHER_INPUT, Where, Whole
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions.base import FROM_THE_END, OTHER_INPUT, Intervention, inside, resolve
+from sinkscope.interventions.base import Intervention, inside, resolve
 from sinkscope.tokens import whole_number
 
 

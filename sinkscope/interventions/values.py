@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.edit import Residuals, Whole
+from sinkscope.edit import WHOLE_TEXT, Residuals, Whole
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions.base import WHOLE_TEXT, Intervention, one_of, resolve
+from sinkscope.interventions.base import Intervention, one_of, resolve
 from sinkscope.interventions.draws import draw, like
 from sinkscope.interventions.keys import _Keys
 from sinkscope.tokens import whole_number

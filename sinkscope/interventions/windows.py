@@ -9,9 +9,9 @@ from typing import ClassVar, SupportsIndex
 import torch
 from torch import Tensor
 
-from sinkscope.edit import Whole
+from sinkscope.edit import OTHER_INPUT, Whole
 from sinkscope.errors import SinkscopeError
-from sinkscope.interventions.base import OTHER_INPUT, Intervention
+from sinkscope.interventions.base import Intervention
 from sinkscope.tokens import whole_number
 
 

@@ -51,6 +51,11 @@ class Adapter(Heads):
         if vocabulary > 0 and int(s.ids.max()) >= vocabulary:
             raise SinkscopeError(f"{s.label!r} has token id {int(s.ids.max())}; {self.name} has 0 to {vocabulary - 1}")
 
+    def few(self) -> Tokens:
+        """Give a few tokens to try the model on."""
+        ids = torch.arange(1, 9)
+        return Tokens((TextTokens("proof", ids, ("",) * len(ids)),), "")
+
     def beside(self, text: TextTokens) -> Adapter:
         """Give the model as it runs this text's ids: an encoder-decoder, beside its source."""
         return self

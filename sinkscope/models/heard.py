@@ -67,6 +67,13 @@ class Heard(Sided):
             )
         return found
 
+    def _heard(self, text: TextTokens) -> TextTokens:
+        """Give a sound to try the model on: a hum."""
+        encoder: Any = self.ears.trunk
+        frames = encoder.config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
+        hum = torch.arange(encoder.config.num_mel_bins * frames).sin().reshape(-1, frames)
+        return self.ears.tokenize({self.ears.reads: hum}).sequences[0]
+
     def _memory(self, sources: Batch, how: dict[str, Any]) -> dict[str, Any]:
         return {"encoder_hidden_states": self.ears.body(sources.ids, sources.valid, inputs=sources.inputs)}
 

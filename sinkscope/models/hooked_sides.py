@@ -16,7 +16,8 @@ from sinkscope.errors import SinkscopeError
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.adapting import short_name
 from sinkscope.models.identity import Side
-from sinkscope.models.sides import GENERATED, Sided
+from sinkscope.models.sides import Sided
+from sinkscope.models.writing import GENERATED
 from sinkscope.runs.undo import Undo
 from sinkscope.tokens import Batch, TextTokens, Tokens
 

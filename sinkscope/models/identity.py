@@ -63,6 +63,11 @@ class Identity:
         """Query heads of each layer that attends."""
         return {layer: self.uneven.get(layer, self.n_heads) for layer in self.layers}
 
+    def layer_of(self, module: nn.Module) -> int | None:
+        """Tell the layer whose attention a module computes; None where it does not say, or several layers share it."""
+        says = getattr(module, "layer_idx", None)
+        return None if says in (None, -1) else int(says)
+
     @property
     def predicts(self) -> bool:
         """Whether a run gives next tokens, of which there is a loss."""

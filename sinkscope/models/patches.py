@@ -156,16 +156,20 @@ def _pieces(kind: str, at: Sequence[int], given: Mapping[str, Tensor], config: A
         cells = [(h // (patch[0] * merged), w // (patch[1] * merged)) for h, w in sizes.reshape(-1, 2).tolist()]
         if sum(h * w for h, w in cells) == len(at):
             return [(h * w, w) for h, w in cells]
-    runs = _runs(at)
+    places, runs = given.get("image_position_ids") if kind == "image" else None, _runs(at)
+    if places is not None:  # of each patch, -1 where there is none; squares of them become one (Gemma 4)
+        pool = getattr(eye, "pooling_kernel_size", None) or 1
+        counts, columns = (places >= 0).all(-1).sum(-1) // pool**2, (places[..., 0].amax(-1) + 1) // pool
+        return list(zip(counts.tolist(), columns.tolist(), strict=True)) if int(counts.sum()) == len(at) else None
     pixels = given.get("pixel_values") if kind == "image" else None
     if pixels is None or pixels.ndim < 4:
         return [(count, None) for count in runs]
     tiled = pixels.ndim == 5 and sizes is not None  # an image is cut into tiles, whose borders have positions of their own
     count = math.prod(pixels.shape[: 1 if tiled else -3])
-    if not tiled and len(at) % count == 0:
+    if not tiled and sizes is None and len(at) % count == 0:
         each = len(at) // count
         return [(each, _columns(each, *pixels.shape[-2:]))] * count
-    return [(size, None) for size in runs] if len(runs) == count else None
+    return [(size, None) for size in runs] if len(runs) == count else None  # rows may end with a position of their own (Emu3)
 
 
 def _runs(at: Sequence[int]) -> list[int]:

@@ -19,15 +19,11 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.adapting import bare, short_name
 from sinkscope.models.identity import Side
-from sinkscope.models.stacks import layers_of, longest_input, stack_of, vocabulary_of, windows_of
+from sinkscope.models.stacks import layers_of, longest_input, sides_in, stack_of, vocabulary_of, windows_of
 from sinkscope.models.uncovered import check_merged
+from sinkscope.models.writing import Writing
 from sinkscope.tokens import Batch, Targets, TextTokens, Tokens, resided, tokenize, tokenize_pairs
 from sinkscope.tokens.pairs import FORMS
-
-#: What modules of cross-attention are called in Hugging Face's decoders.
-CROSS = frozenset({"encoder_attn", "EncDecAttention", "cross_attn"})
-#: Tokens of a target that is generated, at most, where nothing else is said.
-GENERATED = 64
 
 
 def sided(model: Any, side: Side, kind: type[Sided], *, whole: bool = False) -> Sided:
@@ -60,7 +56,7 @@ def sided(model: Any, side: Side, kind: type[Sided], *, whole: bool = False) -> 
 
 
 @dataclass(frozen=True, eq=False)
-class Sided(Adapter):
+class Sided(Writing):
     """One attention of an encoder-decoder; positions are the source's in the encoder, else the target's.
 
     Attributes:
@@ -70,8 +66,6 @@ class Sided(Adapter):
 
     source: TextTokens | None = None
     whole: bool = False
-    #: What one of its sources is called in labels.
-    noun: ClassVar[str] = "text"
     #: Where a bridge keeps each side's attention of a layer.
     places: ClassVar[dict[Side, str]] = {
         "encoder": "encoder_blocks.{}.attn",
@@ -82,14 +76,20 @@ class Sided(Adapter):
     @cached_property
     def _sides(self) -> dict[int, Side]:
         """Which attention each module belongs to, by its `id`."""
-        found: dict[int, Side] = {id(module): "encoder" for module in stack_of(self.network, "encoder").modules()}
-        for name, module in stack_of(self.network, "decoder").named_modules():
-            found[id(module)] = "cross" if CROSS & set(name.split(".")) else "decoder"
-        return found
+        return sides_in(self.network)
 
     def side_of(self, module: nn.Module) -> Side | None:
         """Tell which attention a module computes."""
         return self._sides.get(id(module))
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        """Which layer each module belongs to, by its `id`."""
+        return {id(module): layer for layer, block in enumerate(self.blocks) for module in block.modules()}
+
+    def layer_of(self, module: nn.Module) -> int | None:
+        """Tell the layer whose attention a module computes, which those of encoders do not say."""
+        return self._numbers.get(id(module))
 
     @property
     def alone(self) -> bool:
@@ -106,6 +106,18 @@ class Sided(Adapter):
         """The stack that gives the last hidden state."""
         stack: nn.Module = stack_of(self.network, "encoder" if self.alone else "decoder")
         return stack
+
+    @property
+    def trunks(self) -> list[nn.Module]:
+        """Both stacks, of which the decoder is called with the KV cache."""
+        return [stack_of(self.network, "encoder"), stack_of(self.network, "decoder")]
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The module that takes the token ids of that stack, and may take the other's too."""
+        stack: Any = self.trunk
+        found: nn.Module = stack.get_input_embeddings()
+        return found
 
     @property
     def config(self) -> Any:
@@ -170,6 +182,15 @@ class Sided(Adapter):
         memory = stack_of(self.network, "encoder")(input_ids=sources.ids, attention_mask=real, **how).last_hidden_state
         return {"encoder_hidden_states": memory, "encoder_attention_mask": real}
 
+    def few(self) -> Tokens:
+        """Give a few tokens to try the model on, beside a source."""
+        (text,) = super().few().sequences
+        return Tokens((replace(text, source=self._heard(text), crossed=self.side != "decoder"),), "")
+
+    def _heard(self, text: TextTokens) -> TextTokens:
+        """Give a source to try the model on."""
+        return text
+
     def beside(self, text: TextTokens) -> Sided:
         """Give the model as it runs this text's ids: beside its source."""
         return self if text.source is None else replace(self, source=text.source)
@@ -207,11 +228,6 @@ class Sided(Adapter):
         output = network(**self._given(self.source), use_cache=False, return_dict=True, **given)
         own: Tensor = output.logits[0].float()
         return own
-
-    def _given(self, source: TextTokens) -> dict[str, Any]:
-        """Give one source as the whole model takes it."""
-        ids = source.ids[None].to(self.device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -253,37 +269,3 @@ class Sided(Adapter):
     def attention_points(self) -> list[tuple[int, Any]]:
         """The hook points of all three attentions' patterns, with their layers."""
         return [(int(p.split(".")[1]), at) for p, at in self.points.items() if p.endswith("attn.hook_pattern")]
-
-    def _shifted(self, labels: list[int]) -> list[int]:
-        """Put labels behind the start token, as in training."""
-        network: Any = self.network
-        own = getattr(network, "prepare_decoder_input_ids_from_labels", None)
-        if own is not None:
-            shifted: list[int] = own(torch.tensor([labels], device=self.device))[0].tolist()
-            return shifted
-        start = getattr(network.config, "decoder_start_token_id", None)
-        if start is None:
-            raise SinkscopeError(f"{self.name} says no decoder_start_token_id: give targets as token ids")
-        return [int(start), *labels[:-1]]
-
-    def _generated(self, source: TextTokens, most: int | None) -> Int[Tensor, " target"]:
-        """Generate a target greedily; its last token was never given to the decoder, and is left out.
-
-        Raises:
-            SinkscopeError: the model generates nothing.
-        """
-        network: Any = self.network
-        if not hasattr(network, "generate") or network.get_output_embeddings() is None:
-            raise SinkscopeError(
-                f"{type(network).__name__} has no language-model head to generate a target with, which side={self.side!r} "
-                f"needs: give {FORMS[self.noun]}; or look at side='encoder'"
-            )
-        room = min(GENERATED if most is None else most, self.n_ctx or GENERATED)
-        with self.quiet():
-            return torch.as_tensor(self._written(self._given(source), room))[:-1].cpu()
-
-    def _written(self, source: dict[str, Any], room: int) -> Int[Tensor, " position"]:
-        """Have the model write at most so many tokens greedily; give all that its decoder has seen, and the last."""
-        network: Any = self.network
-        written: Tensor = network.generate(**source, max_new_tokens=room, do_sample=False, num_beams=1)[0]
-        return written

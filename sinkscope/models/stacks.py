@@ -7,12 +7,24 @@ from typing import Any
 from torch import nn
 
 from sinkscope.errors import SinkscopeError
+from sinkscope.models.identity import Side
+
+#: What modules of cross-attention are called in Hugging Face's decoders.
+CROSS = frozenset({"encoder_attn", "EncDecAttention", "cross_attn"})
 
 
 def stack_of(network: Any, half: str) -> Any:
     """Find the encoder or the decoder; of Florence-2, inside the BART that it gives for a decoder."""
     found = network.get_encoder() if half == "encoder" else network.get_decoder()
     return inside if isinstance(inside := getattr(found, half, None), nn.Module) else found
+
+
+def sides_in(network: Any) -> dict[int, Side]:
+    """Tell which attention each module of both stacks belongs to, by its `id`."""
+    found: dict[int, Side] = {id(module): "encoder" for module in stack_of(network, "encoder").modules()}
+    for name, module in stack_of(network, "decoder").named_modules():
+        found[id(module)] = "cross" if CROSS & set(name.split(".")) else "decoder"
+    return found
 
 
 def layers_of(stack: Any) -> nn.ModuleList:

@@ -68,6 +68,8 @@ _SPECTRUM = {"num_mel_bins": 16, "max_source_positions": 16}
 _LLAMA, _QWEN2 = Part("LlamaConfig"), Part("Qwen2Config")
 _CLIP = Part("CLIPVisionConfig", {**_PIXELS, "num_hidden_layers": FEW})
 _SIGLIP = Part("SiglipVisionConfig", {**_PIXELS, "num_hidden_layers": FEW, "patch_size": 8})
+#: Heights and widths that an image may be cut into tiles of.
+_TILES = [[16, 32], [32, 16], [32, 32]]
 _FLAMINGO = Part("AudioFlamingo3EncoderConfig", {**_SPECTRUM, "num_hidden_layers": FEW})
 _T5GEMMA = {**_GEMMA, "num_hidden_layers": 4}
 _DEEP = {"depth": FEW, "num_heads": 4, "patch_size": PATCH, "out_hidden_size": 32}
@@ -168,8 +170,13 @@ _TWO_SIDED: dict[str, dict[str, Any]] = {
 }
 _INSIDE: dict[str, dict[str, Any]] = {
     "Llava": _holding(_LLAMA, _CLIP, image_token_index=60),
-    "LlavaNext": _holding(_LLAMA, _CLIP, image_token_index=60),
-    "LlavaOnevision": _holding(_QWEN2, _SIGLIP, image_token_index=60, video_token_index=61),
+    "LlavaNext": _holding(
+        _LLAMA,
+        Part("CLIPVisionConfig", {**_PIXELS, "num_hidden_layers": FEW, "patch_size": 8}),
+        image_token_index=60,
+        image_grid_pinpoints=_TILES,
+    ),
+    "LlavaOnevision": _holding(_QWEN2, _SIGLIP, image_token_index=60, video_token_index=61, image_grid_pinpoints=_TILES),
     "Qwen3_5": _holding(Part("Qwen3_5TextConfig", _LINEAR), Part("Qwen3_5VisionConfig", _QWEN_EYE), **_STAND_INS),
     "Qwen3_5Moe": _holding(Part("Qwen3_5MoeTextConfig", _LINEAR), Part("Qwen3_5MoeVisionConfig", _QWEN_EYE)),
     "Gemma3": _holding(
@@ -184,12 +191,16 @@ _INSIDE: dict[str, dict[str, Any]] = {
         Part("Gemma3nTextConfig", {**_LOCAL, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4})
     ),
     "Gemma4": _holding(
-        Part("Gemma4TextConfig", _LOCAL),
+        Part("Gemma4TextConfig", {**_LOCAL, "global_head_dim": 16}),
         Part(
             "Gemma4VisionConfig",
-            {"num_hidden_layers": FEW, "patch_size": PATCH, "num_key_value_heads": 4, "position_embedding_size": 64},
+            {"num_hidden_layers": FEW, "patch_size": PATCH, "num_key_value_heads": 4, "position_embedding_size": 64}
+            | {"pooling_kernel_size": 2},
         ),
         audio_config=None,
+        image_token_id=60,
+        video_token_id=61,
+        audio_token_id=62,
     ),
     "Gemma4Unified": _holding(Part("Gemma4UnifiedTextConfig", _LOCAL), audio_config=None),
     "Mistral3": _holding(
@@ -200,6 +211,11 @@ _INSIDE: dict[str, dict[str, Any]] = {
     ),
     "Qwen3VL": _holding(Part("Qwen3VLTextConfig", _IN_THREE), Part("Qwen3VLVisionConfig", _QWEN3_EYE), **_STAND_INS),
     "Qwen3VLMoe": _holding(Part("Qwen3VLMoeTextConfig", _IN_THREE), Part("Qwen3VLMoeVisionConfig", _QWEN3_EYE), **_STAND_INS),
+    "Qwen2VL": _holding(
+        Part("Qwen2VLTextConfig", _IN_THREE),
+        Part("Qwen2VLVisionConfig", {"depth": FEW, "num_heads": 4, "patch_size": PATCH, "embed_dim": 32, "hidden_size": 32}),
+        **_STAND_INS,
+    ),
     "Qwen2_5_VL": _holding(
         Part("Qwen2_5_VLTextConfig", _IN_THREE),
         Part("Qwen2_5_VLVisionConfig", {**_DEEP, "window_size": 16, "fullatt_block_indexes": [1]}),
@@ -231,7 +247,7 @@ _INSIDE: dict[str, dict[str, Any]] = {
         "text_config": Part("Emu3TextConfig"),
         "vq_config": {"base_channels": 32, "num_res_blocks": 1, "embed_dim": 4, "codebook_size": 16, "hidden_size": 32}
         | {"channel_multiplier": (1, 1), "attn_resolutions": ()},
-        "vocabulary_map": {"<image>": 60},
+        "vocabulary_map": {"<image>": 60, "<|extra_200|>": 61} | {f"<|visual token {n:06}|>": 4 + n for n in range(16)},
     },
     "AudioFlamingo3": _holding(_QWEN2, ear=_FLAMINGO),
     "MusicFlamingo": _holding(_QWEN2, ear=_FLAMINGO),

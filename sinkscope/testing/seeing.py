@@ -45,6 +45,30 @@ def _patches(count: int, draw: torch.Generator) -> tuple[list[list[int]], dict[s
     return [[TOKEN] * (n // 4) for n in grids.prod(-1).tolist()], {"pixel_values": pixels, "image_grid_thw": grids}
 
 
+def _tiles(count: int, draw: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+    """Images cut into two tiles beside the whole, of 2 x 2 patches each; every row of the tiles ends with a position."""
+    sizes = torch.tensor([((16, 32), (32, 16))[n % 2] for n in range(count)])
+    pixels = torch.randn(count, 3, 3, 16, 16, generator=draw)
+    return [[TOKEN] * (4 + h // 8 * (w // 8 + 1)) for h, w in sizes.tolist()], {"pixel_values": pixels, "image_sizes": sizes}
+
+
+def _codes(count: int, draw: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+    """Images whose cells become words of a code book; every row ends with one more."""
+    sizes = torch.tensor([((8, 12), (8, 8))[n % 2] for n in range(count)])
+    pixels = torch.randn(count, 3, *sizes.amax(0).tolist(), generator=draw)
+    return [[TOKEN] * (h // 2 * (w // 2 + 1)) for h, w in sizes.tolist()], {"pixel_values": pixels, "image_sizes": sizes}
+
+
+def _pooled(count: int, draw: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+    """Patches of each image in a row, with their places and pads behind; four of them are a token."""
+    grids = [GRIDS[n % 2] for n in range(count)]
+    places = torch.full((count, 24, 2), -1)
+    for n, (rows, columns) in enumerate(grids):
+        places[n, : rows * columns] = torch.tensor([(x, y) for y in range(rows) for x in range(columns)])
+    pixels = torch.rand(count, 24, 3 * 4 * 4, generator=draw)
+    return [[TOKEN] * (h * w // 4) for h, w in grids], {"pixel_values": pixels, "image_position_ids": places}
+
+
 def _sounds(count: int, draw: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
     """Spectra of 32 frames, the last eight of which are pads: two strides of two are left."""
     mask = (torch.arange(32) < 24).long().expand(count, -1)
@@ -60,6 +84,11 @@ SEEING: dict[str, tuple[Make, str | None]] = {
     "Gemma3ForConditionalGeneration": (_fixed(4), "token_type_ids"),
     "Idefics3ForConditionalGeneration": (_fixed(4, stacked=True), None),
     "Mistral3ForConditionalGeneration": (_rows, None),
+    "LlavaNextForConditionalGeneration": (_tiles, None),
+    "LlavaOnevisionForConditionalGeneration": (_tiles, None),
+    "Emu3ForConditionalGeneration": (_codes, None),
+    "Gemma4ForConditionalGeneration": (_pooled, "mm_token_type_ids"),
+    "Qwen2VLForConditionalGeneration": (_patches, "mm_token_type_ids"),
     "Qwen2_5_VLForConditionalGeneration": (_patches, "mm_token_type_ids"),
     "Qwen3VLForConditionalGeneration": (_patches, "mm_token_type_ids"),
     "Qwen3VLMoeForConditionalGeneration": (_patches, "mm_token_type_ids"),
