@@ -16,6 +16,7 @@ from sinkscope.interventions import StreamingWindow, ZeroAttention
 from sinkscope.testing import tiny_hf_model, tiny_model
 from tests.conftest import fingerprint, fresh
 from tests.model.compare import NOT_FLASH, TL4, attentions
+from tests.oracles import attend_by
 
 pytestmark = pytest.mark.classes
 IDS = torch.randint(3, 60, (3, 40), generator=torch.Generator().manual_seed(2))
@@ -30,7 +31,7 @@ def at_sdpa(family):
     """The model as most people have it, where its attention can be so."""
     model = tiny_hf_model(family)
     if family not in ("gemma2", "gpt_oss"):
-        model.set_attn_implementation("sdpa")
+        attend_by(model, "sdpa")
     return model
 
 
@@ -302,7 +303,7 @@ def test_what_can_not_be_read_is_said_and_the_code_goes_on(monkeypatch):
     assert seen.series()["step"].unique().tolist() == [1]
     assert "1 of 2 passes were not read" in seen.report().about["notes"][-1]
     monkeypatch.setitem(AttentionInterface._global_mapping, "doubled", doubled)
-    model.set_attn_implementation("doubled")
+    attend_by(model, "doubled")
     with torch.no_grad(), ss.watch(model) as seen:
         model(IDS)
     with pytest.raises(ss.SinkscopeError, match="layer 0 attends otherwise than by its scores"):
