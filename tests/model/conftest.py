@@ -21,7 +21,7 @@ def minilm_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def hooked():
-    """Give the HookedTransformer (bert: HookedEncoder) of a tiny family; TransformerLens 3.9 alone has them."""
+    """Give the HookedTransformer (bert: HookedEncoder) of a tiny family; TransformerLens has them up to 3.9."""
     from sinkscope.models.legacy import convert
     from sinkscope.testing import tiny_hf_model, tiny_tokenizer
 

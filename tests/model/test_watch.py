@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import sinkscope as ss
 from sinkscope.interventions import StreamingWindow, ZeroAttention
+from sinkscope.models.versions import check_lookup
 from sinkscope.testing import tiny_hf_model, tiny_model
 from tests.conftest import fingerprint, fresh
 from tests.model.compare import NOT_FLASH, TL4, attentions
@@ -90,8 +91,8 @@ def test_generation_is_the_same_and_the_series_is_that_of_output_attentions(fami
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *sorted(NOT_FLASH), "bert"])
-def test_a_bridge_shows_what_measure_finds(tiny, family):
-    model = tiny(family)
+def test_a_bridge_shows_what_measure_finds(bridge_of, family):
+    model = bridge_of(family)
     how = {"max_new_tokens": NEW, "do_sample": False, "stop_at_eos": False, "verbose": False}
     with torch.no_grad():
         plain = model(IDS)
@@ -324,6 +325,7 @@ def test_what_can_not_be_read_is_said_and_the_code_goes_on(monkeypatch):
     ],
 )
 def test_bad_input(how, says):
+    check_lookup()
     with pytest.raises(ss.SinkscopeError, match=says):
         ss.watch(at_sdpa("llama"), **how)
 
