@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from sinkscope.models.versions import VersionError, installed
+from sinkscope.models.versions import VersionError, check_bridge, has_bridge, installed
 
 torch.set_num_threads(1)
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # nothing in the checkout
@@ -158,10 +158,30 @@ def fresh(model):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Give the tiny model of a family, built once; tests that change it build their own."""
-    from sinkscope.testing import tiny_model
+    """Give the tiny model of a family, built once; tests that change it build their own.
 
-    return functools.cache(lambda family: fresh(tiny_model(family)))
+    Where TransformerLens has no bridge, it is a HookedTransformer, if there is one of the family.
+    """
+    from sinkscope import SinkscopeError
+    from sinkscope.models.legacy import convert
+    from sinkscope.testing import tiny_hf_model, tiny_model, tiny_tokenizer
+
+    def hooked(family):
+        network = tiny_hf_model(family)
+        try:
+            return convert(network, tiny_tokenizer(family), f"tiny-{family}")
+        except SinkscopeError as error:
+            raise VersionError(str(error)) from error
+
+    make = tiny_model if has_bridge() else hooked
+    return functools.cache(lambda family: fresh(make(family)))
+
+
+@pytest.fixture(scope="session")
+def bridge_of(tiny):
+    """Give the tiny model of a family in a bridge, for what a HookedTransformer can't be asked."""
+    check_bridge()
+    return tiny
 
 
 @pytest.fixture(scope="session")

@@ -337,20 +337,30 @@ class Loops:
         return torch.stack(found, 1)[None].to(query.dtype), None
 
 
+def attend_by(model, name):
+    """Choose how a Hugging Face model attends; transformers 4.51 has no method for it."""
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(name)
+    else:
+        model.config._attn_implementation = name
+
+
 def looping(model, ids, loops):
     """Loss of every next token, in nats, of a Hugging Face decoder that attends by these loops."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    import transformers
 
+    names = ("AttentionInterface", "AttentionMaskInterface")  # the second is not in transformers 4.51, which takes any mask
+    interfaces = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     before = model.config._attn_implementation
-    AttentionInterface.register("loops", loops)
-    AttentionMaskInterface.register("loops", lambda *args, **how: None)
+    for interface, function in zip(interfaces, (loops, lambda *args, **how: None), strict=False):
+        interface.register("loops", function)
     try:
-        model.set_attn_implementation("loops")
+        attend_by(model, "loops")
         with torch.no_grad():
             logits = model(ids[None]).logits[0, :-1].double()
     finally:
-        model.set_attn_implementation(before)
-        for interface in (AttentionInterface, AttentionMaskInterface):
+        attend_by(model, before)
+        for interface in interfaces:
             interface._global_mapping.pop("loops")
     return -logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].numpy()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
             make = HookedEncoder if architecture.startswith("Bert") else HookedEncoderDecoder
             encoder = make(cfg, tokenizer, move_to_device=False)
             encoder.load_state_dict(weights, strict=False)
+            for block in () if has_bridge() else getattr(encoder, "decoder", ()):  # TransformerLens 2 lets it see later tokens
+                block.attn.cfg = replace(cfg, attention_dir="causal")
             return _proved(encoder.to(network.device).eval(), network, name)
         model = HookedTransformer(cfg, tokenizer, move_to_device=False, default_padding_side="right")
         model.load_and_process_state_dict(

@@ -45,6 +45,7 @@ def bridge(network: Any, tokenizer: Any, name: str, location: str | None = None)
 
 def wrapped(network: Any, tokenizer: Any, name: str, location: str | None = None) -> Any:
     """Wrap as :func:`bridge` does; an encoder of images or of sound that TransformerLens does not know stays as it is."""
+    check_bridge()
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES as KNOWN
 
     if network.main_input_name in READS and not set(network.config.architectures or ()) & set(KNOWN):

@@ -152,8 +152,8 @@ class SweepReport(Paged):
 
         if self.over != "heads":
             raise SinkscopeError(f"a rank correlation over heads needs sweep(over='heads'), this one went over {self.over}")
-        theirs = rows_of(report.frame, metric)
-        both = self.frame.astype({"layer": float, "head": float}).merge(theirs, on=["text", "layer", "head"])
+        ours, theirs = (f.astype({"layer": float, "head": float}) for f in (self.frame, rows_of(report.frame, metric)))
+        both = ours.merge(theirs, on=["text", "layer", "head"])
         by_text = both[both["text"] != ALL].groupby("text", sort=False)
         values = np.array([spearmanr(rows["delta_loss"], rows["value"]).statistic for _, rows in by_text], float)
         if not len(values):

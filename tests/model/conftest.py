@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sinkscope.models.versions import of_dtype
 from tests.conftest import files_of
 from tests.model.compare import attentions, layers_of, reduced
 
@@ -20,7 +21,7 @@ def minilm_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def hooked():
-    """Give the HookedTransformer (bert: HookedEncoder) of a tiny family; TransformerLens 3.9 alone has them."""
+    """Give the HookedTransformer (bert: HookedEncoder) of a tiny family; TransformerLens has them up to 3.9."""
     from sinkscope.models.legacy import convert
     from sinkscope.testing import tiny_hf_model, tiny_tokenizer
 
@@ -35,9 +36,8 @@ class HuggingFace:
 
         where, file = gguf.parent, {"gguf_file": gguf.name}
         self.tokenizer = AutoTokenizer.from_pretrained(where, **file)
-        self.network = AutoModelForCausalLM.from_pretrained(
-            where, **file, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        how = {**file, **of_dtype(torch.float32), "attn_implementation": "eager"}
+        self.network = AutoModelForCausalLM.from_pretrained(where, **how).eval()
 
     def ids(self, text: str, length: int, bos: bool) -> list[int]:
         ids = ([1] if bos else []) + self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -158,12 +158,12 @@ def test_keys_are_held_without_their_positions(family):
     assert np.abs(losses(report, edits[0]) - losses(report, edits[1])).max() > 1e-3
 
 
-def test_where_positions_cannot_be_taken_off(tiny):
+def test_where_positions_cannot_be_taken_off(bridge_of):
     """Two rotations; none, where both are the same."""
     with pytest.raises(ss.SinkscopeError, match="Take rotated=True"):
-        ss.evaluate(tiny("gemma3"), [IDS], QuantizeKV(2, rotated=False))
+        ss.evaluate(bridge_of("gemma3"), [IDS], QuantizeKV(2, rotated=False))
     both = [QuantizeKV(2, rotated=False), QuantizeKV(2)]
-    report = ss.evaluate(tiny("gpt2"), [IDS], both)
+    report = ss.evaluate(bridge_of("gpt2"), [IDS], both)
     np.testing.assert_array_equal(losses(report, both[0]), losses(report, both[1]))
 
 
@@ -181,9 +181,9 @@ class Kept(Loops):
         return x
 
 
-def test_replaced_values_equal_the_loops(tiny):
+def test_replaced_values_equal_the_loops(bridge_of):
     """Noise as it is drawn; one key's values for another's; those of the next text, the first behind the last."""
-    network, model, kept = tiny_hf_model("llama"), tiny("llama"), {"a": Kept(), "b": Kept()}
+    network, model, kept = tiny_hf_model("llama"), bridge_of("llama"), {"a": Kept(), "b": Kept()}
     texts = {"a": IDS, "b": OTHER}
     for label, ids in texts.items():
         looping(network, ids, kept[label])
@@ -302,7 +302,7 @@ NOTHING = [
 ]
 
 
-def test_limits(tiny):
+def test_limits(bridge_of):
     """Edits of nothing change nothing, and one edit under two names is one."""
     same = [
         (ScaleAttention([0, 4], 0, heads=[1, 2]), ss.MaskKeys([0, 4], heads=[1, 2])),
@@ -313,7 +313,7 @@ def test_limits(tiny):
         (ZeroNeuron(1, [3]) & ZeroNeuron(1, [5]), ZeroNeuron(1, [3, 5])),
         (BiasScores(0, 1) & BiasScores([0, 2], 2), BiasScores(0, 3) & BiasScores(2, 2)),
     ]
-    report = ss.evaluate(tiny("llama"), [IDS], [*NOTHING, *(edit for pair in same for edit in pair)])
+    report = ss.evaluate(bridge_of("llama"), [IDS], [*NOTHING, *(edit for pair in same for edit in pair)])
     for edit in NOTHING:
         bound = 1e-3 if getattr(edit, "bits", 0) == 16 else 1e-5
         np.testing.assert_allclose(losses(report, edit), losses(report, "none"), atol=bound, err_msg=str(edit))
@@ -334,13 +334,13 @@ def test_a_planted_sink_is_scaled(factor):
         assert rows.loc[str(edit), "sink_mass"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_row_of_self_only_is_one_at_itself(tiny):
+def test_a_row_of_self_only_is_one_at_itself(bridge_of):
     """With every token alone, key 0 gets its own row alone; and a window of one is the same."""
     edit = SelfOnly(range(20))
-    report = ss.evaluate(tiny("llama"), [IDS], [edit, ss.Window(1)])
+    report = ss.evaluate(bridge_of("llama"), [IDS], [edit, ss.Window(1)])
     assert report.summary().set_index("intervention").loc[str(edit), "sink_mass"] == pytest.approx(1 / 20, abs=1e-7)
     np.testing.assert_allclose(losses(report, edit), losses(report, ss.Window(1)), atol=1e-6)
-    rows = patterns_under(tiny("llama"), IDS, SelfOnly(7))
+    rows = patterns_under(bridge_of("llama"), IDS, SelfOnly(7))
     assert rows[1, :, 7, 7].tolist() == [1, 1, 1, 1]
     assert float(rows[1, :, 8, 8].max()) < 0.999
 
@@ -406,8 +406,9 @@ def test_heads_and_neurons_by_hand(tiny, family):
 
 
 def test_neurons_of_experts_are_refused(tiny):
+    model = tiny("gpt_oss")
     with pytest.raises(ss.SinkscopeError, match="experts"):
-        ss.evaluate(tiny("gpt_oss"), [IDS], ZeroNeuron(1, 0))
+        ss.evaluate(model, [IDS], ZeroNeuron(1, 0))
 
 
 @pytest.mark.parametrize(
@@ -418,9 +419,9 @@ def test_neurons_of_experts_are_refused(tiny):
         ("gptj", SelfOnly(3), "What works there: .*zero_head, mean_head"),
     ],
 )
-def test_what_a_route_cannot_do_names_what_works(tiny, family, edit, says):
+def test_what_a_route_cannot_do_names_what_works(bridge_of, family, edit, says):
     with pytest.raises(ss.SinkscopeError, match=says):
-        ss.evaluate(tiny(family), [IDS], edit)
+        ss.evaluate(bridge_of(family), [IDS], edit)
 
 
 def test_scores_and_values_at_hook_points(tiny):
@@ -449,11 +450,11 @@ ON_POINTS += ["quantize_kv(bits=2, keep=2, at=3, rotated=False)", "replace_value
 
 @on_39
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_oss"])
-def test_hooked_transformer_equals_the_bridge(hooked, tiny, family):
+def test_hooked_transformer_equals_the_bridge(hooked, bridge_of, family):
     """Draws are the same; heads that share values can't be told apart at hook_v, all of them can."""
     shared = ("zero_value", "mean_value") if family != "gpt2" else ()
     edits = [e for e in ON_POINTS if not e.startswith(shared) and not (family == "gpt_oss" and "neuron" in e)]
-    ours, theirs = (ss.evaluate(m, [IDS, OTHER], edits) for m in (hooked(family), tiny(family)))
+    ours, theirs = (ss.evaluate(m, [IDS, OTHER], edits) for m in (hooked(family), bridge_of(family)))
     assert (ours.about["engine"], theirs.about["engine"]) == ("hooks", "flash")
     for edit in edits:
         np.testing.assert_allclose(losses(ours, edit), losses(theirs, edit), atol=5e-5, err_msg=edit)
@@ -481,9 +482,9 @@ LIVE = [
 @pytest.mark.parametrize(
     ("family", "bridged"), [("llama", True), ("llama", False), ("mistral", False), ("gpt_oss", True)], ids=str
 )
-def test_generation_equals_a_forward_pass(tiny, family, bridged):
+def test_generation_equals_a_forward_pass(bridge_of, family, bridged):
     """With a KV cache, on a bridge or on Hugging Face's own model; the pass is `evaluate`'s."""
-    model = tiny(family) if bridged else tiny_hf_model(family)
+    model = bridge_of(family) if bridged else tiny_hf_model(family)
     network = getattr(model, "original_model", model)
     how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     for edit in LIVE:

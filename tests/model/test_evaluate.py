@@ -393,22 +393,23 @@ def test_bad_score_from(tiny, how):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3", "mistral"])
-def test_streaming_is_refused_where_it_is_not_defined(tiny, family):
+def test_streaming_is_refused_where_it_is_not_defined(bridge_of, family):
     """Absolute positions, two rotations, a window of the layer's own: each with the reason."""
     says = "window of its own" if family == "mistral" else "needs rotary positions"
     with pytest.raises(ss.SinkscopeError, match=says):
-        ss.evaluate(tiny(family), [IDS], StreamingWindow(8))
+        ss.evaluate(bridge_of(family), [IDS], StreamingWindow(8))
 
 
 @pytest.mark.parametrize("make", [lambda: tiny_model("bert"), lambda: tiny_hf_model("gpt_neo")], ids=["encoder", "plain"])
 def test_inert_is_an_error(make):
+    model = make()
     with pytest.raises(ss.InertHookError, match="such as GPT-2"):
-        ss.evaluate(make(), [IDS], ss.Window(8))
+        ss.evaluate(model, [IDS], ss.Window(8))
 
 
-def test_nothing_stays(tiny, monkeypatch):
+def test_nothing_stays(bridge_of, monkeypatch):
     """Also when the middle of a forward pass fails or is interrupted."""
-    model = tiny("llama")
+    model = bridge_of("llama")
     before = fingerprint(model)
     ss.evaluate(model, [IDS], [StreamingWindow(8), ss.MaskKeys(0)])
     assert fingerprint(model) == before

@@ -28,54 +28,54 @@ def test_the_texts_are_padded():
 
 @pytest.mark.parametrize("chunk", [None, 5, 16])
 @pytest.mark.parametrize("family", WITH_ATTENTION)
-def test_every_default_metric_is_hugging_faces(tiny, family, chunk):
+def test_every_default_metric_is_hugging_faces(bridge_of, family, chunk):
     if family == "bert" and chunk is not None:
         with pytest.raises(ss.SinkscopeError, match="encoder"):
-            ss.measure(tiny(family), IDS, engine="hooks", chunk=chunk)
+            ss.measure(bridge_of(family), IDS, engine="hooks", chunk=chunk)
         return
-    report = ss.measure(tiny(family), IDS, engine="hooks", chunk=chunk)
+    report = ss.measure(bridge_of(family), IDS, engine="hooks", chunk=chunk)
     assert (report.about["engine"], report.about["arguments"]["chunk"]) == ("hooks", chunk)
     check_all(report, {label: tiny_reference(family, ids) for label, ids in IDS.items()})
 
 
 @pytest.mark.parametrize("family", WITH_ATTENTION)
-def test_the_engine_taken_by_itself_gives_the_same(tiny, family):
-    report = ss.measure(tiny(family), IDS)
+def test_the_engine_taken_by_itself_gives_the_same(bridge_of, family):
+    report = ss.measure(bridge_of(family), IDS)
     assert report.about["engine"] == ("hooks" if family in NOT_FLASH else "flash")
     check_all(report, {label: tiny_reference(family, ids) for label, ids in IDS.items()})
 
 
 @pytest.mark.parametrize("engine", ["hooks", "auto"])
 @pytest.mark.parametrize("family", WITH_ATTENTION)
-def test_a_text_is_the_same_in_a_padded_batch_and_alone(tiny, family, engine):
-    together = ss.measure(tiny(family), IDS, engine=engine)
+def test_a_text_is_the_same_in_a_padded_batch_and_alone(bridge_of, family, engine):
+    together = ss.measure(bridge_of(family), IDS, engine=engine)
     for label, ids in IDS.items():
-        same(together, label, ss.measure(tiny(family), [ids], engine=engine), "text 0", 1e-6)
+        same(together, label, ss.measure(bridge_of(family), [ids], engine=engine), "text 0", 1e-6)
 
 
 @pytest.mark.parametrize("how", [{"engine": "hooks"}, {"chunk": 5}, {}], ids=["hooks", "chunks", "auto"])
 @pytest.mark.parametrize("key", [3, -1])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma3", "gpt_oss", "bert"])
-def test_another_sink_position(tiny, family, key, how):
-    report = ss.measure(tiny(family), IDS, key=key, **({} if family == "bert" and "chunk" in how else how))
+def test_another_sink_position(bridge_of, family, key, how):
+    report = ss.measure(bridge_of(family), IDS, key=key, **({} if family == "bert" and "chunk" in how else how))
     for label, ids in IDS.items():
         check(report, tiny_reference(family, ids, key=key), label)
 
 
-def test_where_there_is_no_sink_the_list_is_empty(tiny):
-    report = ss.measure(tiny("llama"), {"long": IDS["text 2"]}, ["sink_mass", "sink_positions"])
+def test_where_there_is_no_sink_the_list_is_empty(bridge_of):
+    report = ss.measure(bridge_of("llama"), {"long": IDS["text 2"]}, ["sink_mass", "sink_positions"])
     assert total(report, "sink_positions", "long") == 0
     assert report.sink_positions().empty
 
 
 @pytest.mark.parametrize("engine", ["hooks", "auto"])
 @pytest.mark.parametrize("family", WITH_ATTENTION)
-def test_windows(tiny, family, engine):
+def test_windows(bridge_of, family, engine):
     """On a local layer late queries don't see key 0: their attention to it is 0, and they don't count as seeing it."""
     windows = windows_of(family)
-    assert adapt(tiny(family)).windows == {layer: size for layer, size in enumerate(windows) if size}
+    assert adapt(bridge_of(family)).windows == {layer: size for layer, size in enumerate(windows) if size}
     wanted = ["sink_mass", "visible_sink_mass", "last_row_share"]
-    report = ss.measure(tiny(family), {"long": IDS["text 2"]}, wanted, engine=engine)
+    report = ss.measure(bridge_of(family), {"long": IDS["text 2"]}, wanted, engine=engine)
     mass, visible, last = (table(report, m, "long") for m in wanted)
     null = table(report, "visible_sink_mass", "long", "null")
     for layer, size in enumerate(windows):
@@ -86,23 +86,23 @@ def test_windows(tiny, family, engine):
 
 
 @pytest.mark.parametrize("how", [{"engine": "hooks"}, {"chunk": 16}, {"engine": "flash"}])
-def test_a_learned_sink_takes_its_share(tiny, how):
-    report = ss.measure(tiny("gpt_oss"), IDS, ["row_deficit", "position_profile"], **how)
+def test_a_learned_sink_takes_its_share(bridge_of, how):
+    report = ss.measure(bridge_of("gpt_oss"), IDS, ["row_deficit", "position_profile"], **how)
     for label in IDS:
         deficit = table(report, "row_deficit", label)
         assert (deficit > 0).all()
         assert deficit.mean() > 0.05
         given = table(report, "position_profile", label).sum(-1)
         np.testing.assert_allclose(given, 1 - deficit.mean(1), atol=1e-5)
-    assert abs(total(ss.measure(tiny("llama"), IDS, ["row_deficit"]), "row_deficit")) < 1e-6
+    assert abs(total(ss.measure(bridge_of("llama"), IDS, ["row_deficit"]), "row_deficit")) < 1e-6
 
 
 @pytest.mark.parametrize("engine", ["hooks", "flash"])
 @pytest.mark.parametrize(("key", "name"), [(0, "[CLS]"), (-1, "[SEP]")])
-def test_an_encoder_can_be_asked_about_both_ends(tiny, key, name, engine):
+def test_an_encoder_can_be_asked_about_both_ends(bridge_of, key, name, engine):
     texts = {"a": "so it goes", "b": "attention, please", "c": "a sink"}
-    tokenizer = tiny("bert").tokenizer
-    by_place, by_name = (ss.measure(tiny("bert"), texts, key=k, engine=engine) for k in (key, name))
+    tokenizer = bridge_of("bert").tokenizer
+    by_place, by_name = (ss.measure(bridge_of("bert"), texts, key=k, engine=engine) for k in (key, name))
     assert by_place.about["bos"] == "special tokens added (the model's convention)"
     for label, text in texts.items():
         ids = tokenizer(text)["input_ids"]
@@ -111,6 +111,6 @@ def test_an_encoder_can_be_asked_about_both_ends(tiny, key, name, engine):
             check(report, tiny_reference("bert", ids, key=key), label)
 
 
-def test_a_model_without_attention_is_refused(tiny):
+def test_a_model_without_attention_is_refused(bridge_of):
     with pytest.raises(ss.SinkscopeError, match=r"[Mm]amba.*no attention pattern"):
-        ss.measure(tiny("mamba"), IDS)
+        ss.measure(bridge_of("mamba"), IDS)

@@ -8,18 +8,21 @@ import functools
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+import transformers
 
 import sinkscope as ss
 from sinkscope.capture import call, flash, proof
 from sinkscope.capture.rows import ScoredRows
 from sinkscope.models import adapt, bridge
+from sinkscope.models.versions import check_interfaces
 from sinkscope.testing import FAMILIES, tiny_hf_model, tiny_model, tiny_tokenizer
 from tests.conftest import fingerprint, table, total
 from tests.model import compare
 from tests.model.compare import IDS, check, novel, text_ids, tiny_reference
 
 pytestmark = pytest.mark.classes
+#: Of attention, of masks; the second is not in transformers 4.51.
+INTERFACES = [getattr(transformers, n) for n in ("AttentionInterface", "AttentionMaskInterface") if hasattr(transformers, n)]
 INTERFACE = "its attention does not ask Hugging Face's attention interface"
 NOT_FLASH = dict.fromkeys(sorted(compare.NOT_FLASH), INTERFACE)
 WITH_ATTENTION = [family for family in FAMILIES if family != "mamba"]
@@ -43,10 +46,10 @@ def same_frames(ours, theirs, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("family", TAKEN)
-def test_equal_to_hooks(tiny, plain, family):
+def test_equal_to_hooks(bridge_of, plain, family):
     """Every metric, batches of unequal lengths, several keys; also without any TransformerLens."""
-    hooks = ss.measure(tiny(family), IDS, key=[0, 3, -1], engine="hooks")
-    for model in (tiny(family), plain(family)):
+    hooks = ss.measure(bridge_of(family), IDS, key=[0, 3, -1], engine="hooks")
+    for model in (bridge_of(family), plain(family)):
         ours = ss.measure(model, IDS, key=[0, 3, -1])
         assert ours.about["engine"] == "flash"
         assert "proved equal" in ours.about["engine_why"]
@@ -54,14 +57,14 @@ def test_equal_to_hooks(tiny, plain, family):
 
 
 @pytest.mark.parametrize("family", WITH_ATTENTION)
-def test_what_auto_takes(tiny, family):
+def test_what_auto_takes(bridge_of, family):
     """Pinned: it fails in either direction when Hugging Face or TransformerLens changes."""
-    about = ss.measure(tiny(family), IDS, ["sink_mass"]).about
+    about = ss.measure(bridge_of(family), IDS, ["sink_mass"]).about
     assert about["engine"] == ("hooks" if family in NOT_FLASH else "flash")
     if family in NOT_FLASH:
         assert about["engine_why"].endswith(f"; not flash: {NOT_FLASH[family]}")
         with pytest.raises(ss.SinkscopeError, match=rf"'flash' can't run this on tiny-{family}: {INTERFACE}"):
-            ss.measure(tiny(family), IDS, engine="flash")
+            ss.measure(bridge_of(family), IDS, engine="flash")
 
 
 def test_a_plain_encoder_has_its_separator(plain):
@@ -86,19 +89,19 @@ def test_a_body_without_a_head(plain, base):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
 @pytest.mark.parametrize("need", ["value", "output", "residual", "mlp.hook_post"])
-def test_what_else_is_needed_is_the_same(family, need, tiny):
+def test_what_else_is_needed_is_the_same(family, need, bridge_of):
     norm = ss.metric(needs=("mass", need), name="norm")(
         lambda block: block.mass * block[need].flatten(2).norm(dim=-1)[:, None]
     )
-    ours, hooks = (ss.measure(tiny(family), IDS, [norm, "row_entropy"], engine=engine) for engine in ("auto", "hooks"))
+    ours, hooks = (ss.measure(bridge_of(family), IDS, [norm, "row_entropy"], engine=engine) for engine in ("auto", "hooks"))
     same_frames(ours, hooks, 1e-4)
     assert ours.about["engine"] == "flash"
 
 
-def test_where_a_hook_does_not_fire_it_is_hooks(tiny):
+def test_where_a_hook_does_not_fire_it_is_hooks(bridge_of):
     """GPT-2's queries, keys and values come apart in the bridge alone: attention supplies values, but not `attn.hook_v`."""
     norm = ss.metric(needs=("mass", "attn.hook_v"), name="norm")(lambda block: block.mass)
-    report = ss.measure(tiny("gpt2"), IDS, [norm])
+    report = ss.measure(bridge_of("gpt2"), IDS, [norm])
     assert report.about["engine_why"].endswith(
         "not flash: attn.hook_v never came from layer 0 once Hugging Face's own attention was in place"
     )
@@ -106,10 +109,10 @@ def test_where_a_hook_does_not_fire_it_is_hooks(tiny):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "bert"])
-def test_half_precision_is_near_float32(tiny, family, dtype):
+def test_half_precision_is_near_float32(bridge_of, family, dtype):
     """Within 0.02 of float32's sink mass and 0.06 nats of its entropy, per head; and no farther than hooks is."""
     model = bridge(tiny_hf_model(family).to(dtype), tiny_tokenizer(family), "half")
-    reference = ss.measure(tiny(family), IDS, ["sink_mass", "row_entropy"])
+    reference = ss.measure(bridge_of(family), IDS, ["sink_mass", "row_entropy"])
     gaps = {}
     for engine in ("flash", "hooks"):
         report = ss.measure(model, IDS, ["sink_mass", "row_entropy"], engine=engine)
@@ -124,7 +127,7 @@ def test_half_precision_is_near_float32(tiny, family, dtype):
 
 
 @pytest.mark.parametrize("engine", ["hooks", "flash"])
-def test_mass_metrics_see_a_layer_at_once_and_no_row(tiny, engine):
+def test_mass_metrics_see_a_layer_at_once_and_no_row(bridge_of, engine):
     seen = []
 
     @ss.metric(needs="mass", null=None)
@@ -136,16 +139,16 @@ def test_mass_metrics_see_a_layer_at_once_and_no_row(tiny, engine):
     def greedy(block):
         return block.pattern[..., 0]
 
-    ss.measure(tiny("llama"), [text_ids(120)], [look, "row_entropy"], engine=engine)
+    ss.measure(bridge_of("llama"), [text_ids(120)], [look, "row_entropy"], engine=engine)
     assert seen == [(layer, 0, 120) for layer in range(3)]
     with pytest.raises(ss.SinkscopeError, match=r"'greedy' raised .* declares needs='mass': declare needs='pattern'"):
-        ss.measure(tiny("llama"), IDS, [greedy], engine=engine)
+        ss.measure(bridge_of("llama"), IDS, [greedy], engine=engine)
 
 
-def test_whole_rows_come_in_blocks(tiny, monkeypatch):
-    expected = ss.measure(tiny("gemma3"), IDS)
+def test_whole_rows_come_in_blocks(bridge_of, monkeypatch):
+    expected = ss.measure(bridge_of("gemma3"), IDS)
     monkeypatch.setattr("sinkscope.capture.rows.ROWS", 7)
-    same_frames(ss.measure(tiny("gemma3"), IDS), expected, 1e-6)
+    same_frames(ss.measure(bridge_of("gemma3"), IDS), expected, 1e-6)
 
 
 # --- what it refuses, and what auto then says -------------------------------------------------------------------------
@@ -168,14 +171,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_swap_is_found_out(tiny, monkeypatch, fault):
+def test_a_wrong_swap_is_found_out(bridge_of, monkeypatch, fault):
     spoil, because = FAULTS[fault]
     right = flash.attention_with_lse
     monkeypatch.setattr(flash, "attention_with_lse", lambda *args, **how: spoil(*right(*args, **how)))
-    same_frames(refused(tiny("llama"), because), ss.measure(tiny("llama"), IDS, engine="hooks"), 0)
+    same_frames(refused(bridge_of("llama"), because), ss.measure(bridge_of("llama"), IDS, engine="hooks"), 0)
 
 
-def test_a_wrong_value_in_the_last_layer_is_found_out(tiny, monkeypatch):
+def test_a_wrong_value_in_the_last_layer_is_found_out(bridge_of, monkeypatch):
     """There no pattern comes after it: only the last hidden state tells."""
     calls = []
 
@@ -185,7 +188,7 @@ def test_a_wrong_value_in_the_last_layer_is_found_out(tiny, monkeypatch):
         return (out * 1.1 if len(calls) % 3 == 0 else out), lse
 
     monkeypatch.setattr(flash, "attention_with_lse", spoil)
-    refused(tiny("llama"), "the last hidden state differs by")
+    refused(bridge_of("llama"), "the last hidden state differs by")
 
 
 EXTRAS = {
@@ -198,7 +201,7 @@ EXTRAS = {
 
 
 @pytest.mark.parametrize("name", EXTRAS)
-def test_what_it_does_not_know_it_refuses_by_name(tiny, monkeypatch, name):
+def test_what_it_does_not_know_it_refuses_by_name(bridge_of, monkeypatch, name):
     value, because = EXTRAS[name]
     right = call.Calls.__call__
 
@@ -212,9 +215,9 @@ def test_what_it_does_not_know_it_refuses_by_name(tiny, monkeypatch, name):
     monkeypatch.setattr(call.Calls, "__call__", attend)
     if name in ("sliding_window", "is_causal"):  # then no engine would know what a query sees
         with pytest.raises(ss.SinkscopeError, match=f"does not attend as its configuration says: {because}"):
-            ss.measure(tiny("llama"), IDS)
+            ss.measure(bridge_of("llama"), IDS)
     else:
-        refused(tiny("llama"), because)
+        refused(bridge_of("llama"), because)
 
 
 def test_a_mask_that_is_not_plain_is_refused():
@@ -232,8 +235,8 @@ def test_a_mask_that_is_not_plain_is_refused():
             masks(**(how | wrong))
 
 
-def test_hooks_on_attention_are_not_left_out(tiny):
-    model = tiny("llama")
+def test_hooks_on_attention_are_not_left_out(bridge_of):
+    model = bridge_of("llama")
     untouched = ss.measure(model, IDS, ["sink_mass"])
     point = model.hook_dict["blocks.1.attn.hook_pattern"]
     point.add_hook(lambda pattern, hook: pattern.roll(1, 0) * 0.5)
@@ -245,6 +248,7 @@ def test_hooks_on_attention_are_not_left_out(tiny):
 
 
 def test_a_plain_model_has_no_hook_points(plain):
+    check_interfaces()
     residual = ss.metric(needs="residual", name="residual")(lambda block: block.residual.norm(dim=-1)[:, None])
     with pytest.raises(
         ss.SinkscopeError, match=r"needs 'residual', and a plain Hugging Face model has no hook points. If Tr.*, wrap"
@@ -256,19 +260,20 @@ def test_a_plain_model_has_no_hook_points(plain):
 
 @pytest.mark.parametrize("family", ["bloom", "mamba"])
 def test_plain_models_that_it_can_not_run(plain, family):
+    check_interfaces()
     because = INTERFACE if family == "bloom" else "has no attention sink to measure here"
     with pytest.raises(ss.SinkscopeError, match=because):
         ss.measure(plain(family), IDS)
 
 
-def test_bad_arguments(tiny):
+def test_bad_arguments(bridge_of):
     with pytest.raises(ss.SinkscopeError, match=r"unknown engine 'flesh'; did you mean 'flash'\?"):
-        ss.measure(tiny("llama"), IDS, engine="flesh")
+        ss.measure(bridge_of("llama"), IDS, engine="flesh")
     with pytest.raises(ss.SinkscopeError, match="chunk=16 belongs to engine='hooks'"):
-        ss.measure(tiny("llama"), IDS, engine="flash", chunk=16)
+        ss.measure(bridge_of("llama"), IDS, engine="flash", chunk=16)
     with pytest.raises(ss.SinkscopeError, match="a Linear is neither a TransformerLens nor a Hugging Face model"):
         ss.measure(torch.nn.Linear(1, 1), IDS)
-    assert ss.measure(tiny("llama"), IDS, chunk=16).about["engine"] == "hooks"
+    assert ss.measure(bridge_of("llama"), IDS, chunk=16).about["engine"] == "hooks"
 
 
 @pytest.mark.parametrize("kind", ["bridge", "plain"])
@@ -300,7 +305,7 @@ def state(model):
         "modes": [m.training for m in model.modules()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
         "configs": configs,
-        "registries": [sorted(i._global_mapping) for i in (AttentionInterface, AttentionMaskInterface)],
+        "registries": [sorted(i._global_mapping) for i in INTERFACES],
         "implementation": adapter.network.config._attn_implementation,
     }
 
@@ -308,12 +313,12 @@ def state(model):
 @pytest.mark.parametrize("when", ["never", "metric", "interrupt", "swap"])
 @pytest.mark.parametrize("kind", ["bridge", "plain"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "bert"])
-def test_the_model_is_left_as_it_was(tiny, plain, monkeypatch, family, kind, when):
+def test_the_model_is_left_as_it_was(bridge_of, plain, monkeypatch, family, kind, when):
     model = (tiny if kind == "bridge" else plain)(family)
     registered = []
 
     def breaks(block):
-        registered.append([name for name in AttentionInterface._global_mapping if name.startswith("sinkscope")])
+        registered.append([name for name in INTERFACES[0]._global_mapping if name.startswith("sinkscope")])
         if block.layer == 1 and when in ("metric", "interrupt"):
             raise KeyboardInterrupt if when == "interrupt" else ZeroDivisionError("no")
         return block.row_sum
@@ -335,22 +340,20 @@ def test_the_model_is_left_as_it_was(tiny, plain, monkeypatch, family, kind, whe
 
 
 def test_importing_registers_nothing():
-    assert not [
-        name for i in (AttentionInterface, AttentionMaskInterface) for name in i._global_mapping if "sinkscope" in name
-    ]
+    assert not [name for interface in INTERFACES for name in interface._global_mapping if "sinkscope" in name]
 
 
-def test_two_models_at_once(tiny):
+def test_two_models_at_once(bridge_of):
     """A metric that itself measures another model: neither sees the other's attention."""
     inner = []
 
     def nested(block):
         if block.layer == 0:
-            inner.append(ss.measure(tiny("gpt2"), IDS, ["sink_mass"], engine="flash"))
+            inner.append(ss.measure(bridge_of("gpt2"), IDS, ["sink_mass"], engine="flash"))
         return block.row_sum
 
-    ss.measure(tiny("llama"), IDS, [nested], engine="flash")
-    same_frames(inner[0], ss.measure(tiny("gpt2"), IDS, ["sink_mass"], engine="hooks"))
+    ss.measure(bridge_of("llama"), IDS, [nested], engine="flash")
+    same_frames(inner[0], ss.measure(bridge_of("gpt2"), IDS, ["sink_mass"], engine="hooks"))
 
 
 # --- real weights -----------------------------------------------------------------------------------------------------

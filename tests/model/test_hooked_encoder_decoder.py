@@ -1,6 +1,7 @@
 """HookedEncoderDecoder (TransformerLens up to 3.9): its three attentions, against Hugging Face's T5."""
 
 import copy
+import dataclasses
 import functools
 
 import numpy as np
@@ -125,7 +126,8 @@ def test_a_decoder_that_sees_later_tokens_is_refused():
     """As that of TransformerLens 2."""
     changed = copy.deepcopy(model())
     for block in changed.decoder:
-        block.attn._attention_dir_override = "bidirectional"
+        block.attn._attention_dir_override = "bidirectional"  # TransformerLens 3
+        block.attn.cfg = dataclasses.replace(block.attn.cfg, attention_dir="bidirectional")  # 2
     with pytest.raises(ss.SinkscopeError, match="sees tokens that come later"):
         ss.measure(changed, PAIRS, "sink_mass")
     assert ss.measure(changed, PAIRS, "sink_mass", side="encoder").about["side"] == "encoder"

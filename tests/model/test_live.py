@@ -89,8 +89,8 @@ def test_generation_equals_a_forward_pass(family, edit):
         np.testing.assert_allclose(torch.cat(out.scores).numpy(), again.numpy(), atol=1e-4)
 
 
-def test_the_bridges_own_generation(tiny):
-    model, edit = tiny("llama"), ss.SinkWindow(7, sinks=1)
+def test_the_bridges_own_generation(bridge_of):
+    model, edit = bridge_of("llama"), ss.SinkWindow(7, sinks=1)
     with torch.no_grad(), edit.on(model):
         made = model.generate(IDS[:, :12], max_new_tokens=10, do_sample=False, stop_at_eos=False, verbose=False)
         expected = logits(model, made)[11:-1].argmax(-1)
@@ -215,16 +215,16 @@ def live(model):
 
 
 @pytest.mark.parametrize("family", LIVE)
-def test_where_edits_are_live_on_a_bridge(tiny, family):
+def test_where_edits_are_live_on_a_bridge(bridge_of, family):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert live(tiny(family)) == LIVE[family]
+        assert live(bridge_of(family)) == LIVE[family]
 
 
 @pytest.mark.parametrize("family", [f for f in LIVE if f != "bert"])
-def test_a_discarded_edit_is_an_error_and_the_one_named_works(tiny, family):
+def test_a_discarded_edit_is_an_error_and_the_one_named_works(bridge_of, family):
     """By hand: a hook on the pattern of a delegated family changes nothing, as this table says."""
-    model = tiny(family)
+    model = bridge_of(family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.no_grad():
@@ -259,10 +259,10 @@ def test_where_edits_are_live_on_hooked_transformer(hooked, family):
 
 @on_39
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gpt_oss"])
-def test_hooked_transformer_equals_the_bridge(hooked, tiny, family):
+def test_hooked_transformer_equals_the_bridge(hooked, bridge_of, family):
     """Two ways to make the same edits, by two libraries' attention."""
     edits = [*EDITS, DropTokens(0), RecomputeWindow(6), MeanValue(0)]
-    ours, theirs = (ss.evaluate(m, [IDS[0]], edits) for m in (hooked(family), tiny(family)))
+    ours, theirs = (ss.evaluate(m, [IDS[0]], edits) for m in (hooked(family), bridge_of(family)))
     assert (ours.about["engine"], theirs.about["engine"]) == ("hooks", "flash")
     np.testing.assert_allclose(ours.curves["loss"], theirs.curves["loss"], atol=1e-4)
     a, b = ours.summary(), theirs.summary()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.models.versions import of_dtype
 from tests.conftest import fingerprint, fresh, total
 from tests.model.compare import TL4, attentions, check, check_all, novel, reduced, same
 
@@ -22,7 +23,7 @@ UNEQUAL = (64, 90, 128)
 def theirs(minilm_folder):
     from transformers import AutoTokenizer, BertModel
 
-    network = BertModel.from_pretrained(minilm_folder, attn_implementation="eager", dtype=torch.float32).eval()
+    network = BertModel.from_pretrained(minilm_folder, attn_implementation="eager", **of_dtype(torch.float32)).eval()
     return network, AutoTokenizer.from_pretrained(minilm_folder)
 
 

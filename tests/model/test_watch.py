@@ -13,9 +13,11 @@ from torch.nn.functional import cross_entropy
 
 import sinkscope as ss
 from sinkscope.interventions import StreamingWindow, ZeroAttention
+from sinkscope.models.versions import check_lookup
 from sinkscope.testing import tiny_hf_model, tiny_model
 from tests.conftest import fingerprint, fresh
 from tests.model.compare import NOT_FLASH, TL4, attentions
+from tests.oracles import attend_by
 
 pytestmark = pytest.mark.classes
 IDS = torch.randint(3, 60, (3, 40), generator=torch.Generator().manual_seed(2))
@@ -30,7 +32,7 @@ def at_sdpa(family):
     """The model as most people have it, where its attention can be so."""
     model = tiny_hf_model(family)
     if family not in ("gemma2", "gpt_oss"):
-        model.set_attn_implementation("sdpa")
+        attend_by(model, "sdpa")
     return model
 
 
@@ -89,8 +91,8 @@ def test_generation_is_the_same_and_the_series_is_that_of_output_attentions(fami
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *sorted(NOT_FLASH), "bert"])
-def test_a_bridge_shows_what_measure_finds(tiny, family):
-    model = tiny(family)
+def test_a_bridge_shows_what_measure_finds(bridge_of, family):
+    model = bridge_of(family)
     how = {"max_new_tokens": NEW, "do_sample": False, "stop_at_eos": False, "verbose": False}
     with torch.no_grad():
         plain = model(IDS)
@@ -302,7 +304,7 @@ def test_what_can_not_be_read_is_said_and_the_code_goes_on(monkeypatch):
     assert seen.series()["step"].unique().tolist() == [1]
     assert "1 of 2 passes were not read" in seen.report().about["notes"][-1]
     monkeypatch.setitem(AttentionInterface._global_mapping, "doubled", doubled)
-    model.set_attn_implementation("doubled")
+    attend_by(model, "doubled")
     with torch.no_grad(), ss.watch(model) as seen:
         model(IDS)
     with pytest.raises(ss.SinkscopeError, match="layer 0 attends otherwise than by its scores"):
@@ -323,6 +325,7 @@ def test_what_can_not_be_read_is_said_and_the_code_goes_on(monkeypatch):
     ],
 )
 def test_bad_input(how, says):
+    check_lookup()
     with pytest.raises(ss.SinkscopeError, match=says):
         ss.watch(at_sdpa("llama"), **how)
 
