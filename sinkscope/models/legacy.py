@@ -64,7 +64,8 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
             make = HookedEncoder if architecture.startswith("Bert") else HookedEncoderDecoder
             encoder = make(cfg, tokenizer, move_to_device=False)
             encoder.load_state_dict(weights, strict=False)
-            for block in () if has_bridge() else getattr(encoder, "decoder", ()):  # TransformerLens 2 lets it see later tokens
+            # TransformerLens 2 lets a decoder see later tokens.
+            for block in () if has_bridge() else getattr(encoder, "decoder", ()):
                 block.attn.cfg = replace(cfg, attention_dir="causal")
             return _proved(encoder.to(network.device).eval(), network, name)
         model = HookedTransformer(cfg, tokenizer, move_to_device=False, default_padding_side="right")

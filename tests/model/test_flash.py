@@ -314,7 +314,7 @@ def state(model):
 @pytest.mark.parametrize("kind", ["bridge", "plain"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "bert"])
 def test_the_model_is_left_as_it_was(bridge_of, plain, monkeypatch, family, kind, when):
-    model = (tiny if kind == "bridge" else plain)(family)
+    model = (bridge_of if kind == "bridge" else plain)(family)
     registered = []
 
     def breaks(block):
