@@ -72,9 +72,10 @@ class Pass:
         if not self.waiting:
             return
         if need == "pattern" and isinstance(value, Tensor):
+            window = self.adapter.windows.get(layer)
             if (mixed := self.batch.sequences[0].mixed) is not None:
-                check_seen((value[0] > 0).any(0), mixed.ends.to(value.device), self.adapter.windows.get(layer), layer)
-            value = StoredPattern(value, self.start, self.adapter.causal and self.batch.ends is None)
+                check_seen((value[0] > 0).any(0), mixed.within(window).to(value.device), window, layer)
+            value = StoredPattern(value, self.start, self.adapter.causal and self.batch.ends_within(window) is None)
         if isinstance(value, Tensor):
             self._check_shape(need, value)
             self.held[need] = value
@@ -129,7 +130,7 @@ class Pass:
             n = min(value.shape[query_axis(name)] for name, value in rest.items())
         device = next(iter(rest.values())).device if source is None else source.device
         lengths = self.batch.lengths.to(device)
-        ends = self.batch.ends
+        ends = self.batch.ends_within(self.adapter.windows.get(self.layer))
         for start, stop in source.cuts(self.formed) if source is not None and group == {"pattern"} else [(0, n)]:
             rows: Rows = NoRows() if source is None else source.rows(start, stop)
             yield Block(

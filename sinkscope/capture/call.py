@@ -107,11 +107,11 @@ class Calls:
             "window": window,
             "softcap": softcap,
             "sinks": sinks,
-            "key_mask": _key_mask(attention_mask if chosen is None and self.adapter.ends is None else None, must),
+            "key_mask": _key_mask(attention_mask if chosen is None and self.adapter.mixed is None else None, must),
             "bias": bias if bias is not None and bool(bias.any()) else None,  # of layers that have none, T5 passes zeros
         }
-        if looked and self.adapter.ends is not None:
-            given |= _as_seen(attention_mask, self.adapter.ends, window, layer, query)
+        if looked and self.adapter.mixed is not None:
+            given |= _as_seen(attention_mask, self.adapter.mixed.within(window), window, layer, query)
         compute = self.compute if looked else self.plainly
         with torch.autocast(query.device.type, enabled=False):  # it would lower the products of any statistic
             out = compute(layer, query, key.to(query.dtype), value.to(query.dtype), given)

@@ -49,7 +49,7 @@ class Masks:
         """Give those of a model."""
         by_itself = hasattr(adapter.config, "decoder_layers")  # BART's decoder: asks for the mask of a source it has not
         either = adapter.side is not None or (adapter.causal and by_itself)
-        return cls(adapter.causal, live, either, adapter.chosen is not None, lambda: adapter.ends is not None)
+        return cls(adapter.causal, live, either, adapter.chosen is not None, lambda: adapter.mixed is not None)
 
     def __call__(
         self,

@@ -174,7 +174,7 @@ class Finish:
             at_key = getattr(reported, "at_key", False)
             if at_key or index == 0:
                 at, mark = (position, tag) if at_key else (None, "")
-                mine, even = (_over_those_who_see(reported, found, sequence) for found in (means, nulls))
+                mine, even = (self._over_those_who_see(reported, found, sequence) for found in (means, nulls))
                 values += values_of(reported, mine, even, at, mark, len(sequence.keyed), self.causal, heads)
         return values
 
@@ -187,9 +187,10 @@ class Finish:
         rows, n_keys = [], len(sequence.keyed) if sequence.crossed else None
         for place, layer in enumerate(self.layers):
             window = self.windows.get(layer) if m.null == "visible" else None
+            ends = sequence.ends_within(self.windows.get(layer))
             only = None if counted is None else torch.from_numpy(counted[place])
             mark = None if counted is None else hashlib.sha256(counted[place].tobytes()).digest()
-            at = (m.name, text, len(sequence), n_keys, position, window, mark)
+            at = (m.name, text, len(sequence), n_keys, position, window, mark, ends is None)
             if at not in self._nulls:
                 null = uniform_mean(
                     m,
@@ -200,7 +201,7 @@ class Finish:
                     tokens=sequence.ids,
                     counted=only,
                     n_keys=n_keys,
-                    ends=sequence.ends,
+                    ends=ends,
                 )
                 self._room -= null.size
                 if self._room < 0:
@@ -209,14 +210,14 @@ class Finish:
             rows.append(self._nulls[at])
         return np.broadcast_to(np.stack(rows)[:, None], like.shape)
 
-
-def _over_those_who_see(m: AnyMetric, means: dict[str, Array], text: TextTokens) -> dict[str, Array]:
-    """Scale means over keys for a metric that takes T - k queries to see key k: inside an image of Gemma 3 more do."""
-    if text.ends is None or not isinstance(m, Derived) or not m.every_query:
-        return means
-    keys = np.arange(len(text))
-    seeing = (text.ends.numpy()[:, None] > keys).sum(0)
-    return {name: mean * (len(text) - keys) / seeing if mean.ndim == 3 else mean for name, mean in means.items()}
+    def _over_those_who_see(self, m: AnyMetric, means: dict[str, Array], text: TextTokens) -> dict[str, Array]:
+        """Scale means over keys for a metric that takes T - k queries to see key k: inside an image of Gemma's more do."""
+        if text.ends is None or not isinstance(m, Derived) or not m.every_query:
+            return means
+        keys = np.arange(len(text))
+        ends = [text.ends_within(self.windows.get(layer)) for layer in self.layers]
+        seeing = np.stack([len(text) - keys if end is None else (end.numpy()[:, None] > keys).sum(0) for end in ends])
+        return {n: x * (len(text) - keys) / seeing[:, None] if x.ndim == 3 else x for n, x in means.items()}
 
 
 def countable(asked: Sequence[AnyMetric], by_name: bool) -> list[AnyMetric]:

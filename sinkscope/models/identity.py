@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.gates import Gate, find_gates
 from sinkscope.models.versions import check_interfaces, rotary_options
+from sinkscope.tokens import Mixed
 
 Kind = Literal["bridge", "hooked_transformer", "hooked_encoder", "hugging_face"]
 #: The attentions of an encoder-decoder.
@@ -51,8 +52,8 @@ class Identity:
     points: dict[str, Any] = field(repr=False)
     side: Side | None = None
     uneven: dict[int, int] = field(default_factory=dict)
-    #: In a pass over text with images in it, the key after the last that each query sees, `[position]`.
-    ends: ClassVar[Tensor | None] = None
+    #: In a pass over text with images in it, what is given beside its ids.
+    mixed: ClassVar[Mixed | None] = None
 
     def side_of(self, module: nn.Module) -> Side | None:
         """Tell which attention of an encoder-decoder a module computes; None in any other model."""

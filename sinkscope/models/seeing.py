@@ -128,7 +128,9 @@ class Seeing(Adapter):
                 f"{label!r} has no token that stands for an image or a sound (ids {_stand_ins(network.config)}): give what "
                 "the processor gives for text and images together"
             )
-        return TextTokens(label, ids, tuple(strings), inputs=Mixed(values, placed, _ends(values, len(ids), network.config)))
+        near = network.config.model_type != "gemma3"
+        mixed = Mixed(values, placed, _ends(values, len(ids), network.config), near)
+        return TextTokens(label, ids, tuple(strings), inputs=mixed)
 
     def _beside(self, label: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """Give what comes beside the ids, as tensors; refuse what the model does not take."""
@@ -174,8 +176,8 @@ class Seeing(Adapter):
         dtype = next(self.network.parameters()).dtype
         given = {n: x.to(ids.device, dtype if x.is_floating_point() else x.dtype) for n, x in inputs.values.items()}
         with Undo() as undo, _bare(self.network):
-            undo.callback(vars(self).pop, "ends", None)
-            vars(self)["ends"] = inputs.ends.to(ids.device)
+            undo.callback(vars(self).pop, "mixed", None)
+            vars(self)["mixed"] = inputs
             for module in (m for m in (self.network, self.trunk) if hasattr(m, "rope_deltas")):
                 undo.callback(setattr, module, "rope_deltas", module.rope_deltas)  # kept by Qwen, to generate from there
             output = self.trunk(
@@ -224,7 +226,7 @@ def _stand_ins(config: Any) -> dict[str, int]:
 
 
 def _ends(values: Mapping[str, Tensor], length: int, config: Any) -> Int[Tensor, " position"]:
-    """Give the key after the last that each query sees: Gemma's images see themselves both ways.
+    """Give the key after the last that each query sees: Gemma's images see themselves both ways, Gemma 3's in every layer.
 
     When the model is run, it is compared with the masks that the model makes.
     """

@@ -59,6 +59,10 @@ class TextTokens:
         """The key after the last that each query sees, where some see later ones; None where causality alone says it."""
         return self.mixed.ends if self.mixed is not None and self.mixed.both_ways else None
 
+    def ends_within(self, window: int | None) -> Int[Tensor, " position"] | None:
+        """Give the same for a layer of this sliding window."""
+        return None if self.ends is None or (self.mixed is not None and self.mixed.near and window is None) else self.ends
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What it is besides its ids: the numbers of images and sound."""
@@ -84,10 +88,9 @@ class Batch:
     sources: Batch | None = None
     inputs: Shaped[Tensor, "batch ..."] | Mixed | None = None
 
-    @property
-    def ends(self) -> Int[Tensor, "batch position"] | None:
-        """The key after the last that each query sees, where some see later ones."""
-        ends = self.sequences[0].ends
+    def ends_within(self, window: int | None) -> Int[Tensor, "batch position"] | None:
+        """Give the key after the last that each query sees in a layer of this sliding window, where some see later ones."""
+        ends = self.sequences[0].ends_within(window)
         return None if ends is None else ends[None].to(self.ids.device)
 
     @property

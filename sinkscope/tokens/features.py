@@ -42,16 +42,22 @@ class Mixed:
         values: by the model's own names; all of them are of this text.
         placed: which positions stand for images, videos or sound.
         ends: the key after the last that each query sees: i + 1, or where an image ends that sees itself both ways.
+        near: whether that is so in layers with a sliding window alone, and the others are causal.
     """
 
     values: Mapping[str, Shaped[Tensor, ...]]
     placed: Bool[Tensor, " position"]
     ends: Int[Tensor, " position"]
+    near: bool = False
 
     @property
     def both_ways(self) -> bool:
         """Whether any query sees a later key."""
         return bool((self.ends > torch.arange(1, len(self.ends) + 1)).any())
+
+    def within(self, window: int | None) -> Int[Tensor, " position"]:
+        """Give the ends in a layer of this sliding window."""
+        return torch.arange(1, len(self.ends) + 1) if self.near and window is None else self.ends
 
 
 def is_features(given: Any) -> bool:

@@ -146,6 +146,59 @@ def test_images_longer_than_a_window_see_themselves_both_ways():
     np.testing.assert_allclose(table(report, "row_entropy", column="null"), np.full(a.shape[:2], even), atol=1e-9)
 
 
+def test_images_that_see_themselves_both_ways_in_windows_alone():
+    """Larger models of Gemma 4: layers without a sliding window are causal, images or not; by both engines."""
+    name = "Gemma4ForConditionalGeneration"
+    config, given = tiny_hf_model(name).config, tiny_inputs(name, 2)
+    config.text_config.use_bidirectional_attention = "vision"
+    torch.manual_seed(0)
+    model = type(tiny_hf_model(name))(config).eval()
+    with torch.no_grad():
+        a = torch.cat(model(**given, output_attentions=True).attentions).double().numpy()
+    t, windows = a.shape[-1], adapt(model).windows
+    assert sorted(windows) == [0, 2]
+    first = given["input_ids"][0].tolist().index(60)
+    assert [bool((a[layer, :, first, first + 5] > 0).all()) for layer in range(4)] == [True, False, True, False]
+    wide = np.tril(np.ones((t, t), dtype=bool))
+    images = np.cumsum(np.diff(given["mm_token_type_ids"][0].numpy(), prepend=0) == 1) * given["mm_token_type_ids"][0].numpy()
+    both = wide | ((images[:, None] == images) & (images > 0))
+    for engine in ("flash", "hooks"):
+        one = model if engine == "flash" else bridge(model, tiny_tokenizer(), name)
+        report = ss.measure(one, given, METRICS, key=first + 1, engine=engine)
+        for layer in range(4):
+            sees = both if layer in windows else wide
+            even, rows = sees / sees.sum(1, keepdims=True), sees[:, first + 1]
+            at = functools.partial(table, report)
+            same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5, err_msg=f"{engine} {layer}")
+            same(at("sink_mass")[layer], a[layer, :, :, first + 1].mean(-1))
+            same(at("sink_mass", column="null")[layer], np.full(4, even[:, first + 1].mean()))
+            same(at("received")[layer], a[layer][:, rows, first + 1].mean(-1))
+            same(at("row_entropy", column="null")[layer], np.full(4, np.log(sees.sum(1)).mean()))
+            same(at("received_profile")[layer], a[layer].mean(0).sum(0) / sees.sum(0))
+            same(at("received_profile", column="null")[layer], even.sum(0) / sees.sum(0))
+            same(at("position_profile")[layer], a[layer].mean((0, 1)))
+            there = rows if layer not in windows else rows & (np.arange(t) - first - 1 < windows[layer])
+            same(at("visible_sink_mass")[layer], a[layer][:, there, first + 1].mean(-1))
+
+
+@pytest.mark.slow
+def test_gemma_3n_on_text_alone():
+    import transformers
+
+    from sinkscope.testing.architectures import ARCHITECTURES, tiny_architecture
+
+    torch.manual_seed(0)
+    told = ARCHITECTURES["Gemma3nForConditionalGeneration"]["text_config"].options
+    model = transformers.Gemma3nForCausalLM(tiny_architecture("Gemma3nForCausalLM", told)).eval()
+    ids = torch.randint(4, 60, (1, 26))
+    with torch.no_grad():
+        a = torch.cat(model(ids, output_attentions=True).attentions).double().numpy()
+    report = ss.measure(model, ids, ["sink_mass", "row_entropy", "received_profile"])
+    np.testing.assert_allclose(table(report, "sink_mass"), a[..., 0].mean(-1), atol=1e-5)
+    np.testing.assert_allclose(table(report, "row_entropy"), -np.where(a > 0, a * np.log(a), 0).sum(-1).mean(-1), atol=1e-5)
+    np.testing.assert_allclose(table(report, "received_profile"), a.mean(1).sum(1) / (26 - np.arange(26)), atol=1e-5)
+
+
 def test_an_image_changes_what_is_measured():
     model, given = tiny_hf_model(LLAVA), tiny_inputs(LLAVA, 1)
     other = given | {"pixel_values": given["pixel_values"] + 1}
