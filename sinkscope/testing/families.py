@@ -17,8 +17,9 @@ import torch
 
 from sinkscope.errors import unknown
 from sinkscope.models.versions import as_configured, class_of
-from sinkscope.testing.architectures import ARCHITECTURES, CONTEXT, VOCAB, WINDOW, options_of, tiny_architecture
+from sinkscope.testing.architectures import ARCHITECTURES, tiny_architecture
 from sinkscope.testing.senses import SENSES
+from sinkscope.testing.sizes import CONTEXT, VOCAB, WINDOW, options_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
