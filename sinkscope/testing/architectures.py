@@ -81,7 +81,7 @@ _STAND_INS: dict[str, Any] = {
     "vision_start_token_id": 62,
     "vision_end_token_id": 63,
 }
-_GEMMA3_MARKS: dict[str, Any] = dict(mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62)
+_GEMMA3_MARKS: dict[str, Any] = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}
 _GEMMA4_MARKS: dict[str, Any] = {"audio_config": None, "image_token_id": 60, "video_token_id": 61, "audio_token_id": 62}
 _QWEN_EYE = {**_DEEP, "num_position_embeddings": 16}
 _QWEN2_EYE = {"depth": FEW, "num_heads": 4, "patch_size": PATCH, "embed_dim": 32, "hidden_size": 32}
@@ -181,6 +181,7 @@ _INSIDE: dict[str, dict[str, Any]] = {
     "Gemma3": _holding(
         Part("Gemma3TextConfig", _GEMMA),
         _SIGLIP,
+        mm_tokens_per_image=4,
         **_GEMMA3_MARKS,
     ),
     "Gemma3n": _holding(
