@@ -44,7 +44,7 @@ nothing said. *Right*: sink mass, row entropy and received profile of two texts 
 sounds) are those of Hugging Face's eager `output_attentions`, of each alone, to 1e-5 (of an encoder-decoder, the decoder's
 own). *Refused*: with a `SinkscopeError` that says what works instead. *Remote code*: the architecture's code lies in its
 repository, and is not run. Models are those that the registry lists. Of models of text that take images or sound as well, it
-is the text model that is right, on text (with images or sound in it, ten of them are under test); of
+is the text model that is right, on text (with images or sound in it, fourteen of them are under test); of
 `GlmMoeDsaForCausalLM`, texts of up to as many tokens as its indexer chooses keys, longer ones are refused.
 `python docs/compatibility.py NAME ...` tries some architectures anew and keeps the other rows.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkscope.capture.attend import attend
-from sinkscope.capture.call import Calls, plainly
+from sinkscope.capture.call import Calls
 from sinkscope.capture.edited import InsideCapture
 from sinkscope.capture.masks import STATIC, Masks
 from sinkscope.capture.neurons import editing_neurons, neurons_of
@@ -122,10 +122,9 @@ class _Op:
         return attend(self.edit, layer, query, key, value, at, length, given, self.rotation, look, crossing)[0]
 
     def plainly(self, layer: int, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
-        """Attend on another side than the edited one; the decoder's own may have a cache."""
-        if not given["causal"]:
-            return plainly(layer, query, key, value, given)
-        return attend(NOTHING, layer, query, key, value, self._at(query, key, given), ENDLESS, given)[0]
+        """Attend on another side than the edited one, so that gradients flow; the decoder's own may have a cache."""
+        at, crossing = self._at(query, key, given), None if given["causal"] else torch.arange(query.shape[2])
+        return attend(NOTHING, layer, query, key, value, at, ENDLESS, given, crossing=crossing)[0]
 
     def _at(self, query: Tensor, key: Tensor, given: dict[str, Any]) -> Tensor:
         """Give the positions of the keys: a source's are all there, a cache holds the latest."""

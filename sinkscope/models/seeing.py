@@ -128,8 +128,8 @@ class Seeing(Adapter):
                 f"{label!r} has no token that stands for an image or a sound (ids {_stand_ins(network.config)}): give what "
                 "the processor gives for text and images together"
             )
-        near = network.config.model_type != "gemma3"
-        mixed = Mixed(values, placed, _ends(values, len(ids), network.config), near)
+        ends = _ends(values, len(ids), network.config)
+        mixed = Mixed(values, placed, ends, near=_sees_near(network.config))
         return TextTokens(label, ids, tuple(strings), inputs=mixed)
 
     def _beside(self, label: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -231,7 +231,7 @@ def _ends(values: Mapping[str, Tensor], length: int, config: Any) -> Int[Tensor,
     When the model is run, it is compared with the masks that the model makes.
     """
     ends = torch.arange(1, length + 1)
-    sees = getattr(config.get_text_config(), "use_bidirectional_attention", None) == "vision"
+    sees = _sees_near(config)
     types = (
         values.get("mm_token_type_ids") if sees else values.get("token_type_ids") if config.model_type == "gemma3" else None
     )
@@ -242,3 +242,8 @@ def _ends(values: Mapping[str, Tensor], length: int, config: Any) -> Int[Tensor,
         if inside[n] and inside[n + 1]:
             ends[n] = ends[n + 1]
     return ends
+
+
+def _sees_near(config: Any) -> bool:
+    """Tell models whose images see themselves both ways in layers with a sliding window alone: larger ones of Gemma 4."""
+    return getattr(config.get_text_config(), "use_bidirectional_attention", None) == "vision"

@@ -30,6 +30,7 @@ _SPECTRUM = {"num_mel_bins": 16, "max_source_positions": 16}
 
 _LLAMA, _QWEN2 = Part("LlamaConfig"), Part("Qwen2Config")
 _CLIP = Part("CLIPVisionConfig", {**_PIXELS, "num_hidden_layers": FEW})
+_COARSE = Part("CLIPVisionConfig", {**_PIXELS, "num_hidden_layers": FEW, "patch_size": 8})
 _SIGLIP = Part("SiglipVisionConfig", {**_PIXELS, "num_hidden_layers": FEW, "patch_size": 8})
 #: Heights and widths that an image may be cut into tiles of.
 _TILES = [[16, 32], [32, 16], [32, 32]]
@@ -43,7 +44,10 @@ _STAND_INS: dict[str, Any] = {
     "vision_start_token_id": 62,
     "vision_end_token_id": 63,
 }
+_GEMMA3_MARKS: dict[str, Any] = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}
+_GEMMA4_MARKS: dict[str, Any] = {"audio_config": None, "image_token_id": 60, "video_token_id": 61, "audio_token_id": 62}
 _QWEN_EYE = {**_DEEP, "num_position_embeddings": 16}
+_QWEN2_EYE = {"depth": FEW, "num_heads": 4, "patch_size": PATCH, "embed_dim": 32, "hidden_size": 32}
 _QWEN3_EYE = {**_QWEN_EYE, "deepstack_visual_indexes": [0]}
 
 
@@ -133,12 +137,7 @@ _TWO_SIDED: dict[str, dict[str, Any]] = {
 }
 _INSIDE: dict[str, dict[str, Any]] = {
     "Llava": _holding(_LLAMA, _CLIP, image_token_index=60),
-    "LlavaNext": _holding(
-        _LLAMA,
-        Part("CLIPVisionConfig", {**_PIXELS, "num_hidden_layers": FEW, "patch_size": 8}),
-        image_token_index=60,
-        image_grid_pinpoints=_TILES,
-    ),
+    "LlavaNext": _holding(_LLAMA, _COARSE, image_token_index=60, image_grid_pinpoints=_TILES),
     "LlavaOnevision": _holding(_QWEN2, _SIGLIP, image_token_index=60, video_token_index=61, image_grid_pinpoints=_TILES),
     "Qwen3_5": _holding(Part("Qwen3_5TextConfig", _LINEAR), Part("Qwen3_5VisionConfig", _QWEN_EYE), **_STAND_INS),
     "Qwen3_5Moe": _holding(Part("Qwen3_5MoeTextConfig", _LINEAR), Part("Qwen3_5MoeVisionConfig", _QWEN_EYE)),
@@ -146,9 +145,7 @@ _INSIDE: dict[str, dict[str, Any]] = {
         Part("Gemma3TextConfig", _GEMMA),
         _SIGLIP,
         mm_tokens_per_image=4,
-        image_token_index=60,
-        boi_token_index=61,
-        eoi_token_index=62,
+        **_GEMMA3_MARKS,
     ),
     "Gemma3n": _holding(
         Part("Gemma3nTextConfig", {**_LOCAL, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4})
@@ -160,10 +157,7 @@ _INSIDE: dict[str, dict[str, Any]] = {
             {"num_hidden_layers": FEW, "patch_size": PATCH, "num_key_value_heads": 4, "position_embedding_size": 64}
             | {"pooling_kernel_size": 2},
         ),
-        audio_config=None,
-        image_token_id=60,
-        video_token_id=61,
-        audio_token_id=62,
+        **_GEMMA4_MARKS,
     ),
     "Gemma4Unified": _holding(Part("Gemma4UnifiedTextConfig", _LOCAL), audio_config=None),
     "Mistral3": _holding(
@@ -174,11 +168,7 @@ _INSIDE: dict[str, dict[str, Any]] = {
     ),
     "Qwen3VL": _holding(Part("Qwen3VLTextConfig", _IN_THREE), Part("Qwen3VLVisionConfig", _QWEN3_EYE), **_STAND_INS),
     "Qwen3VLMoe": _holding(Part("Qwen3VLMoeTextConfig", _IN_THREE), Part("Qwen3VLMoeVisionConfig", _QWEN3_EYE), **_STAND_INS),
-    "Qwen2VL": _holding(
-        Part("Qwen2VLTextConfig", _IN_THREE),
-        Part("Qwen2VLVisionConfig", {"depth": FEW, "num_heads": 4, "patch_size": PATCH, "embed_dim": 32, "hidden_size": 32}),
-        **_STAND_INS,
-    ),
+    "Qwen2VL": _holding(Part("Qwen2VLTextConfig", _IN_THREE), Part("Qwen2VLVisionConfig", _QWEN2_EYE), **_STAND_INS),
     "Qwen2_5_VL": _holding(
         Part("Qwen2_5_VLTextConfig", _IN_THREE),
         Part("Qwen2_5_VLVisionConfig", {**_DEEP, "window_size": 16, "fullatt_block_indexes": [1]}),

@@ -220,19 +220,21 @@ def test_pads_behind_a_source_change_nothing(family, side):
             same(network(input_ids=both, attention_mask=mask, decoder_input_ids=TARGET).logits, torch.cat([one, two]))
 
 
-def test_gradients_flow():
-    """A bias of nothing is no edit: its gradients are the model's own; those of another differ."""
-    network = model("bart")
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_gradients_flow(family, side):
+    """A bias of nothing is no edit: its gradients are the model's own; those of another differ. T5's positions have some."""
+    network = model(family)
 
     def gradient(edit):
         network.zero_grad()
-        with edit.on(network, side="cross"):
+        with edit.on(network, side=side):
             network(input_ids=SOURCE, decoder_input_ids=TARGET).logits.square().mean().backward()
-        return network.model.encoder.layers[0].fc1.weight.grad.clone()
+        return network.get_input_embeddings().weight.grad.clone()
 
     network.zero_grad()
     network(input_ids=SOURCE, decoder_input_ids=TARGET).logits.square().mean().backward()
-    own = network.model.encoder.layers[0].fc1.weight.grad.clone()
+    own = network.get_input_embeddings().weight.grad.clone()
     same(gradient(parse("bias_scores(keys=[0], bias=0)")), own)
     assert float((gradient(ss.MaskKeys(0)) - own).abs().max()) > 1e-4
     network.zero_grad()
