@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import sinkscope as ss
-from sinkscope.models.versions import check_bridge
 from sinkscope.metrics import BUILT_IN, MECHANISM
+from sinkscope.models.versions import check_bridge
 from sinkscope.testing import check_metric, tiny_hf_model, tiny_model
 from tests.conftest import table, total
 from tests.model.compare import IDS, TL4
