@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import tempfile
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,9 +63,6 @@ def convert(network: Any, tokenizer: Any, name: str) -> Any:
             make = HookedEncoder if architecture.startswith("Bert") else HookedEncoderDecoder
             encoder = make(cfg, tokenizer, move_to_device=False)
             encoder.load_state_dict(weights, strict=False)
-            # TransformerLens 2 lets a decoder see later tokens.
-            for block in () if has_bridge() else getattr(encoder, "decoder", ()):
-                block.attn.cfg = replace(cfg, attention_dir="causal")
             return _proved(encoder.to(network.device).eval(), network, name)
         model = HookedTransformer(cfg, tokenizer, move_to_device=False, default_padding_side="right")
         model.load_and_process_state_dict(
@@ -83,7 +79,7 @@ def _proved(model: Any, network: Any, name: str) -> Any:
     Raises:
         SinkscopeError: it does not.
     """
-    ids = torch.arange(1, 9, device=network.device)[None]
+    ids = torch.arange(1, 33, device=network.device)[None]  # positions that are far apart are one to T5
     with torch.no_grad():
         if hasattr(model, "encoder_output"):
             ours, theirs = model.encoder_output(ids), network.base_model(ids).last_hidden_state

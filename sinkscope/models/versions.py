@@ -48,9 +48,10 @@ def check_bridge() -> None:
         VersionError: there is none.
     """
     if not has_bridge():
+        plain = " or Hugging Face's own model" if has_interfaces() else ""
         raise VersionError(
             f"TransformerLens {importlib.metadata.version('transformer-lens')} has no TransformerBridge: take a "
-            "HookedTransformer (backend='hooked_transformer'), or pip install 'transformer-lens>=3'"
+            f"HookedTransformer (backend='hooked_transformer'){plain}, or pip install 'transformer-lens>=3'"
         )
 
 

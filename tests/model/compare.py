@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from sinkscope.models.versions import installed
@@ -17,6 +18,10 @@ from tests import oracles
 from tests.conftest import table, total
 
 TL4 = int(importlib.metadata.version("transformer-lens").partition(".")[0]) >= 4
+#: That of transformers 4 computes its attention by itself.
+bert_asks = pytest.mark.skipif(
+    installed("transformers") < (5, 0), reason="transformers 5 has BERT's attention by its interface"
+)
 TOLERANCE = 1e-5
 #: Families whose attention Hugging Face's interface can't replace, so that `engine="auto"` takes hooks.
 #: GPT-J asks it from 5.24 on.

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 import sinkscope as ss
-from sinkscope.models import adapt
+from sinkscope.models import adapt, legacy
 from sinkscope.models.legacy import convert
 from sinkscope.models.versions import has_bridge
 from sinkscope.testing import FAMILIES, tiny_hf_model, tiny_tokenizer
 from tests.conftest import fingerprint, fresh, table
+from tests.model import test_hooked_encoder_decoder as encoder_decoder
 from tests.model.compare import IDS, TL4, check, check_all, novel, same, tiny_reference, windows_of
 from tests.model.conftest import HuggingFace
 
@@ -101,6 +102,24 @@ def test_an_architecture_that_it_cannot_convert_is_named(family):
 def test_without_a_tokenizer_ids_can_be_measured(hooked, family):
     model = convert(tiny_hf_model(family), None, "tiny")
     same(ss.measure(model, IDS), "text 1", ss.measure(hooked(family), IDS), "text 1", 1e-7)
+
+
+@pytest.mark.skipif(has_bridge(), reason="from TransformerLens 3 on it is T5: test_hooked_encoder_decoder.py")
+def test_the_decoder_of_transformer_lens_2_is_no_t5s(monkeypatch):
+    """It sees later tokens: refused as a whole, of one that somebody has the encoder is looked at."""
+    network = encoder_decoder.network()
+    with pytest.raises(ss.SinkscopeError, match=r"T5ForConditionalGeneration\): its output differs from Hugging Face's"):
+        convert(network, tiny_tokenizer("t5"), "tiny")
+    monkeypatch.setattr(legacy, "_proved", lambda model, *_: model)
+    model = convert(network, tiny_tokenizer("t5"), "tiny")
+    report = ss.measure(model, encoder_decoder.PAIRS, ["sink_mass", "row_entropy"], side="encoder")
+    for label in encoder_decoder.PAIRS:
+        a = encoder_decoder.expected("encoder", label)
+        np.testing.assert_allclose(table(report, "sink_mass", label), a[..., 0].mean(-1), atol=1e-5)
+        np.testing.assert_allclose(table(report, "row_entropy", label), encoder_decoder.entropy(a).mean(-1), atol=1e-5)
+    for side in ("decoder", "cross"):
+        with pytest.raises(ss.SinkscopeError, match=r"sees tokens that come later.*TransformerLens 3\.9"):
+            ss.measure(model, encoder_decoder.PAIRS, "sink_mass", side=side)
 
 
 # --- SmolLM2-135M, by its name ------------------------------------------------------------------------------------

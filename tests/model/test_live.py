@@ -22,6 +22,7 @@ from sinkscope.interventions import (
     ZeroValue,
 )
 from sinkscope.models import adapt
+from sinkscope.models.versions import has_bridge
 from sinkscope.testing import tiny_hf_model, tiny_model
 from sinkscope.tokens import TextTokens, Tokens
 from tests.conftest import fingerprint, most_slow
@@ -204,7 +205,8 @@ LIVE = {
     "bloom": (False, *ALL[1:]),
 }
 LIVE_ON_HOOKED_TRANSFORMER = dict.fromkeys(
-    ["gpt2", "gpt_neox", "llama", "mistral", "bloom", "opt", "gptj", "qwen3", "gpt_oss", "phi3"], (False, *ALL[1:])
+    ["gpt2", "gpt_neox", "llama", "mistral", "bloom", "opt", "gptj", "qwen3", "phi3", *(["gpt_oss"] if has_bridge() else [])],
+    (False, *ALL[1:]),
 )
 
 

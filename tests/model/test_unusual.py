@@ -10,7 +10,7 @@ import sinkscope as ss
 from sinkscope.models import bridge
 from sinkscope.testing import tiny_hf_model, tiny_model, tiny_tokenizer
 from tests.conftest import table
-from tests.model.compare import IDS, layers_of, losses, reduced
+from tests.model.compare import IDS, bert_asks, layers_of, losses, reduced
 
 SIZES = {"vocab_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
 GROUPED = {"num_key_value_heads": 2}
@@ -49,6 +49,7 @@ def right(model, oracle, *, causal: bool) -> ss.SinkReport:
 
 
 @pytest.mark.classes
+@bert_asks
 @pytest.mark.parametrize("make", [build, wrapped])
 def test_a_decoder_of_an_encoders_class(make):
     report = right(make("BertLMHeadModel", is_decoder=True), build("BertLMHeadModel", is_decoder=True), causal=True)
