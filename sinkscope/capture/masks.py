@@ -33,13 +33,15 @@ class Masks:
 
     Of text with images in it, which may see themselves both ways, it is the whole mask (`mixed` tells).
     An encoder-decoder asks for both (`either`), and for its cross-attention, where there may be fewer keys or more. Where an
-    indexer chooses keys (`indexed`), it looks at the mask, which then must be a tensor.
+    indexer chooses keys (`indexed`), it looks at the mask, which then must be a tensor. Where keys stand for several tokens
+    (`compressed`), the module puts behind the mask who sees which: nothing need stand before.
     """
 
     causal: bool
     told: Told | None = None
     either: bool = False
     indexed: bool = False
+    compressed: bool = False
     mixed: Callable[[], bool] = bool
 
     @classmethod
@@ -47,7 +49,8 @@ class Masks:
         """Give those of a model."""
         by_itself = hasattr(adapter.config, "decoder_layers")  # BART's decoder: asks for the mask of a source it has not
         either = adapter.side is not None or (adapter.causal and by_itself)
-        return cls(adapter.causal, told, either, adapter.chosen is not None, lambda: adapter.ends is not None)
+        indexed, compressed = adapter.chosen is not None, adapter.compressed
+        return cls(adapter.causal, told, either, indexed, compressed, lambda: adapter.ends is not None)
 
     def __call__(
         self,
@@ -95,6 +98,8 @@ class Masks:
                 raise OtherwiseError(NEITHER)
             if self.told is not None:
                 self.told(kv_offset, kv_length, local_size)
+            if causal and self.compressed:
+                return torch.zeros(extra.get("batch_size", 1), 1, q_length, 0, device=extra.get("device"))
             if causal and self.indexed:
                 return _causal(q_offset, q_length, kv_offset, kv_length, extra.get("device"))
             if causal or attention_mask is None or bool(attention_mask.all()):

@@ -189,7 +189,7 @@ class Finish:
             window = self.windows.get(layer) if m.null == "visible" else None
             only = None if counted is None else torch.from_numpy(counted[place])
             mark = None if counted is None else hashlib.sha256(counted[place].tobytes()).digest()
-            at = (m.name, text, len(sequence), n_keys, position, window, mark)
+            at = (m.name, text, len(sequence), n_keys, position, repr(window), mark)
             if at not in self._nulls:
                 null = uniform_mean(
                     m,
