@@ -190,6 +190,7 @@ COMPRESSED = {
     "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 10},
     "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"] * 2,
     "num_hidden_layers": 6,
+    "index_topk": 1,
 }
 
 
