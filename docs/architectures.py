@@ -153,10 +153,13 @@ def inputs_of(plain: Any) -> dict[str, tuple[Any, dict[str, torch.Tensor]]]:
 
 
 def attentions(plain: Any, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Give what Hugging Face says of one input, `[head, query, key]` for each layer that attends."""
+    """Give what Hugging Face says of one input, `[head, query, key]` for each layer that attends.
+
+    Behind the columns of tokens there may be some of keys that stand for several (DeepSeek V4).
+    """
     with torch.no_grad():
         found = plain(**given, output_attentions=True)["decoder_attentions" if "decoder_input_ids" in given else "attentions"]
-    return [layer[0] for layer in found if isinstance(layer, torch.Tensor)]
+    return [layer[0, ..., : layer.shape[2]] for layer in found if isinstance(layer, torch.Tensor)]
 
 
 def apart(report: ss.SinkReport, label: str, layers: list[torch.Tensor], causal: bool) -> tuple[float, str]:

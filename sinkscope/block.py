@@ -100,6 +100,34 @@ class Chunk(int):
     """A window that does not slide: a query sees the keys of its own chunk, `i // size == k // size` (Llama 4)."""
 
 
+#: As many entries as there are.
+ANY = 1 << 62
+
+
+class Compressed(int):
+    """A window that slides, beside entries that stand for several tokens at once (DeepSeek V4).
+
+    Query i sees an entry for every `rate` tokens up to it; of many, the `most` that an indexer chooses.
+    """
+
+    rate: int
+    most: int
+
+    def __new__(cls, window: int, rate: int = 1, most: int = ANY) -> Compressed:
+        """Make the window's size."""
+        made = super().__new__(cls, window)
+        made.rate, made.most = rate, most
+        return made
+
+    def __repr__(self) -> str:
+        """Tell it from the window alone."""
+        return f"{int(self)} and entries of {self.rate}, up to {self.most}"
+
+    def entries(self, queries: Tensor) -> Tensor:
+        """Count the entries that queries see."""
+        return ((queries + 1) // self.rate).clamp(max=self.most)
+
+
 def in_reach(queries: Tensor, keys: Tensor, window: int) -> Tensor:
     """Tell which keys lie in a layer's window around each query; the arguments broadcast."""
     return queries // window == keys // window if isinstance(window, Chunk) else (queries - keys).abs() < window

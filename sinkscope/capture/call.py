@@ -99,6 +99,7 @@ class Calls:
         ours = None if isinstance(ours, Chunk) and key.shape[2] <= ours else ours  # within the first one, all keys are seen
         if looked and window != ours:
             raise OtherwiseError(f"layer {layer} has a sliding window of {window}, its configuration says {ours}")
+        key, value, attention_mask, entries = _apart(self.adapter.compressed, query, key, value, attention_mask)
         if query.shape[2] != key.shape[2] and not self.live and side != "cross":
             raise SinkscopeError(f"layer {layer} has {query.shape[2]} queries and {key.shape[2]} keys")
         given = {
@@ -109,7 +110,7 @@ class Calls:
             "sinks": sinks,
             "key_mask": _key_mask(attention_mask if chosen is None and self.adapter.mixed is None else None, must),
             "bias": bias if bias is not None and bool(bias.any()) else None,  # of layers that have none, T5 passes zeros
-        }
+        } | entries
         if looked and self.adapter.mixed is not None:
             given |= _as_seen(attention_mask, self.adapter.mixed.within(window), window, layer, query)
         compute = self.compute if looked else self.plainly
@@ -132,6 +133,18 @@ class Calls:
         if says not in (layer % stack if stack else layer, None):
             raise SinkscopeError(f"layer {says} came where layer {layer} was expected")
         return layer
+
+
+def _apart(compressed: bool, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    """Tell keys of tokens from those behind them, which go with who sees which; a row may see none."""
+    n, dtype = query.shape[2], query.dtype
+    if not compressed:
+        return key, value, mask, {}
+    tokens = key[:, :, :n], value[:, :, :n], None
+    if mask is None or key.shape[2] == n:
+        return *tokens, {}
+    hidden = mask.to(dtype).clamp(min=torch.finfo(dtype).min)
+    return *tokens, {"entries": (key[:, :, n:].to(dtype), value[:, :, n:].to(dtype), hidden)}
 
 
 def _key_mask(mask: Tensor | None, causal: bool) -> Tensor | None:

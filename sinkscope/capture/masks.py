@@ -35,13 +35,15 @@ class Masks:
     Of text with images in it, which may see themselves both ways, it is the whole mask (`mixed` tells).
     An encoder-decoder asks for both (`either`), and for its cross-attention, where there may be fewer keys or more. Where
     others run the model (`live`), a cache may hold keys before the queries' own. Where an indexer chooses keys (`indexed`),
-    it looks at the mask, which then must be a tensor.
+    it looks at the mask, which then must be a tensor. Where keys stand for several tokens (`compressed`), the module puts
+    behind the mask who sees which: nothing need stand before.
     """
 
     causal: bool
     live: bool = False
     either: bool = False
     indexed: bool = False
+    compressed: bool = False
     mixed: Callable[[], bool] = bool
 
     @classmethod
@@ -49,7 +51,8 @@ class Masks:
         """Give those of a model."""
         by_itself = hasattr(adapter.config, "decoder_layers")  # BART's decoder: asks for the mask of a source it has not
         either = adapter.side is not None or (adapter.causal and by_itself)
-        return cls(adapter.causal, live, either, adapter.chosen is not None, lambda: adapter.mixed is not None)
+        indexed, compressed = adapter.chosen is not None, adapter.compressed
+        return cls(adapter.causal, live, either, indexed, compressed, lambda: adapter.mixed is not None)
 
     def __call__(
         self,
@@ -97,6 +100,8 @@ class Masks:
                 raise SinkscopeError(STATIC) if static else OtherwiseError(NEITHER)
             if causal and self.live and attention_mask is not None:
                 check_begins(attention_mask)
+            if causal and self.compressed:
+                return torch.zeros(extra.get("batch_size", 1), 1, q_length, 0, device=extra.get("device"))
             if causal and self.indexed:
                 return _causal(q_offset, q_length, kv_offset, kv_length, extra.get("device"))
             if causal or attention_mask is None or bool(attention_mask.all()):

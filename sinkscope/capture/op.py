@@ -35,7 +35,8 @@ def attention_with_lse(
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
     key_mask: Bool[Tensor, "batch key"] | None = None,
-    bias: Float[Tensor, "#batch head position key"] | None = None,
+    bias: Float[Tensor, "#batch #head position key"] | None = None,
+    entries: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Float[Tensor, "batch head position d_value"], Float[Tensor, "batch head position"]]:
     """Attend, exactly.
 
@@ -51,9 +52,10 @@ def attention_with_lse(
         sinks: a learned logit per head that takes its share of each row and gives nothing.
         key_mask: which keys are real; every query must have one.
         bias: added to scores after the scale: relative positions (T5).
+        entries: keys and values that are no tokens, beside the others, and what is added to their scores (DeepSeek V4).
 
     Returns:
-        The output in q's dtype, and the log-sum-exp of each row (a sink's logit included), at least float32.
+        The output in q's dtype, and the log-sum-exp of each row (a sink's logit and entries included), at least float32.
 
     >>> q = torch.zeros(1, 1, 3, 8)
     >>> attention_with_lse(q, q, q, scale=1.0, causal=True)[1].exp()  # row i sums exp(0) over i + 1 keys
@@ -83,6 +85,11 @@ def attention_with_lse(
                 out[:, :, rows], lse[:, :, rows] = _kernel(*part, scale, False, here)
             else:
                 out[:, :, rows], lse[:, :, rows] = _plain(*part, scale, softcap, here)
+    if entries is not None:
+        also, other = attention_with_lse(q, *entries[:2], scale=scale, causal=False, bias=entries[2])
+        total = torch.logaddexp(lse, other)
+        out = out * (lse - total).exp_().to(out.dtype)[..., None] + also * (other - total).exp_().to(out.dtype)[..., None]
+        lse = total
     if sinks is not None:
         total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         out = out * (lse - total).exp_().to(out.dtype)[..., None]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sinkscope.block import sum_of
 from sinkscope.capture.cuts import BYTES, GPU_BYTES, GPU_ROWS, ROWS, TILE, Scratch, cuts
-from sinkscope.capture.op import scores_of
+from sinkscope.capture.op import attention_with_lse, scores_of
 
 #: By how much a log-sum-exp may be off and be mended: below what the proof of the engine calls wrong.
 ROUNDING = 1e-3
@@ -41,6 +41,7 @@ class Scores:
     sinks: Float[Tensor, " head"] | None = None
     key_mask: Bool[Tensor, "batch key"] | None = None
     bias: Float[Tensor, "#batch head position key"] | None = None
+    entries: tuple[Tensor, Tensor, Tensor] | None = None
     scratch: Scratch = field(default_factory=Scratch)
     spare: Scratch | None = None
     folded: bool = False
@@ -146,11 +147,18 @@ class ScoredRows:
         return torch.where(seen, shares, 0)
 
     def row_sum(self) -> Float[Tensor, "batch head query"]:
-        """Give 1, less what the learned sink takes: exp(sink - lse)."""
-        lse = self.of.lse[:, :, self.start : self.stop]
-        if self.of.sinks is None:
-            return torch.ones_like(lse)
-        return 1 - (self.of.sinks.to(lse.dtype)[:, None] - lse).exp()
+        """Give 1, less what the learned sink takes, exp(sink - lse), and what keys take that are no tokens."""
+        rows, sums = slice(self.start, self.stop), torch.ones_like(self.of.lse[:, :, self.start : self.stop])
+        lse = self.of.lse[:, :, rows]
+        if self.of.sinks is not None:
+            sums = sums - (self.of.sinks.to(lse.dtype)[:, None] - lse).exp()
+        if self.of.entries is not None:
+            k, v, hidden = self.of.entries
+            other = attention_with_lse(
+                self.of.q[:, :, rows], k, v, scale=self.of.scale, causal=False, bias=hidden[:, :, rows]
+            )
+            sums = sums - (other[1] - lse).exp()
+        return sums
 
     def pattern(self) -> Float[Tensor, "batch head query key"]:
         """Give the whole rows, keys up to the last row; a window's other keys are zeros."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkscope.block import Block, Chunk
+from sinkscope.block import Block, Chunk, Compressed
 from sinkscope.metrics.accumulate import accumulator
 from sinkscope.metrics.base import Array, Metric
 
@@ -48,7 +48,13 @@ class UniformRows:
 
     def _share(self) -> Tensor:
         first, last = self._reach()
-        return 1.0 / (last - first).double()
+        return 1.0 / (last - first + self._entries).double()
+
+    @property
+    def _entries(self) -> Tensor:
+        """How many keys each row sees that are no tokens."""
+        queries = torch.arange(self.start, self.stop)
+        return self.window.entries(queries) if isinstance(self.window, Compressed) else torch.zeros_like(queries)
 
     @property
     def _n_keys(self) -> int:
@@ -63,12 +69,12 @@ class UniformRows:
         return (self._seen(keys[:, None]) * self._share())[:, None]
 
     def row_sum(self) -> Float[Tensor, "batch head query"]:
-        """Give ones."""
-        return torch.ones(1, 1, self.stop - self.start, dtype=torch.float64)
+        """Give ones, less what goes to keys that are no tokens."""
+        return (1 - self._entries * self._share())[None, None]
 
     def entropy(self) -> Float[Tensor, "batch head query"]:
         """Give the logarithm of how many keys a row sees."""
-        return -self._share().log()[None, None]
+        return -self._share().log()[None, None] * self.row_sum()
 
     def received(self, chosen: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head key"]:
         """Give what keys receive, from where each row's begin and end; 0, and no rounding, where no chosen row sees a key."""

@@ -190,7 +190,7 @@ class Finish:
             ends = sequence.ends_within(self.windows.get(layer))
             only = None if counted is None else torch.from_numpy(counted[place])
             mark = None if counted is None else hashlib.sha256(counted[place].tobytes()).digest()
-            at = (m.name, text, len(sequence), n_keys, position, window, mark, ends is None)
+            at = (m.name, text, len(sequence), n_keys, position, repr(window), mark, ends is None)
             if at not in self._nulls:
                 null = uniform_mean(
                     m,

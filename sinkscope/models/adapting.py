@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sinkscope.block import Chunk
+from sinkscope.block import ANY, Chunk, Compressed
 from sinkscope.errors import SinkscopeError
 from sinkscope.models.adapter import Adapter
 from sinkscope.models.identity import Kind, check_plain, text_model
-from sinkscope.models.uncovered import check_input, check_layers, check_two_sided, no_attention
+from sinkscope.models.uncovered import check_input, check_two_sided, no_attention
 
 SMOLLM2 = "smollm2-135m"
 #: Models inside whose attention an intervention's `on(model)` is at work, by `id` of their network, and who listens there:
@@ -74,7 +74,6 @@ def adapt(model: Any, *, edited: bool = False) -> Adapter:
     most, uneven = int(cfg.n_heads), dict[int, int]()
     if kind == "bridge":
         config = model.original_model.config.get_text_config()
-        check_layers(_types(config), name)
         most, uneven = _heads(config, layers, most)
     causal = _causal(model, kind)
     return Adapter(
@@ -157,7 +156,6 @@ def _adapt_hugging_face(model: Any) -> Adapter:
     layers = _attending(model.config)
     if not layers:
         raise no_attention(name, type(model).__name__)
-    check_layers(_types(config), name)
     most, uneven = _heads(config, layers, _size(config, "num_attention_heads"))
     causal = _causal(model, "hugging_face")
     return Adapter(
@@ -258,8 +256,15 @@ def _windows(model: Any, kind: Kind, layers: tuple[int, ...], causal: bool) -> d
         return {}
     # An encoder's reaches as far on both sides, and the query's own key is not counted: except in a decoder made to be one.
     reach = int(size) + (not causal and not getattr(config, "use_bidirectional_attention", False))
-    types = getattr(config, "layer_types", None)
-    return {layer: reach for layer in layers if types is None or types[layer] == "sliding_attention"}
+    types, rates = getattr(config, "layer_types", None), getattr(config, "compress_rates", None) or {}
+    found: dict[int, int] = {}
+    for layer in layers:
+        of = "sliding_attention" if types is None else types[layer]
+        if of in rates:  # entries beside the window
+            found[layer] = Compressed(reach, rates[of], config.index_topk if "sparse" in of else ANY)
+        elif of == "sliding_attention":
+            found[layer] = reach
+    return found
 
 
 def short_name(name: str) -> str:

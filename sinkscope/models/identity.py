@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sinkscope.block import Compressed
 from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.models.gates import Gate, find_gates
 from sinkscope.models.versions import check_interfaces, rotary_options
@@ -138,6 +139,11 @@ class Identity:
         size = getattr(self.config, "index_topk", None)
         return int(size) if size and not compressed else None
 
+    @cached_property
+    def compressed(self) -> bool:
+        """Whether some keys are no tokens, but stand for several."""
+        return any(isinstance(window, Compressed) for window in self.windows.values())
+
     @property
     def per_stack(self) -> int | None:
         """Layers of a stack that is run several times in a pass (HRM's), each time as layers of its own; None elsewhere."""
@@ -145,11 +151,16 @@ class Identity:
         return int(size) if size else None
 
     def check_run_once(self, what: str) -> None:
-        """Refuse what tells layers apart by their modules, where a stack of them is run several times.
+        """Refuse what tells layers apart by their modules, where a stack of them is run several times, or keys by tokens.
 
         Raises:
-            SinkscopeError: it is; says what works.
+            SinkscopeError: it is, or some keys are no tokens; says what works.
         """
+        if self.compressed:
+            raise SinkscopeError(
+                f"{what} take keys for tokens, and {self.name} attends to some that stand for several at once (compressed "
+                "attention): ss.measure, ss.attention_map and ss.attention_patterns give what its tokens receive"
+            )
         if self.per_stack:
             raise SinkscopeError(
                 f"{what} tell layers apart by their modules, and the {self.per_stack} layers of a stack of {self.name} are "
@@ -158,8 +169,11 @@ class Identity:
 
     @property
     def takes_pads(self) -> bool:
-        """Whether texts of unequal length may share a batch: TransformerLens 3's two-way decoder attends to pads."""
-        return self.causal or self.kind != "hooked_transformer"
+        """Whether texts of unequal length may share a batch: TransformerLens 3's two-way decoder attends to pads.
+
+        Where keys stand for several tokens, an indexer chooses otherwise among equals when there are others, of pads.
+        """
+        return (self.causal or self.kind != "hooked_transformer") and not self.compressed
 
     @property
     def width(self) -> int:

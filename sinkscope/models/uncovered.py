@@ -57,17 +57,3 @@ def check_merged(network: Any) -> None:
             f"{type(network).__name__} has one softmax over target and source, which is not covered: reduce Hugging Face's "
             "own, ss.metrics.of_pattern(attentions), from output_attentions=True, or take T5Gemma, whose attentions are three"
         )
-
-
-def check_layers(types: list[str], name: str) -> None:
-    """Refuse a model with keys that are no tokens.
-
-    Raises:
-        SinkscopeError: says what works.
-    """
-    if any("compressed" in kind for kind in types):
-        raise SinkscopeError(
-            f"{name} attends to keys that stand for several tokens at once (compressed attention), which is not covered. "
-            "What its n tokens receive stands first in the weights of output_attentions=True: "
-            "ss.metrics.of_pattern([w[..., :n] for w in attentions])"
-        )

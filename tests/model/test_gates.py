@@ -185,20 +185,72 @@ def test_keys_that_an_indexer_chooses_are_all_keys_of_a_short_text():
         ss.measure(network(name), [[1, *range(4, 44)]], ["sink_mass"])
 
 
-def test_the_way_out_of_layers_that_are_refused_works():
-    """Of compressed keys, the columns that are tokens."""
-    name, n = "DeepseekV4ForCausalLM", len(IDS)
-    assert name in ARCHITECTURES
-    for model in (network(name), tiny_model(name)):
-        with pytest.raises(ss.SinkscopeError, match=r"ss\.metrics\.of_pattern\(\[w.* in attentions\]\)?"):
-            ss.measure(model, [IDS])
-    attentions = network(name)(input_ids=torch.tensor([IDS]), output_attentions=True).attentions
-    for w in attentions:
-        frame = ss.metrics.of_pattern([w[..., :n]], ["sink_mass", "row_deficit"])
-        expected = w[0, :, :, 0].detach().mean(-1).numpy()
-        np.testing.assert_allclose(frame.query("metric == 'sink_mass'")["value"], expected, atol=1e-6)
-        lacking = 1 - w[0, :, :, :n].detach().sum(-1).mean(-1).numpy()
-        np.testing.assert_allclose(frame.query("metric == 'row_deficit'")["value"], lacking, atol=1e-6)
+COMPRESSED = {
+    **ARCHITECTURES["DeepseekV4ForCausalLM"],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 10},
+    "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"] * 2,
+    "num_hidden_layers": 6,
+    "index_topk": 1,
+}
+
+
+def test_tokens_are_told_from_keys_that_stand_for_several():
+    """Columns of tokens come first; of others more than the indexer chooses, some, or none are there."""
+    name, metrics = "DeepseekV4ForCausalLM", ["sink_mass", "row_deficit", "row_entropy", "received", "visible_sink_mass"]
+    texts = [[1, *range(4, 44)], [1, *range(4, 33)], [1, 5, 6]]
+    report = ss.measure(network(name, COMPRESSED), texts, metrics, batch_size=2)
+    by_layer = []
+    for text, ids in enumerate(texts):
+        n, one = len(ids), f"text {text}"
+        for layer, weights in enumerate(layers_of(network(name, COMPRESSED), ids)):
+            tokens, seen_there = weights[..., :n], weights[0] > 0
+            fair = torch.where(seen_there[:, 0], 1 / seen_there.sum(-1), 0)
+            expected = {
+                "sink_mass": tokens[..., 0].mean(-1),
+                "row_deficit": 1 - tokens.sum(-1).mean(-1),
+                "row_entropy": torch.special.entr(tokens).sum(-1).mean(-1),
+                "received": tokens[..., 0].mean(-1),
+                "visible_sink_mass": tokens[..., 0].sum(-1) / seen_there[:, 0].sum(),
+            }
+            for metric, numbers in expected.items():
+                np.testing.assert_allclose(table(report, metric, one)[layer], numbers, atol=1e-5, err_msg=metric)
+            null = table(report, "visible_sink_mass", one, "null")[layer, 0]
+            np.testing.assert_allclose(null, float(fair.sum() / seen_there[:, 0].sum()), atol=1e-6)
+            by_layer.append(weights.shape[-1] - n)
+    assert by_layer[:6] == [4, 10, 0] * 2
+    assert by_layer[-6:] == [0] * 6
+
+
+def test_an_output_counts_keys_that_stand_for_several():
+    model, ids = network("DeepseekV4ForCausalLM", COMPRESSED), [1, *range(4, 44)]
+    home = sys.modules[type(model).__module__]
+    own, norms = home.eager_attention_forward, []
+
+    def attend(*args, **how):
+        out, weights = own(*args, **how)
+        norms.append(weights[0, :, 1:, 0] * args[3][0, 0, 0].norm() / out[0, 1:].transpose(0, 1).norm(dim=-1))
+        return out, weights
+
+    home.eager_attention_forward = attend
+    try:
+        model(input_ids=torch.tensor([ids]))
+    finally:
+        home.eager_attention_forward = own
+    report = ss.measure(model, [ids], ["sink_output_share"])
+    expected = torch.stack(norms).detach().mean(-1).numpy()
+    np.testing.assert_allclose(table(report, "sink_output_share"), expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize("make", [network, tiny_model])
+def test_edits_of_keys_that_are_no_tokens_are_refused(make):
+    for use in (
+        lambda m: ss.evaluate(m, [IDS], [ss.MaskKeys(0)]),
+        lambda m: ss.sweep(m, [IDS], ss.MaskKeys(0), over="layers"),
+        lambda m: ss.MaskKeys(0).on(m).__enter__(),
+        lambda m: ss.watch(m, ["sink_mass"]).__enter__(),
+    ):
+        with pytest.raises(ss.SinkscopeError, match=r"stand for several at once.*ss\.measure, ss\.attention_map and"):
+            use(make("DeepseekV4ForCausalLM"))
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
