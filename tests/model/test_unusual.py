@@ -25,11 +25,12 @@ def build(name: str, **options):
     make = getattr(transformers, name)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": "eager"}
     model = make(make.config_class(**SIZES | special | {"architectures": [name], "max_position_embeddings": 128} | options))
-    generator = torch.Generator().manual_seed(1)
+    generator, width = torch.Generator().manual_seed(1), getattr(model.config.get_text_config(), "hidden_size", 32)
+    spread = 0.3 * min(1, 32 / width) ** 0.5  # as far in a wide model: farther, float32 itself is 1e-5 off float64
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(0.3 * noise) if weight.ndim > 1 else weight.add_(0.1 * noise)
+            weight.copy_(spread * noise) if weight.ndim > 1 else weight.add_(0.1 * noise)
     return model.eval()
 
 
