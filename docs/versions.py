@@ -28,11 +28,9 @@ from 1.26. TransformerLens has `HookedTransformer` and `HookedEncoder` up to 3.9
 Hugging Face model needs transformers 4.53. `make test` runs TransformerLens 4.3 and 3.9; `make matrix` the tests of the model
 classes at these corners (`python docs/versions.py` writes the table). A skipped test names what the versions do not have.
 
-Wrong in TransformerLens itself, without this library: with transformers 5.24 its bridge (4.3) leaves the KV cache
-empty, so that it generates other tokens than Hugging Face's model (with `use_cache=False` the same);
-`HookedTransformer.generate` of 2.16 puts GPT-2's and OPT's positions elsewhere than its forward pass; the decoder of
-`HookedEncoderDecoder` in 2.x sees later tokens. `watch` shows what ran; an edit of such a generation, and such a
-decoder, are refused.
+Wrong in TransformerLens itself, without this library: with transformers 5.24 the bridge of 4.3 leaves its KV cache empty, so
+that it generates other tokens than Hugging Face's model (with `use_cache=False` the same); `HookedTransformer.generate` of
+2.16 attends otherwise than its forward pass on GPT-2 and OPT; the T5 decoder of 2.x is not Hugging Face's, and is refused.
 
 """
 TABLE = ("corner", "Python", *PACKAGES, "passed", "failed", "skipped")

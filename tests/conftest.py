@@ -123,6 +123,9 @@ def most_slow(values, *fast):
 
 #: TransformerLens and transformers that have everything: there a test is never skipped for a version.
 EVERYTHING = installed("transformer-lens") >= (3, 9) and installed("transformers") >= (5, 20)
+#: transformers under which the bridge of TransformerLens 4.3, by itself, leaves its KV cache empty, so that it generates
+#: other tokens than its model does; and under which GPT-J has come to ask the attention interface.
+EMPTY_CACHES = ASKING_GPTJ = installed("transformers") >= (5, 24)
 
 
 @pytest.hookimpl(wrapper=True)
