@@ -132,11 +132,12 @@ LOOPS = {
 def test_a_pass_equals_the_loops(tiny, family):
     """Grouped keys, absolute positions, soft caps and sliding windows, learned sinks; on a bridge, and Hugging Face's own."""
     network = tiny_hf_model(family)
-    models = [network, tiny(family)] if has_bridge() else [network]
-    reports = [ss.evaluate(model, [IDS], list(LOOPS)) for model in models]
+    refused = "residual_length", "kivi", *(["_value("] if family == "llama" else [])  # on a HookedTransformer
+    there = [name for name in LOOPS if has_bridge() or not any(word in name for word in refused)]
+    reports = [ss.evaluate(network, [IDS], list(LOOPS)), ss.evaluate(tiny(family), [IDS], there)]
     for name, loops in (LOOPS | {"none": Loops()}).items():
         expected = looping(network, IDS, loops)
-        for report in reports:
+        for report in reports if name in (*there, "none") else reports[:1]:
             np.testing.assert_allclose(losses(report, name), expected, atol=1e-5, err_msg=name)
             idle = name == "none" or (family == "gemma2" and "output" in name)  # where a norm follows, and undoes a scale
             assert (np.abs(losses(report, name) - losses(report, "none")).max() > 1e-4) is not idle, name
