@@ -259,7 +259,6 @@ def test_what_takes_no_encoder_decoder_says_what_does():
     for verb in (
         lambda: ss.sink_mask(model, list(PAIRS.values())),
         lambda: ss.studies.first_token(model),
-        lambda: ss.Window(4).on(model).__enter__(),
     ):
         with pytest.raises(ss.SinkscopeError, match=r"encoder-decoder, which has three attentions.*side="):
             verb()

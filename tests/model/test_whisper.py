@@ -282,8 +282,9 @@ def test_the_conversion_against_what_ctranslate2_gave(tiny_en):
         np.testing.assert_allclose(states[frame, :3], values, atol=5e-4)
     assert made["sequences"][0].tolist() == [*PROMPT, *WRITTEN, 50256]
     assert tiny_en.tokenizer.decode(WRITTEN).strip() == SPEECH
-    likely = sum(float(scores[0].log_softmax(-1).max()) for scores in made["scores"])
-    assert likely / len(WRITTEN) == pytest.approx(SCORE, abs=1e-5)
+    # Float32 sums over 51,864 words, as CTranslate2's is, are 1e-5 off from one processor to the next.
+    likely = sum(float(scores[0].double().log_softmax(-1).max()) for scores in made["scores"])
+    assert likely / len(WRITTEN) == pytest.approx(SCORE, abs=5e-5)
 
 
 @pytest.mark.model
