@@ -26,7 +26,8 @@ HEAD = f"""{MARK}
 Served: Python 3.11 to 3.13, transformer-lens 2.16 to 4.x, transformers 4.51 to 5.x, torch from 2.6, pandas from 2.0, numpy
 from 1.26. TransformerLens has `HookedTransformer` and `HookedEncoder` up to 3.9, `TransformerBridge` from 3.0 on; a plain
 Hugging Face model needs transformers 4.53. `make test` runs TransformerLens 4.3 and 3.9; `make matrix` the tests of the model
-classes at these corners (`python docs/versions.py` writes the table). A skipped test names what the versions do not have.
+classes at these corners (`python docs/versions.py` writes the table). A skipped test names what the versions do not have. Of
+`make test`'s own versions they were also run on Python 3.12: 855 passed, none failed (27 November 2026).
 
 Wrong in TransformerLens itself, without this library: with transformers 5.24 the bridge of 4.3 leaves its KV cache empty, so
 that it generates other tokens than Hugging Face's model (with `use_cache=False` the same); `HookedTransformer.generate` of
