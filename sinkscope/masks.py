@@ -20,7 +20,7 @@ from sinkscope.errors import SinkscopeError, unknown
 from sinkscope.metrics import Metric, base_of, resolve
 from sinkscope.metrics.base import Array
 from sinkscope.metrics.observer import Observer
-from sinkscope.metrics.shape import SHARE_OF_HEADS
+from sinkscope.metrics.shape import SHARE_OF_HEADS, sinks_in
 from sinkscope.models import Adapter, adapt
 from sinkscope.observing import Observing
 from sinkscope.reports.mask import SinkMask
@@ -68,10 +68,7 @@ class MaskRule:
 
 def _attention(seen: Seen, eps: float) -> tuple[Flags, Array, Flags]:
     """alpha_k above eps in at least a tenth of the heads: the positions that `sink_positions` lists."""
-    profile = seen.values["head_profile"]
-    alpha = profile * seen.tokens / (seen.tokens - np.arange(seen.tokens)) if seen.causal else profile
-    above = alpha > eps
-    strength = above.sum(axis=(0, 1)) / (~np.isnan(profile).all(-1)).sum()
+    above, strength = sinks_in(seen.values["head_profile"], seen.tokens, seen.causal, eps)
     return np.asarray(strength >= SHARE_OF_HEADS), strength, np.asarray(above.any(axis=1))
 
 

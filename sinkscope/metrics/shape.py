@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sinkscope.block import Block
@@ -48,6 +49,12 @@ def _alpha(profile: Array, tokens: int, causal: bool) -> Array:
     return profile * tokens / (tokens - np.arange(tokens)) if causal else profile
 
 
+def sinks_in(profile: Array, tokens: int, causal: bool, eps: float) -> tuple[NDArray[np.bool_], Array]:
+    """Tell where alpha_k exceeds a threshold, `[layer, head, key]`, and in which share of the heads there are, `[key]`."""
+    above = _alpha(profile, tokens, causal) > eps
+    return above, above.sum(axis=(0, 1)) / (~np.isnan(profile).all(-1)).sum()
+
+
 @derived(of=("head_profile",), axes=("layer", "key"), unit="share of attention")
 def position_profile(head_profile: Array, tokens: int, causal: bool) -> Array:
     """Mean over queries of the attention that each position receives, averaged over heads; sums to 1 over keys.
@@ -84,6 +91,5 @@ def sink_positions(head_profile: Array, tokens: int, causal: bool, eps: float) -
     In the summary, how many there are. Finds sinks that are not the first token: delimiters, [SEP], repeated tokens.
     Source: Gu et al. 2024, arXiv 2410.10781, over all k.
     """
-    heads = (~np.isnan(head_profile).all(-1)).sum()
-    share = (_alpha(head_profile, tokens, causal) > eps).sum(axis=(0, 1)) / heads
+    _, share = sinks_in(head_profile, tokens, causal, eps)
     return np.where(share >= SHARE_OF_HEADS, share, np.nan)
