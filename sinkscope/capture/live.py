@@ -99,7 +99,7 @@ def _attention(
 
     def edited(place: Place) -> AbstractContextManager[Any]:
         op = _Op(edit, place, adapter.side, rotation, listeners)
-        return swapped(adapter, Calls(adapter, op, op.plainly, live=True), Masks.of(adapter, live=True))
+        return swapped(adapter, Calls(adapter, op, op.plainly, live=True), Masks.of(adapter, live=True), lean=False)
 
     return edited
 

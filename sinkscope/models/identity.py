@@ -209,9 +209,18 @@ class Identity:
             return [(int(p.split(".")[1]), at) for p, at in self.points.items() if p.endswith("attn.hook_pattern")]
         return [(layer, self.hook_point(layer, "attn.hook_pattern")) for layer in self.layers]
 
+    @cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules, of the model and of Hugging Face's inside a bridge, as they were when first asked for.
+
+        A bridge has thousands, and a call asks for them twenty times; an adapter is made for a call.
+        """
+        found = self.network.modules() if self.network is self.model else (*self.model.modules(), *self.network.modules())
+        return tuple(dict.fromkeys(found))
+
     def attention_modules(self) -> Iterator[nn.Module]:
         """Give the modules that may keep their last pattern."""
-        return (module for module in self.network.modules() if hasattr(module, "_pattern"))
+        return (module for module in self.modules if hasattr(module, "_pattern"))
 
     @cached_property
     def gates(self) -> list[Gate]:

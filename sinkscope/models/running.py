@@ -112,7 +112,7 @@ class Running(Identity):
     @contextmanager
     def inference(self) -> Iterator[None]:
         """No gradients, no dropout; every module's mode is put back."""
-        training = [module for module in {*self.model.modules(), *self.network.modules()} if module.training]
+        training = [module for module in self.modules if module.training]
         with Undo() as undo, torch.no_grad():
             for module in training:  # not eval(): on a bridge it takes as long as a short text
                 undo.callback(setattr, module, "training", True)

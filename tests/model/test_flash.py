@@ -248,6 +248,36 @@ def test_hooks_on_attention_are_not_left_out(bridge_of):
     assert abs(table(edited, "sink_mass") - table(untouched, "sink_mass"))[1].max() > 0.01
 
 
+HALVED = ["ln1.hook_scale", "ln2.hook_normalized", "ln2.hook_in", "mlp.hook_out", "mlp.hook_in", "mlp.in.hook_out"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_hooks_elsewhere_count(bridge_of, family):
+    """Hook points that nobody hooks are passed by, those that somebody does are not."""
+    model, found = bridge_of(family), {}
+    untouched = ss.measure(model, IDS, ["sink_mass"], engine="flash")
+    for name in [f"blocks.0.{name}" for name in HALVED]:
+        with model.hooks([(name, lambda value, hook: value * 0.5)]):
+            found[name] = ss.measure(model, IDS, ["sink_mass"], engine="flash")
+            same_frames(found[name], ss.measure(model, IDS, ["sink_mass"], engine="hooks"))
+    changed = [name for name, report in found.items() if not report.frame.equals(untouched.frame)]
+    assert {"blocks.0.ln2.hook_normalized", "blocks.0.mlp.hook_out", "blocks.0.mlp.in.hook_out"} <= set(changed)
+    same_frames(ss.measure(model, IDS, ["sink_mass"], engine="flash"), untouched, 1e-9)
+
+
+def test_idle_hook_points_are_passed_by(bridge_of, monkeypatch):
+    model, fired = bridge_of("llama"), []
+    for name in ("ln1.hook_out", "mlp.hook_out", "attn.q.hook_out"):
+        listens = lambda value, name=name: fired.append(name) or value  # noqa: E731
+        monkeypatch.setitem(vars(model.hook_dict[f"blocks.0.{name}"]), "forward", listens)
+    batch = next(ss.tokenize(None, IDS).batches(8))
+    with flash.flash(adapt(model), frozenset({frozenset({"mass"})}), "test") as capture:
+        capture.run(batch, lambda block, group: None, lambda: None)
+    assert not fired
+    model(batch.ids)
+    assert sorted(set(fired)) == ["attn.q.hook_out", "ln1.hook_out", "mlp.hook_out"]
+
+
 def test_a_plain_model_has_no_hook_points(plain):
     check_interfaces()
     residual = ss.metric(needs="residual", name="residual")(lambda block: block.residual.norm(dim=-1)[:, None])
@@ -325,7 +355,7 @@ def test_the_model_is_left_as_it_was(bridge_of, plain, monkeypatch, family, kind
         return block.row_sum
 
     if when == "swap":  # the last step of entering fails
-        monkeypatch.setattr("sinkscope.capture.swap.attention_bridges", lambda adapter: 1 / 0)
+        monkeypatch.setattr("sinkscope.capture.swap._way_past", lambda module: 1 / 0)
         monkeypatch.setattr(proof, "plan", lambda adapter, groups, tokens: flash.flash(adapter, groups, "test"))
     model.train()
     before = state(model)

@@ -99,9 +99,10 @@ def test_the_bridges_own_generation(bridge_of):
 
 
 def test_users_hooks_still_fire(tiny):
-    """Those on the residual stream, and on queries, keys and values (TransformerLens 4); beside an edit."""
+    """Those on the residual stream, norms and MLPs, and on queries, keys and values (TransformerLens 4); beside an edit."""
     model, seen = tiny("llama"), []
-    names = ["blocks.1.hook_resid_post", *(["blocks.0.attn.hook_q", "blocks.2.attn.hook_v"] if TL4 else [])]
+    names = ["blocks.1.hook_resid_post", "blocks.1.ln1.hook_scale", "blocks.1.hook_mlp_out"]
+    names += ["blocks.0.attn.hook_q", "blocks.2.attn.hook_v"] if TL4 else []
     with ss.MaskKeys(0).on(model), torch.no_grad():
         model.run_with_hooks(IDS, fwd_hooks=[(name, lambda value, hook: seen.append(hook.name)) for name in names])
     assert len(seen) == len(names)
