@@ -24,7 +24,7 @@ from sinkscope.errors import SinkscopeError
 
 #: What is larger is not kept, in bytes: a copy of a large model would surprise whoever pays for the disk.
 LARGEST = 2_000_000_000
-#: Written last: the digest of each of the other files.
+#: Written last: the digest of each of the other files, and the stamp that the file had then.
 SEAL = "digests.json"
 
 
@@ -42,13 +42,15 @@ def place(file: Path, dtype: torch.dtype) -> Path | None:
 
 
 def whole(place: Path | None) -> bool:
-    """Say whether something is kept there, and every file is what was written."""
+    """Say whether something is kept there, and every file is what was written: by its stamp, or else by its digest."""
     try:
         if place is None or place.is_symlink():
             return False
-        digests = json.loads((place / SEAL).read_text())
-        there = {path.name for path in place.iterdir()} - {SEAL}
-        return there == set(digests) and all(_digest(place / name) == digest for name, digest in digests.items())
+        sealed = json.loads((place / SEAL).read_text())
+        there = {path.name: path for path in place.iterdir() if path.name != SEAL}
+        return there.keys() == sealed.keys() and all(
+            _stamp(there[name]) == stamp or _digest(there[name]) == digest for name, (digest, stamp) in sealed.items()
+        )
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 
@@ -65,7 +67,10 @@ def keep(place: Path | None, network: Any, tokenizer: Any) -> None:
             _save(network, half)
             if tokenizer is not None:
                 tokenizer.save_pretrained(half)
-            (half / SEAL).write_text(json.dumps({path.name: _digest(path) for path in half.iterdir()}))
+            for path in half.iterdir():  # so that no crash leaves less than its stamp says
+                with path.open("r+b") as written:
+                    os.fsync(written.fileno())
+            (half / SEAL).write_text(json.dumps({path.name: [_digest(path), _stamp(path)] for path in half.iterdir()}))
             if not whole(place):  # another process may have been faster
                 if place.is_dir() and not place.is_symlink():
                     shutil.rmtree(place)
@@ -101,6 +106,12 @@ def _save(network: Any, where: Path) -> None:
     kept = {weight.data_ptr() or name: name for name, weight in weights}  # the one name of a weight that is not tied
     held = {name: weight.contiguous() for name, weight in weights if kept[weight.data_ptr() or name] == name}
     save_file(held, str(where / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _stamp(file: Path) -> list[int]:
+    """Give what changes with every write into a file, or in its place: half a gigabyte needs not be read to see it."""
+    now = file.stat()
+    return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino]
 
 
 def _digest(file: Path) -> str:

