@@ -44,6 +44,7 @@ class Fused:
     _calls: Calls = field(init=False, repr=False)
     _take: Take = field(init=False, repr=False)
     _scratch: Scratch = field(default_factory=Scratch, repr=False)
+    _spare: Scratch = field(default_factory=Scratch, repr=False)
 
     @contextmanager
     def attached(self, take: Take) -> Iterator[None]:
@@ -68,7 +69,7 @@ class Fused:
         supplied = {"rotated_query": query, "rotated_key": key, "value": value, "output": out}
         for name in sorted(supplied.keys() & self.needs):
             self._take(layer, name, supplied[name].transpose(1, 2))
-        self._take(layer, "pattern", Scores(query, key, lse, scratch=self._scratch, **given))
+        self._take(layer, "pattern", Scores(query, key, lse, scratch=self._scratch, spare=self._spare, **given))
         return out
 
     def inert(self, layer: int) -> InertHookError:

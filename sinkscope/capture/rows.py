@@ -27,8 +27,8 @@ NEVER = -1e30
 class Scores:
     """Rows that are recomputed when asked for: `A[i, k] = exp(score(q_i, k_k) - lse_i)`, exactly.
 
-    Attributes are those of :func:`sinkscope.capture.op.attention_with_lse`, the `lse` that it gave, memory for scores that
-    all layers may share, and for rows that nobody keeps; `folded` says that q.k is score - lse as it is, see `tiles`.
+    Attributes are those of :func:`sinkscope.capture.op.attention_with_lse`, the `lse` that it gave, and memory that all
+    layers may share, for scores and for rows that nobody keeps; `folded` says that q.k is score - lse as it is, see `pieces`.
     """
 
     q: Float[Tensor, "batch head position d_head"]
@@ -43,7 +43,7 @@ class Scores:
     bias: Float[Tensor, "#batch head position key"] | None = None
     entries: tuple[Tensor, Tensor, Tensor] | None = None
     scratch: Scratch = field(default_factory=Scratch)
-    spare: Scratch | None = None
+    spare: Scratch = field(default_factory=Scratch)
     folded: bool = False
 
     @property
@@ -81,42 +81,81 @@ class Scores:
         if not formed and (self.kernels is not None or self.tiled):
             return iter([(0, self.n)])
         size, most = (GPU_BYTES, GPU_ROWS) if self.q.is_cuda else (BYTES, ROWS)
-        return self._cuts(size, most)
+        return self.cut(size, most)
 
     @property
     def tiled(self) -> bool:
         """Tell whether all rows together are too many for a processor's cache, so that their sums are made tile by tile."""
         return not self.q.is_cuda and 4 * self.lse.numel() * self.k.shape[2] > TILE
 
-    def tiles(self) -> Iterator[tuple[tuple[slice, slice], ScoredRows]]:
-        """Cut texts, heads and rows into pieces that stay in a processor's cache, each with its place in texts and heads.
+    def pieces(self) -> Iterator[tuple[tuple[slice, slice], Scores]]:
+        """Give texts and heads apart, as many together as stay in a processor's cache, each with its place among all.
 
-        The whole rows of one live in memory that the next takes over, and nothing else should be asked of it: its queries and
-        keys may be `folded`.
+        Nothing but :meth:`logs` and :meth:`hide` should be asked of one: its queries and keys may be `folded`.
         """
         b, h = self.q.shape[:2]
         each = 4 * h * self.n * self.k.shape[2]
         texts, heads = (TILE // each, h) if each <= TILE else (1, 1)
-        whole = replace(self, spare=Scratch())
+        whole = self
         if self.softcap is None:  # what is taken off every row is one more column, which spares a pass over scores
             q, k = self.q.to(self.lse.dtype) * self.scale, self.k.to(self.lse.dtype)
             q, k = torch.cat([q, -self.lse[..., None]], -1), torch.cat([k, torch.ones_like(k[..., :1])], -1)
-            whole = replace(whole, q=q, k=k, scale=1.0, folded=True)
+            whole = replace(self, q=q, k=k, scale=1.0, folded=True)
         for text, head in product(range(0, b, texts), range(0, h, heads)):
             at, group = (slice(text, text + texts), slice(head, head + heads)), head * self.k.shape[1] // h
-            part = replace(
+            yield at, replace(
                 whole,
                 q=whole.q[at],
                 k=whole.k[at[0], slice(group, group + 1) if heads == 1 else slice(None)],
                 lse=self.lse[at],
-                sinks=None if self.sinks is None else self.sinks[at[1]],
+                sinks=None,
                 key_mask=None if self.key_mask is None else self.key_mask[at[0]],
                 bias=None if self.bias is None else self.bias[at[0] if len(self.bias) == b else slice(None), at[1]],
             )
-            for start, stop in part._cuts(TILE, self.n):
-                yield at, part.rows(start, stop)
 
-    def _cuts(self, size: int, most: int) -> Iterator[tuple[int, int]]:
+    def reach(self, rows: slice) -> slice:
+        """Give the keys that some rows may see."""
+        n_keys, window = self.k.shape[2], self.window
+        first = 0 if window is None else max(0, rows.start - window + 1)
+        last = n_keys if window is None else min(n_keys, rows.stop + window - 1)
+        return slice(first, rows.stop if self.causal else last)
+
+    def logs(self, rows: slice, reach: slice) -> Float[Tensor, "batch head query key"]:
+        """Give the logarithms of some rows, in memory that the next take over."""
+        q, k = self.q[:, :, rows], self.k[:, :, reach]
+        if self.folded:
+            b, h, n, _ = q.shape
+            q = q.reshape(b, k.shape[1], -1, q.shape[3])
+            out = self.scratch(q, *q.shape[:3], k.shape[2])
+            logs = torch.matmul(q, k.mT, out=out).view(b, h, n, -1)
+        else:
+            logs = scores_of(q, k, self.scale, self.softcap, self.scratch).sub_(self.lse[:, :, rows, None])
+        return logs if self.bias is None else logs.add_(self.bias[:, :, rows, reach]).clamp_(min=NEVER)
+
+    def hide(self, band: Float[Tensor, "batch head query key"], rows: slice, reach: slice) -> None:
+        """Take out of some rows the keys in reach that they don't see."""
+        if self.causal:  # all keys before the block are seen
+            last = band[..., rows.start - reach.start :]
+            (last[0, 0] if len(last[0]) == len(last) == 1 else last).tril_()  # more than a matrix would be copied
+        if self.window is not None and not self.causal:
+            self._hide(band, rows, reach, reach)
+        elif self.window is not None and reach.start < rows.stop - self.window:  # of the oldest keys, each sees one less
+            self._hide(band, rows, reach, slice(reach.start, rows.stop - self.window))
+        if self.key_mask is not None:
+            band.masked_fill_(~self.key_mask[:, None, None, reach], 0)
+
+    def _hide(self, band: Tensor, rows: slice, reach: slice, keys: slice) -> None:
+        seen = self.seen(rows, torch.arange(keys.start, keys.stop, device=band.device)[:, None])
+        band[..., keys.start - reach.start : keys.stop - reach.start].masked_fill_(~seen.mT, 0)
+
+    def seen(self, rows: slice, keys: Int[Tensor, "*batch key"]) -> Bool[Tensor, "*batch query"]:
+        """Tell which rows see a key."""
+        gap = torch.arange(rows.start, rows.stop, device=self.q.device) - keys
+        seen = gap >= 0 if self.causal else torch.ones_like(gap, dtype=torch.bool)
+        return seen if self.window is None else seen & (gap.abs() < self.window)
+
+    def cut(self, size: int, most: int) -> Iterator[tuple[int, int]]:
+        """Cut into blocks of so many bytes, and of so many rows at most."""
         area = size / (4 * self.q.shape[0] * self.q.shape[1])
         return cuts(self.n, area, None if self.causal else self.k.shape[2], self.window, most=most)
 
@@ -142,7 +181,7 @@ class ScoredRows:
         logs = scores_of(of.q[:, :, self.start : self.stop], key, of.scale, of.softcap)[..., 0]
         if of.bias is not None:
             logs = logs + of.bias.expand(len(keys), -1, -1, -1)[texts, :, self.start : self.stop, keys]
-        seen = self._seen(keys[:, None])[:, None]
+        seen = of.seen(slice(self.start, self.stop), keys[:, None])[:, None]
         shares = (logs - of.lse[:, :, self.start : self.stop]).clamp(max=0).exp()  # rounding must not give more than all
         return torch.where(seen, shares, 0)
 
@@ -162,7 +201,7 @@ class ScoredRows:
 
     def pattern(self) -> Float[Tensor, "batch head query key"]:
         """Give the whole rows, keys up to the last row; a window's other keys are zeros."""
-        band, reach = self._whole[0], self._reach
+        band, reach = self._whole[0], self.of.reach(slice(self.start, self.stop))
         beyond = 0 if self.of.causal else self.of.k.shape[2] - reach.stop
         return torch.nn.functional.pad(band, (reach.start, beyond)) if reach.start or beyond else band
 
@@ -186,26 +225,6 @@ class ScoredRows:
         return self._add_up("queries", torch.where(chosen[:, None], shift, torch.inf))[0]
 
     @property
-    def _reach(self) -> slice:
-        of = self.of
-        first = 0 if of.window is None else max(0, self.start - of.window + 1)
-        last = of.k.shape[2] if of.window is None else min(of.k.shape[2], self.stop + of.window - 1)
-        return slice(first, self.stop if of.causal else last)
-
-    def _seen(self, keys: Int[Tensor, "*batch key"]) -> Bool[Tensor, "*batch query"]:
-        """Tell which rows see a key."""
-        queries = torch.arange(self.start, self.stop, device=self.of.q.device)
-        gap = queries - keys
-        seen = gap >= 0 if self.of.causal else torch.ones_like(gap, dtype=torch.bool)
-        return seen if self.of.window is None else seen & (gap.abs() < self.of.window)
-
-    def _hide(self, band: Tensor, keys: slice) -> None:
-        """Hide some keys from the rows that don't see them."""
-        seen = self._seen(torch.arange(keys.start, keys.stop, device=band.device)[:, None])
-        first = self._reach.start
-        band[..., keys.start - first : keys.stop - first].masked_fill_(~seen.mT, 0)
-
-    @property
     def _in_tiles(self) -> bool:
         """Tell whether sums are made tile by tile: of all rows, which were not formed."""
         return (self.start, self.stop) == (0, self.of.n) and self.of.tiled and "_whole" not in vars(self)
@@ -214,12 +233,18 @@ class ScoredRows:
         """Add up what keys receive from the chosen rows, and keep the entropies, which cost next to nothing then."""
         of = self.of
         entropy, received = torch.empty_like(of.lse), of.lse.new_zeros(*of.lse.shape[:2], of.k.shape[2])
-        for at, rows in of.tiles():
-            mine = slice(rows.start, rows.stop)
-            band, entropy[at][..., mine] = rows._whole
-            if chosen is not None:
-                received[at][..., rows._reach] += sum_of(band, chosen[at[0], mine])
-        self._entropies[:] = [entropy]
+        ones, every = of.lse.new_ones(max(of.n, of.k.shape[2])), chosen is None or bool(chosen.all())
+        for at, piece in of.pieces():
+            entropies, sums = entropy[at], received[at]
+            for start, stop in piece.cut(TILE, of.n):
+                rows, reach = slice(start, stop), piece.reach(slice(start, stop))
+                logs = piece.logs(rows, reach)
+                band = torch.exp(logs, out=of.spare(logs, *logs.shape))
+                piece.hide(band, rows, reach)
+                entropies[..., rows] = logs.mul_(band) @ ones[: logs.shape[-1]]
+                if chosen is not None:
+                    sums[..., reach] += ones[: stop - start] @ band if every else sum_of(band, chosen[at[0], rows])
+        self._entropies[:] = [entropy.neg_()]
         return received
 
     @cached_property
@@ -242,23 +267,10 @@ class ScoredRows:
     @cached_property
     def _whole(self) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch head query"]]:
         """The keys in reach, and the entropy: its logarithms live in memory that the next block takes over."""
-        of, reach, rows = self.of, self._reach, slice(self.start, self.stop)
-        logs = scores_of(of.q[:, :, rows], of.k[:, :, reach], of.scale, of.softcap, of.scratch)
-        if of.bias is not None:
-            logs.add_(of.bias[:, :, rows, reach]).clamp_(min=NEVER)
-        if not of.folded:
-            logs.sub_(of.lse[:, :, rows, None])
-        out = None if of.spare is None else of.spare(logs, *logs.shape)
-        band = torch.exp(logs, out=out)  # before keys are hidden: exp of what it gives as 0 is many times as slow
-        if of.causal:  # all keys before the block are seen
-            last = band[..., self.start - reach.start :]
-            (last[0, 0] if len(last[0]) == len(last) == 1 else last).tril_()  # more than a matrix would be copied
-        if of.window is not None and not of.causal:
-            self._hide(band, reach)
-        elif of.window is not None and reach.start < self.stop - of.window:  # of the oldest keys, each row sees one less
-            self._hide(band, slice(reach.start, self.stop - of.window))
-        if of.key_mask is not None:
-            band.masked_fill_(~of.key_mask[:, None, None, reach], 0)
+        of, rows = self.of, slice(self.start, self.stop)
+        logs = of.logs(rows, reach := of.reach(rows))
+        band = torch.exp(logs)  # before keys are hidden: exp of what it gives as 0 is many times as slow
+        of.hide(band, rows, reach)
         if not of.exact:
             factor = self._mend(band @ band.new_ones(band.shape[-1]))[..., None]
             band.mul_(factor)
