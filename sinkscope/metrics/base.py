@@ -235,6 +235,8 @@ def mean_of(values: Array) -> float:
 def over_heads(values: Array) -> Array:
     """Mean over the heads, `[layer, head, ...]` -> `[layer, ...]`: over those that a layer has, NaN stands for the others."""
     there = ~np.isnan(values.reshape(*values.shape[:2], -1)).all(-1)
+    if there.all():
+        return np.asarray(values.mean(1))
     return np.stack([(of[has] if has.any() else of).mean(0) for of, has in zip(values, np.asarray(there), strict=True)])
 
 

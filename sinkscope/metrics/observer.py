@@ -184,31 +184,38 @@ class Finish:
             return np.full(like.shape, np.nan)
         # Of the built-in metrics none looks at the text, only at its length; another one may.
         text = "" if m.name in BUILT_IN and sequence.ends is None else sequence.label
-        rows, n_keys = [], len(sequence.keyed) if sequence.crossed else None
+        mark = None if counted is None else hashlib.sha256(counted.tobytes()).digest()
+        at = (m.name, text, len(sequence), len(sequence.keyed), position, mark)
+        if at not in self._nulls:
+            null = self._null_by_layer(m, sequence, position, counted)
+            self._room -= null.size
+            if self._room < 0:
+                self._nulls, self._room = {}, MOST_NULLS - null.size
+            self._nulls[at] = null
+        return np.broadcast_to(self._nulls[at][:, None], like.shape)
+
+    def _null_by_layer(self, m: Metric, sequence: TextTokens, position: int, counted: np.ndarray | None) -> Array:
+        """Make the null of every layer, or the one that all layers have, `[layer or 1, ...]`."""
+        made: dict[tuple[Any, ...], Array] = {}
+        rows = []
         for place, layer in enumerate(self.layers):
             window = self.windows.get(layer) if m.null == "visible" else None
-            ends = sequence.ends_within(self.windows.get(layer))
-            only = None if counted is None else torch.from_numpy(counted[place])
-            mark = None if counted is None else hashlib.sha256(counted[place].tobytes()).digest()
-            at = (m.name, text, len(sequence), n_keys, position, repr(window), mark, ends is None)
-            if at not in self._nulls:
-                null = uniform_mean(
+            ends, only = sequence.ends_within(self.windows.get(layer)), None if counted is None else counted[place]
+            at = (repr(window), None if only is None else only.tobytes(), ends is None)
+            if at not in made:
+                made[at] = uniform_mean(
                     m,
                     len(sequence),
                     position,
                     causal=self.causal,
                     window=window,
                     tokens=sequence.ids,
-                    counted=only,
-                    n_keys=n_keys,
+                    counted=None if only is None else torch.from_numpy(only),
+                    n_keys=len(sequence.keyed) if sequence.crossed else None,
                     ends=ends,
                 )
-                self._room -= null.size
-                if self._room < 0:
-                    self._nulls, self._room = {}, MOST_NULLS - null.size
-                self._nulls[at] = null
-            rows.append(self._nulls[at])
-        return np.broadcast_to(np.stack(rows)[:, None], like.shape)
+            rows.append(made[at])
+        return np.stack(rows if len(made) > 1 else rows[:1])
 
     def _over_those_who_see(self, m: AnyMetric, means: dict[str, Array], text: TextTokens) -> dict[str, Array]:
         """Scale means over keys for a metric that takes T - k queries to see key k: inside an image of Gemma's more do."""
