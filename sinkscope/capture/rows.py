@@ -103,18 +103,16 @@ class Scores:
             whole = replace(self, q=q, k=k, scale=1.0, folded=True)
         for text, head in product(range(0, b, texts), range(0, h, heads)):
             at, group = (slice(text, text + texts), slice(head, head + heads)), head * self.k.shape[1] // h
-            yield (
-                at,
-                replace(
-                    whole,
-                    q=whole.q[at],
-                    k=whole.k[at[0], slice(group, group + 1) if heads == 1 else slice(None)],
-                    lse=self.lse[at],
-                    sinks=None,
-                    key_mask=None if self.key_mask is None else self.key_mask[at[0]],
-                    bias=None if self.bias is None else self.bias[at[0] if len(self.bias) == b else slice(None), at[1]],
-                ),
+            piece = replace(
+                whole,
+                q=whole.q[at],
+                k=whole.k[at[0], slice(group, group + 1) if heads == 1 else slice(None)],
+                lse=self.lse[at],
+                sinks=None,
+                key_mask=None if self.key_mask is None else self.key_mask[at[0]],
+                bias=None if self.bias is None else self.bias[at[0] if len(self.bias) == b else slice(None), at[1]],
             )
+            yield at, piece
 
     def reach(self, rows: slice) -> slice:
         """Give the keys that some rows may see."""

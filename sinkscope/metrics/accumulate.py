@@ -19,7 +19,34 @@ from torch import Tensor
 
 from sinkscope.block import Block
 from sinkscope.errors import MetricError, SinkscopeError
-from sinkscope.metrics.base import Array, Metric
+from sinkscope.metrics.base import Array, Metric, RowChoice
+
+
+@dataclass(frozen=True)
+class Entering:
+    """Which rows of a block enter a mean: real ones that a metric chooses, and that count; found once for metrics that agree.
+
+    Attributes:
+        rows: which, `[batch, query]`.
+        every: whether all do.
+        many: how many of each sequence, `[batch]`.
+    """
+
+    rows: Bool[Tensor, "batch query"]
+    every: bool
+    many: Array
+
+    @classmethod
+    def of(cls, block: Block, over: RowChoice, counted: Bool[Tensor, "batch query"] | None) -> Entering:
+        """Give them; they are kept with the block, beside what they were asked with, so that no other has its `id`."""
+        kept = vars(block).setdefault("_entering", {})
+        at = (id(over), id(counted))
+        if at not in kept:
+            rows = block.valid & over(block)
+            rows = rows if counted is None else rows & counted.to(rows.device)
+            kept[at] = cls(rows, bool(rows.all()), rows.sum(-1).double().cpu().numpy()), over, counted
+        found: Entering = kept[at][0]
+        return found
 
 
 @dataclass
@@ -53,17 +80,11 @@ class RowMean:
             SinkscopeError: the metric raised, or returned the wrong shape; names it and the layer.
         """
         if self.metric.reads == "received":
-            chosen = self.rows_of(block, counted)
-            sums = block.received(chosen)
+            sums = block.received(Entering.of(block, self.metric.over, counted).rows)
         else:
-            kept, chosen = self.chosen(block, counted)
+            kept, _ = self.chosen(block, counted)
             sums = kept.sum(2, dtype=torch.promote_types(kept.dtype, torch.float32))
-        self.add(sums.double().cpu().numpy(), chosen.sum(-1).double().cpu().numpy(), place)
-
-    def rows_of(self, block: Block, counted: Tensor | None) -> Bool[Tensor, "batch query"]:
-        """Tell which rows enter: real ones that the metric chooses, and that count."""
-        chosen = block.valid & self.metric.over(block)
-        return chosen if counted is None else chosen & counted.to(chosen.device)
+        self.add(sums.double().cpu().numpy(), Entering.of(block, self.metric.over, counted).many, place)
 
     def chosen(self, block: Block, counted: Tensor | None, absent: float = 0.0) -> tuple[Tensor, Tensor]:
         """Apply the metric; give its values, with something else in the rows that do not enter, and which do."""
@@ -84,17 +105,19 @@ class RowMean:
             )
         if block.rows_version() != version:
             raise MetricError(f"metric {self.metric.name!r} changes the block's pattern in place: work on a copy")
-        chosen = self.rows_of(block, counted)
+        entering = Entering.of(block, self.metric.over, counted)
         kept = values if values.is_floating_point() else values.float()
-        if not bool(chosen.all()):
-            kept = torch.where(chosen.reshape(batch, 1, -1, *[1] * (len(shape) - 3)), kept, absent)
-        return kept, chosen
+        if not entering.every:
+            kept = torch.where(entering.rows.reshape(batch, 1, -1, *[1] * (len(shape) - 3)), kept, absent)
+        return kept, entering.rows
 
     def add(self, sums: Array, rows: Array, place: int | slice, heads: NDArray[np.int_] | None = None) -> None:
         """Add sums over rows, and how many there were, of one layer or of all, whose `heads` are then given."""
         shape = sums.shape if isinstance(place, slice) else (self.layers, *sums.shape)
         self.sums, self.rows = grown(self.sums, shape), grown(self.rows, shape[:2])
-        self.sums[place][tuple(map(slice, sums.shape))] += sums
+        held = self.sums[place]
+        held = held if held.shape == sums.shape else held[tuple(map(slice, sums.shape))]
+        held += sums
         self.rows[place] += rows
         self.heads[place] = np.maximum(self.heads[place], shape[2] if heads is None else heads)
 

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import bench
 
-LAYERS, CHUNK = 1, 1024
+LAYERS, CHUNK = 1, 128
 WAYS = ("stream", "flash-mass", "mass-chunked")
 #: Way -> label, colour.
 LINES = {
