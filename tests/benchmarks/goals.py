@@ -1,4 +1,4 @@
-"""Every goal of speed in one run, by group, with its verdict: `make bench` (about 25 minutes on a quiet machine, 2 threads).
+"""Every goal of speed in one run, by group, with its verdict: `make bench` (24 minutes on a quiet machine, 2 threads).
 
 Goals are ratios: within a group the ways take turns, round after round, and medians are compared with the group's first way.
 Each whole run adds a line to `history.jsonl` beside this file. `--smoke` runs everything once on short texts, to keep this

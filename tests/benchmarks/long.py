@@ -93,7 +93,7 @@ def draw(found: dict[str, dict[int, tuple[float, float]]], picture: Path) -> Non
         ax.minorticks_off()
         ax.yaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.3)
-    per_token.set_ylim(bottom=100)
+    per_token.set_ylim(bottom=50)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(picture, dpi=150)
 
