@@ -13,7 +13,7 @@ from sinkscope.capture.engine import Capture
 from sinkscope.capture.flash import SUPPLIED, flash
 from sinkscope.capture.hooks import hooks
 from sinkscope.capture.masks import OtherwiseError
-from sinkscope.capture.swap import attention_bridges, registered_by_others
+from sinkscope.capture.swap import attention_bridges, registered_by_others, spliced
 from sinkscope.errors import SinkscopeError
 from sinkscope.models import Adapter
 from sinkscope.models.adapter import hooks_on
@@ -140,7 +140,7 @@ def _refused(adapter: Adapter, groups: frozenset[frozenset[str]], longest: int) 
     for layer, bridge in attention_bridges(adapter).values():
         inside = set(bridge.original_component.modules())
         for module in bridge.modules():
-            if module not in inside and hooks_on(module):
+            if module not in inside and (hooks_on(module) or spliced(module)):
                 return f"there are hooks on the attention of layer {layer} that it would leave out"
     return None
 

@@ -115,13 +115,19 @@ def _way_past(module: nn.Module) -> Callable[..., Any] | None:
     kind, own = type(module), vars(module)
     if kind.__name__ not in WRAPPERS | NORMS or not kind.__module__.startswith("transformer_lens.") or "forward" in own:
         return None
-    points = [child for child in module.children() if type(child).__name__ == "HookPoint"]
     wrapped: Any = module._modules.get("_original_component")
-    if wrapped is None or any(point._forward_hooks or point._forward_pre_hooks for point in points):
+    points = [child for name, child in module._modules.items() if name.startswith("hook_") and child is not None]
+    if wrapped is None or spliced(module) or any(point._forward_hooks or point._forward_pre_hooks for point in points):
         return None
     if kind.__name__ in NORMS:
         return partial(_norm, wrapped) if own.get("use_native_layernorm_autograd") else None
     return None if own.get("name") is None or own.get("_use_processed_weights") else wrapped
+
+
+def spliced(module: nn.Module) -> bool:
+    """Tell whether somebody has put a module or a function of his own in a hook point's place, as autoencoders are."""
+    points = [child for name, child in module._modules.items() if name.startswith("hook_")]
+    return any(type(point).__name__ != "HookPoint" or "forward" in vars(point) for point in points)
 
 
 def _norm(norm: nn.Module, x: Tensor, **_: Any) -> Tensor:
