@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+import torch
 from torch import Tensor, nn
 
 from sinkscope.models import Adapter
@@ -28,7 +29,7 @@ NORMS = {"NormalizationBridge", "RMSNormalizationBridge"}
 def swapped(adapter: Adapter, attend: Callable[..., Any], mask: Callable[..., Any], *, lean: bool = True) -> Iterator[None]:
     """Have a model call `attend` for attention, and `mask` for its masks; put everything back, whatever happens.
 
-    `lean` is for runs of our own, whose hooks are all there by now: hook points that nobody hooks are passed by.
+    `lean` is for runs of our own: parts of a bridge whose hook points nobody hooks pass them by.
     """
     name = f"sinkscope-{uuid4().hex}"
     with Undo() as undo:
@@ -101,27 +102,38 @@ def _unwrapped(adapter: Adapter) -> Iterator[None]:
 
 @contextmanager
 def _lean(adapter: Adapter) -> Iterator[None]:
-    """Have parts of a bridge that nobody hooks call what they wrap, and nothing besides: it costs short texts a sixth."""
-    idle = [(vars(module), way) for module in adapter.modules if (way := _way_past(module)) is not None]
+    """Have parts of a bridge whose points nobody hooks call what they wrap, no more: it costs short texts a sixth."""
+    own = torch.nn.modules.module
+    heard = own._global_forward_hooks or own._global_forward_pre_hooks  # at hook points, too
+    ways = [] if heard else [(vars(module), way) for module in adapter.modules if (way := _way_past(module)) is not None]
     with Undo() as undo:
-        for own, way in idle:
-            undo.callback(own.pop, "forward", None)
-            own["forward"] = way
+        for attributes, way in ways:
+            undo.callback(attributes.pop, "forward", None)
+            attributes["forward"] = way
         yield
 
 
 def _way_past(module: nn.Module) -> Callable[..., Any] | None:
-    """Give what a part of a bridge does past its hook points, where that is to call what it wraps, and nobody hooks them."""
+    """Give what a part of a bridge does while nobody hooks its points, where that is to call what it wraps."""
     kind, own = type(module), vars(module)
-    if kind.__name__ not in WRAPPERS | NORMS or not kind.__module__.startswith("transformer_lens.") or "forward" in own:
+    if kind.__name__ not in WRAPPERS | NORMS or "forward" in own or spliced(module):
+        return None
+    if not all(name.startswith("transformer_lens.") for name in (kind.__module__, kind.forward.__module__)):
         return None
     wrapped: Any = module._modules.get("_original_component")
-    points = [child for name, child in module._modules.items() if name.startswith("hook_") and child is not None]
-    if wrapped is None or spliced(module) or any(point._forward_hooks or point._forward_pre_hooks for point in points):
+    if kind.__name__ in NORMS and own.get("use_native_layernorm_autograd"):
+        past = partial(_norm, wrapped)
+    elif kind.__name__ in WRAPPERS and own.get("name") is not None and not own.get("_use_processed_weights"):
+        past = wrapped
+    else:
         return None
-    if kind.__name__ in NORMS:
-        return partial(_norm, wrapped) if own.get("use_native_layernorm_autograd") else None
-    return None if own.get("name") is None or own.get("_use_processed_weights") else wrapped
+    points = [child for name, child in module._modules.items() if name.startswith("hook_") and child is not None]
+
+    def forward(*args: Any, **given: Any) -> Any:
+        idle = not any(point._forward_hooks or point._forward_pre_hooks for point in points)  # now: a hook may hook others
+        return past(*args, **given) if idle else kind.forward(module, *args, **given)
+
+    return None if wrapped is None else forward
 
 
 def spliced(module: nn.Module) -> bool:
@@ -130,9 +142,9 @@ def spliced(module: nn.Module) -> bool:
     return any(type(point).__name__ != "HookPoint" or "forward" in vars(point) for point in points)
 
 
-def _norm(norm: nn.Module, x: Tensor, **_: Any) -> Tensor:
-    result: Tensor = norm(x)
-    return result.to(x.dtype)
+def _norm(norm: nn.Module, hidden_states: Tensor, **_: Any) -> Tensor:
+    result: Tensor = norm(hidden_states)
+    return result.to(hidden_states.dtype)
 
 
 def attention_bridges(adapter: Adapter) -> dict[int, tuple[int, Any]]:

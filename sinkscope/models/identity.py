@@ -211,9 +211,9 @@ class Identity:
 
     @cached_property
     def modules(self) -> tuple[nn.Module, ...]:
-        """All modules, of the model and of Hugging Face's inside a bridge, as they were when first asked for.
+        """All modules, of the model and of Hugging Face's inside a bridge, as they were when a run began.
 
-        A bridge has thousands, and a call asks for them twenty times; an adapter is made for a call.
+        A bridge has thousands, and a run asks for them several times.
         """
         found = self.network.modules() if self.network is self.model else (*self.model.modules(), *self.network.modules())
         return tuple(dict.fromkeys(found))

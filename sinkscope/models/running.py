@@ -112,6 +112,7 @@ class Running(Identity):
     @contextmanager
     def inference(self) -> Iterator[None]:
         """No gradients, no dropout; every module's mode is put back."""
+        vars(self).pop("modules", None)  # of a stream, whose code may change the model before its next text
         training = [module for module in self.modules if module.training]
         with Undo() as undo, torch.no_grad():
             for module in training:  # not eval(): on a bridge it takes as long as a short text

@@ -265,6 +265,39 @@ def test_hooks_elsewhere_count(bridge_of, family):
     same_frames(ss.measure(model, IDS, ["sink_mass"], engine="flash"), untouched, 1e-9)
 
 
+def test_a_hook_that_hooks_others_counts(bridge_of):
+    model, ids = bridge_of("llama"), [list(range(3, 51))]
+    untouched = ss.measure(model, ids, ["sink_mass"])
+
+    def late(value, hook):
+        point = model.hook_dict["blocks.0.mlp.hook_out"]
+        if value.shape[1] > 16:
+            point.add_hook(lambda value, hook: -2 * value)
+
+    reports = []
+    for engine in ("flash", "hooks"):
+        with model.hooks([("blocks.0.hook_in", late)]):
+            reports.append(ss.measure(model, ids, ["sink_mass"], engine=engine))
+        model.reset_hooks()
+    same_frames(*reports)
+    assert not reports[0].frame.equals(untouched.frame)
+
+
+def test_a_stream_that_changes_the_model_is_in_eval_mode(bridge_of):
+    """Its code runs between two portions of texts, and may attach what is in training."""
+    model, text = tiny_model("llama"), list(range(3, 51))
+
+    def texts():
+        yield from [text[:8]] * 256
+        model.blocks[1].mlp.hook_out.add_module("dropout", torch.nn.Dropout(0.5))
+        model.blocks[1].mlp.hook_out.add_hook(lambda value, hook: model.blocks[1].mlp.hook_out.dropout(value))
+        yield from [text] * 3
+
+    report = ss.measure(model, texts(), ["sink_mass"], engine="hooks", chunk=None, per_text=True)
+    last = [total(report, "sink_mass", f"text {n}") for n in range(256, 259)]
+    assert last[0] == pytest.approx(last[1], abs=1e-6) == pytest.approx(last[2], abs=1e-6)
+
+
 def test_idle_hook_points_are_passed_by(bridge_of, monkeypatch):
     model, fired = bridge_of("llama"), set()
     point = type(model.hook_dict["blocks.0.hook_in"])
