@@ -302,10 +302,8 @@ def test_idle_hook_points_are_passed_by(bridge_of, monkeypatch):
     model, fired = bridge_of("llama"), set()
     point = type(model.hook_dict["blocks.0.hook_in"])
     monkeypatch.setattr(point, "forward", lambda self, value: fired.add(self.name) or value)
-    batch, names = (
-        next(ss.tokenize(None, IDS).batches(8)),
-        {"blocks.0.ln1.hook_out", "blocks.0.mlp.hook_out", "blocks.0.attn.q.hook_out"},
-    )
+    names = {"blocks.0.ln1.hook_out", "blocks.0.mlp.hook_out", "blocks.0.attn.q.hook_out"}
+    batch = next(ss.tokenize(None, IDS).batches(8))
     with flash.flash(adapt(model), frozenset({frozenset({"mass"})}), "test") as capture:
         capture.run(batch, lambda block, group: None, lambda: None)
     assert not names & fired
