@@ -89,11 +89,12 @@ class PatternRows:
 
 
 def sum_of(
-    pattern: Float[Tensor, "batch head query key"], chosen: Bool[Tensor, "batch query"]
-) -> Float[Tensor, "batch head key"]:
-    """Add up the chosen rows; the others may hold anything."""
-    rows = pattern if bool(chosen.all()) else torch.where(chosen[:, None, :, None], pattern, 0)
-    return rows.new_ones(rows.shape[2]) @ rows  # faster than a sum
+    pattern: Float[Tensor, "*batch_head query key"], chosen: Bool[Tensor, "*batch query"]
+) -> Float[Tensor, "*batch_head key"]:
+    """Add up the chosen rows, of all heads or of one; the others may hold anything."""
+    if not bool(chosen.all()):
+        pattern = torch.where(chosen[:, None] if pattern.ndim == 2 else chosen[:, None, :, None], pattern, 0)
+    return pattern.new_ones(pattern.shape[-2]) @ pattern  # faster than a sum
 
 
 class Chunk(int):

@@ -93,7 +93,7 @@ class Pass:
 
     def _open(self, layer: int) -> dict[str, Any]:
         """Give the gates of a model whose outputs are not gated, which let all through; of others, they are yet to come."""
-        if self.adapter.gates or not any("gate" in group for group in self.groups):
+        if not any("gate" in group for group in self.groups) or self.adapter.gates:
             return {}
         ids = self.batch.ids
         return {"gate": torch.ones(len(ids), ids.shape[1] - self.start, self.adapter.heads[layer], 1, device=ids.device)}

@@ -14,10 +14,10 @@ ROWS = 256
 BYTES, FEWEST = 16 << 20, 16
 #: The same on a GPU, where every block costs a dozen launches: a quarter of the time (H200, 4,096 tokens).
 GPU_ROWS, GPU_BYTES = 512, 256 << 20
-#: Bytes of rows that are stored, and only looked at.
-STORED = 8 << 20
-#: Bytes of rows of which nothing is wanted but sums: as many as stay in a processor's cache.
+#: Bytes of rows that are stored, or of which nothing is wanted but sums: as many as stay in a processor's cache.
 TILE = 4 << 20
+#: Rows (for each thread) and keys of what is added up at a time: two of these stay in a core's own cache.
+SQUARE = 256, 512
 
 
 def cuts(
@@ -51,11 +51,14 @@ class Scratch:
     """Memory that is used again and again: fresh pages for every block's scores would double the time of making them."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = self._given = torch.empty(0)
 
     def __call__(self, like: Tensor, *shape: int) -> Tensor:
         """Give an uninitialised tensor of this shape, which the next call takes back."""
-        size = math.prod(shape)
-        if self._memory.numel() < size or (self._memory.dtype, self._memory.device) != (like.dtype, like.device):
-            self._memory = torch.empty(size, dtype=like.dtype, device=like.device)
-        return self._memory[:size].view(shape)
+        given = self._given
+        if given.shape != shape or given.dtype != like.dtype or given.device != like.device:
+            size = math.prod(shape)
+            if self._memory.numel() < size or (self._memory.dtype, self._memory.device) != (like.dtype, like.device):
+                self._memory = torch.empty(size, dtype=like.dtype, device=like.device)
+            self._given = given = self._memory[:size].view(shape)
+        return given

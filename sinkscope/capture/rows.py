@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkscope.block import sum_of
-from sinkscope.capture.cuts import BYTES, GPU_BYTES, GPU_ROWS, ROWS, TILE, Scratch, cuts
+from sinkscope.capture.cuts import BYTES, GPU_BYTES, GPU_ROWS, ROWS, SQUARE, TILE, Scratch, cuts
 from sinkscope.capture.op import attention_with_lse, scores_of
 
 #: By how much a log-sum-exp may be off and be mended: below what the proof of the engine calls wrong.
@@ -31,8 +31,8 @@ class Scores:
     layers may share, for scores and for rows that nobody keeps; `folded` says that q.k is score - lse as it is, see `pieces`.
     """
 
-    q: Float[Tensor, "batch head position d_head"]
-    k: Float[Tensor, "batch kv_head key d_head"]
+    q: Float[Tensor, "*batch_head position d_head"]
+    k: Float[Tensor, "*batch_kv_head key d_head"]
     lse: Float[Tensor, "batch head position"]
     scale: float
     causal: bool
@@ -49,7 +49,7 @@ class Scores:
     @property
     def n(self) -> int:
         """Give the number of rows."""
-        return self.q.shape[2]
+        return self.q.shape[-2]
 
     @property
     def device(self) -> torch.device:
@@ -88,10 +88,11 @@ class Scores:
         """Tell whether all rows together are too many for a processor's cache, so that their sums are made tile by tile."""
         return not self.q.is_cuda and 4 * self.lse.numel() * self.k.shape[2] > TILE
 
-    def pieces(self) -> Iterator[tuple[tuple[slice, slice], Scores]]:
+    def pieces(self) -> Iterator[tuple[tuple[slice, slice] | tuple[int, int], Scores]]:
         """Give texts and heads apart, as many together as stay in a processor's cache, each with its place among all.
 
-        Nothing but :meth:`logs` and :meth:`hide` should be asked of one: its queries and keys may be `folded`.
+        Nothing but :meth:`tiles`, :meth:`logs` and :meth:`hide` should be asked of one: its queries and keys may be `folded`,
+        and a head alone, where its keys are all that there is to it, has matrices of them: half the work of calling.
         """
         b, h = self.q.shape[:2]
         each = 4 * h * self.n * self.k.shape[2]
@@ -103,6 +104,9 @@ class Scores:
             whole = replace(self, q=q, k=k, scale=1.0, folded=True)
         for text, head in product(range(0, b, texts), range(0, h, heads)):
             at, group = (slice(text, text + texts), slice(head, head + heads)), head * self.k.shape[1] // h
+            if (texts, heads) == (1, 1) and whole.folded and self.key_mask is None and self.bias is None:
+                yield (text, head), replace(whole, q=whole.q[text, head], k=whole.k[text, group], sinks=None)
+                continue
             piece = replace(
                 whole,
                 q=whole.q[at],
@@ -116,14 +120,27 @@ class Scores:
 
     def reach(self, rows: slice) -> slice:
         """Give the keys that some rows may see."""
-        n_keys, window = self.k.shape[2], self.window
+        n_keys, window = self.k.shape[-2], self.window
         first = 0 if window is None else max(0, rows.start - window + 1)
         last = n_keys if window is None else min(n_keys, rows.stop + window - 1)
         return slice(first, rows.stop if self.causal else last)
 
-    def logs(self, rows: slice, reach: slice) -> Float[Tensor, "batch head query key"]:
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """Cut into rows and keys, so few that they stay in the cores' own caches; each row with the keys that it may see."""
+        high, wide = SQUARE[0] * torch.get_num_threads(), SQUARE[1]
+        for start in range(0, self.n, high):
+            stop = min(start + high, self.n)
+            reach = self.reach(slice(start, stop))
+            for first in range(reach.start, reach.stop, wide):
+                keys = slice(first, min(first + wide, reach.stop))
+                last = stop if self.window is None else min(stop, keys.stop - 1 + self.window)
+                yield slice(max(start, first) if self.causal else start, last), keys
+
+    def logs(self, rows: slice, keys: slice) -> Float[Tensor, "*batch_head query key"]:
         """Give the logarithms of some rows, in memory that the next take over."""
-        q, k = self.q[:, :, rows], self.k[:, :, reach]
+        q, k = self.q[..., rows, :], self.k[..., keys, :]
+        if q.ndim == 2:
+            return torch.mm(q, k.mT, out=self.scratch(q, len(q), len(k)))
         if self.folded:
             b, h, n, _ = q.shape
             q = q.reshape(b, k.shape[1], -1, q.shape[3])
@@ -131,23 +148,19 @@ class Scores:
             logs = torch.matmul(q, k.mT, out=out).view(b, h, n, -1)
         else:
             logs = scores_of(q, k, self.scale, self.softcap, self.scratch).sub_(self.lse[:, :, rows, None])
-        return logs if self.bias is None else logs.add_(self.bias[:, :, rows, reach]).clamp_(min=NEVER)
+        return logs if self.bias is None else logs.add_(self.bias[:, :, rows, keys]).clamp_(min=NEVER)
 
-    def hide(self, band: Float[Tensor, "batch head query key"], rows: slice, reach: slice) -> None:
-        """Take out of some rows the keys in reach that they don't see."""
-        if self.causal:  # all keys before the block are seen
-            last = band[..., rows.start - reach.start :]
-            (last[0, 0] if len(last[0]) == len(last) == 1 else last).tril_()  # more than a matrix would be copied
-        if self.window is not None and not self.causal:
-            self._hide(band, rows, reach, reach)
-        elif self.window is not None and reach.start < rows.stop - self.window:  # of the oldest keys, each sees one less
-            self._hide(band, rows, reach, slice(reach.start, rows.stop - self.window))
+    def hide(self, band: Float[Tensor, "*batch_head query key"], rows: slice, keys: slice) -> None:
+        """Take out of some rows those of the keys that they don't see."""
+        if self.causal and rows.start < keys.stop:  # all keys before the block are seen
+            band[..., rows.start - keys.start :].tril_()
+        if self.window is not None:
+            oldest = min(keys.stop, rows.stop - self.window) if self.causal else keys.stop  # of which each row sees one less
+            if keys.start < oldest:
+                seen = self.seen(rows, torch.arange(keys.start, oldest, device=band.device)[:, None])
+                band[..., : oldest - keys.start].masked_fill_(~seen.mT, 0)
         if self.key_mask is not None:
-            band.masked_fill_(~self.key_mask[:, None, None, reach], 0)
-
-    def _hide(self, band: Tensor, rows: slice, reach: slice, keys: slice) -> None:
-        seen = self.seen(rows, torch.arange(keys.start, keys.stop, device=band.device)[:, None])
-        band[..., keys.start - reach.start : keys.stop - reach.start].masked_fill_(~seen.mT, 0)
+            band.masked_fill_(~self.key_mask[:, None, None, keys], 0)
 
     def seen(self, rows: slice, keys: Int[Tensor, "*batch key"]) -> Bool[Tensor, "*batch query"]:
         """Tell which rows see a key."""
@@ -233,18 +246,19 @@ class ScoredRows:
     def _add_tiles(self, chosen: Bool[Tensor, "batch query"] | None) -> Tensor:
         """Add up what keys receive from the chosen rows, and keep the entropies, which cost next to nothing then."""
         of = self.of
-        entropy, received = torch.empty_like(of.lse), of.lse.new_zeros(*of.lse.shape[:2], of.k.shape[2])
-        ones, every = of.lse.new_ones(max(of.n, of.k.shape[2])), chosen is None or bool(chosen.all())
+        entropy, received = torch.zeros_like(of.lse), of.lse.new_zeros(*of.lse.shape[:2], of.k.shape[2])
+        ones, every = of.lse.new_ones(max(of.n, of.k.shape[2])), chosen is not None and bool(chosen.all())
         for at, piece in of.pieces():
             entropies, sums = entropy[at], received[at]
-            for start, stop in piece.cut(TILE, of.n):
-                rows, reach = slice(start, stop), piece.reach(slice(start, stop))
-                logs = piece.logs(rows, reach)
+            for rows, keys in piece.tiles():
+                logs = piece.logs(rows, keys)
                 band = torch.exp(logs, out=of.spare(logs, *logs.shape))
-                piece.hide(band, rows, reach)
-                entropies[..., rows] = logs.mul_(band) @ ones[: logs.shape[-1]]
-                if chosen is not None:
-                    sums[..., reach] += ones[: stop - start] @ band if every else sum_of(band, chosen[at[0], rows])
+                piece.hide(band, rows, keys)
+                entropies[..., rows].add_(logs.mul_(band) @ ones[: logs.shape[-1]])
+                if every:
+                    sums[..., keys].add_(ones[: logs.shape[-2]] @ band)
+                elif chosen is not None:
+                    sums[..., keys].add_(sum_of(band, chosen[at[0], rows]))
         self._entropies[:] = [entropy.neg_()]
         return received
 

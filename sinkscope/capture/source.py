@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinkscope.block import PatternRows, Rows
-from sinkscope.capture.cuts import ROWS, STORED, cuts
+from sinkscope.capture.cuts import GPU_BYTES, GPU_ROWS, ROWS, TILE, cuts
 
 
 @runtime_checkable
@@ -66,7 +66,8 @@ class StoredPattern:
     def cuts(self, formed: bool = True) -> Iterator[tuple[int, int]]:
         """Cut into blocks that stay in a processor's cache, as far as that goes."""
         b, h, n, keys = self.values.shape
-        return cuts(n, STORED / (4 * b * h), keys, most=ROWS)
+        size, most = (GPU_BYTES, GPU_ROWS) if self.values.is_cuda else (TILE, ROWS)
+        return cuts(n, size / (4 * b * h), keys, most=most)
 
     def finite(self, real: Bool[Tensor, "batch row"]) -> bool:
         """Look at the first column: a row with a bad score is bad everywhere."""

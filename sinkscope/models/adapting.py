@@ -216,9 +216,10 @@ def _context(model: Any, kind: Kind) -> int | None:
 def _unusable(network: Any) -> int:
     """Count positions that no token can have: RoBERTa's begin behind the embedding of pads."""
     for name, module in network.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding is not None and hasattr(module, "num_embeddings"):
-            return int(padding) + 1
+        if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
+            padding = getattr(module, "padding_idx", None)
+            if padding is not None:
+                return int(padding) + 1
     return 0
 
 

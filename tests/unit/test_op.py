@@ -210,11 +210,12 @@ def test_blocks_of_whole_rows_are_bounded():
     assert largest.size * 4 <= 1.1 * rows_module.BYTES
 
 
-@pytest.mark.parametrize("tile", [3_000, 30_000, 500_000])
+@pytest.mark.parametrize(("tile", "square"), [(3_000, (23, 35)), (30_000, (40, 29)), (500_000, (64, 512))])
 @pytest.mark.parametrize("name", CASES)
-def test_sums_tile_by_tile(name, tile, monkeypatch):
+def test_sums_tile_by_tile(name, tile, square, monkeypatch):
     """Entropies and what keys receive, by rows of one head, by texts, and by heads of all texts at once."""
     monkeypatch.setattr(rows_module, "TILE", tile)
+    monkeypatch.setattr(rows_module, "SQUARE", square)
     _, scores, (_, pattern, _) = scores_and_truth(name)
     assert list(scores.cuts(formed=False)) == [(0, T)]
     chosen = torch.rand(len(pattern), T, generator=torch.Generator().manual_seed(0)) < 0.7
