@@ -88,7 +88,7 @@ def _prove(adapter: Adapter, groups: frozenset[frozenset[str]], tokens: Tokens) 
         ) from error
     try:
         with surely(flash(adapter, groups | {WHOLE}, "proof")) as capture:
-            found = _look(capture, batch)
+            found = _look(capture, batch, sums=True)
     except OtherwiseError:
         raise
     except SinkscopeError as error:
@@ -162,7 +162,7 @@ def _first_tokens(adapter: Adapter, tokens: Tokens) -> Batch:
 class _Look:
     """What an engine says of real rows: last hidden state, mass on key 0 by layer, and by how much rows are off.
 
-    `gap` is from what they sum up to, `off` from 1.
+    `gap` is from what they sum up to, or by how much other sums of theirs are off, `off` from 1.
     """
 
     hidden: Tensor
@@ -171,7 +171,7 @@ class _Look:
     off: float = 0.0
 
 
-def _look(capture: Capture, batch: Batch) -> _Look:
+def _look(capture: Capture, batch: Batch, sums: bool = False) -> _Look:
     mass: dict[int, Tensor] = {}
     gaps, off = [], []
 
@@ -183,6 +183,8 @@ def _look(capture: Capture, batch: Batch) -> _Look:
             whole[:, rows] = found
             gaps.append(float((block.pattern.sum(-1) - block.row_sum).transpose(1, 2)[real].abs().max()))
             off.append(float((block.pattern.sum(-1) - 1).transpose(1, 2)[real].abs().max()))
+            if not sums:
+                return
             received, entropy = sum_of(block.pattern, real), torch.special.entr(block.pattern).sum(-1)  # of formed rows
             gaps.append(float((block.received(real) - received).abs().max()))
             gaps.append(float((block.entropy - entropy).transpose(1, 2)[real].abs().max()))
