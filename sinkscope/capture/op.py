@@ -3,7 +3,7 @@
 With `lse_i` = log of the sum over visible keys of exp(score), attention to any one key is exact for the price of a dot
 product: `A[i, k] = exp(score_ik - lse_i)`. Fused kernels compute it anyway and PyTorch's public function throws it away:
 
-- CPU: `_scaled_dot_product_flash_attention_for_cpu`; takes fewer key heads than query heads as they are;
+- CPU: `_scaled_dot_product_flash_attention_for_cpu`; takes fewer key heads than query heads as they are (from torch 2.9 on);
 - CUDA: `_scaled_dot_product_flash_attention` in half precision, `_scaled_dot_product_efficient_attention` in float32;
 - elsewhere, and under a soft cap, which no kernel knows: plain torch, a few query rows at a time.
 
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from sinkscope.models.versions import installed
 
 #: Query rows at a time where attention runs in blocks; by a GPU's kernels, which form no scores.
 ROWS, GPU_ROWS = 256, 1024
@@ -129,14 +131,16 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: T
     size = max(q.shape[3], d_value)
     size += -size % 8 if q.device.type == "cuda" else 0
     q, k, v = (x if x.shape[3] == size else F.pad(x, (0, size - x.shape[3])) for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
     if q.device.type == "cpu":
+        if groups > 1 and installed("torch") < (2, 9):  # whose kernel would read on behind the key heads that there are
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=bias if bias is None or bias.ndim == 4 else bias[None, None], scale=scale
         )
     elif bias is None and q.dtype != torch.float32 and size <= 256:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     else:
-        groups = q.shape[1] // k.shape[1]
         k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None if bias is None else _aligned(bias, q, k), True, 0.0, causal, scale=scale
