@@ -81,7 +81,8 @@ class Scores:
         if not formed and (self.kernels is not None or self.tiled):
             return iter([(0, self.n)])
         size, most = (GPU_BYTES, GPU_ROWS) if self.q.is_cuda else (BYTES, ROWS)
-        return self.cut(size, most)
+        area = size / (4 * self.q.shape[0] * self.q.shape[1])
+        return cuts(self.n, area, None if self.causal else self.k.shape[2], self.window, most=most)
 
     @property
     def tiled(self) -> bool:
@@ -167,11 +168,6 @@ class Scores:
         gap = torch.arange(rows.start, rows.stop, device=self.q.device) - keys
         seen = gap >= 0 if self.causal else torch.ones_like(gap, dtype=torch.bool)
         return seen if self.window is None else seen & (gap.abs() < self.window)
-
-    def cut(self, size: int, most: int) -> Iterator[tuple[int, int]]:
-        """Cut into blocks of so many bytes, and of so many rows at most."""
-        area = size / (4 * self.q.shape[0] * self.q.shape[1])
-        return cuts(self.n, area, None if self.causal else self.k.shape[2], self.window, most=most)
 
     def finite(self, real: Bool[Tensor, "batch row"]) -> bool:
         """Look at the log-sum-exps: a bad score makes its row's bad."""

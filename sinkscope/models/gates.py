@@ -51,13 +51,12 @@ def find_gates(network: nn.Module, config: Any, heads: Mapping[int, int]) -> lis
     names = (*NAMES, "q_proj") if kind.startswith(BEHIND) else NAMES
     found: dict[int, Gate] = {}
     for place, module in network.named_modules():
-        if not hasattr(module, "layer_idx") or not hasattr(module, "o_proj"):
-            continue
+        says = getattr(module, "layer_idx", None)
         own = (getattr(module, name, None) for name in names)
         projection = next((gate for gate in own if isinstance(gate, nn.Module)), None)
-        if projection is None or module.layer_idx is None:
+        if says is None or projection is None or not hasattr(module, "o_proj"):
             continue
-        runs = tuple(layer for layer in _runs(config, place, int(module.layer_idx)) if layer in heads)
+        runs = tuple(layer for layer in _runs(config, place, int(says)) if layer in heads)
         if runs:
             found[id(projection)] = Gate(projection, module, heads[runs[0]], kind.startswith(SOFTPLUS), runs)
     return list(found.values())
